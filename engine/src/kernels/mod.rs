@@ -1,0 +1,3 @@
+//! Attention over pages, on the CPU.
+
+pub mod attention;

@@ -1,0 +1,31 @@
+//! The policy, and serving it.
+//!
+//! # Layout
+//! In the order that a request's data flows:
+//! - [`http`]: the OpenAI-compatible routes.
+//! - [`chat`]: tokenizer, chat template, incremental detokenizer.
+//! - [`engine`]: the handle, and the loop: schedule, run, sample, deliver.
+//! - [`sequence`]: one sample: tokens, block table, progress.
+//! - [`scheduler`]: waiting and running sequences become the next batch. No tensors.
+//! - [`block_manager`]: blocks, reference counts, prefix hashes. No tensors.
+//! - [`kv_cache`]: the paged K and V tensors.
+//! - [`model`]: configuration, loading, the decoder that engine and trainer share.
+//! - [`kernels`]: attention over pages.
+//! - [`logits`]: logits to log-prob, entropy, discriminator, baseline.
+//! - [`sampler`]: logits to the next token.
+//! - [`weights`]: the shared policy: names, version, exclusive update between two steps.
+//! - [`torch`]: what tch does not bind.
+
+pub mod block_manager;
+pub mod chat;
+pub mod engine;
+pub mod http;
+pub mod kernels;
+pub mod kv_cache;
+pub mod logits;
+pub mod model;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
+pub mod torch;
+pub mod weights;

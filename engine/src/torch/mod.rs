@@ -1,0 +1,3 @@
+//! What tch does not bind, and the thread pool shared with libtorch.
+
+pub mod parallel;

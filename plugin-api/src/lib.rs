@@ -1,0 +1,23 @@
+//! What a plug-in is written against: four traits and plain data. No tensors, no HTTP.
+//!
+//! # Layout
+//! - [`engine`]: groups of samples in; tokens, log-probs and weight versions out.
+//! - [`task`]: where problems come from.
+//! - [`verifier`]: problem and completion in, reward out.
+//! - [`gate`]: token statistics in, keep mask out (what Clip_B and Clip_V are).
+//! - [`plugins`]: the table that maps a name in a configuration file to one of the above.
+
+pub mod engine;
+pub mod gate;
+pub mod plugins;
+pub mod task;
+pub mod verifier;
+
+pub use engine::{
+    Engine, EngineError, Event, FinishReason, ModelInfo, Request, RequestId, SamplingParams, Sink,
+    Token, TokenStats,
+};
+pub use gate::{TokenBatch, TokenGate};
+pub use plugins::{Options, PluginError, Plugins};
+pub use task::{Message, Problem, Role, TaskSource};
+pub use verifier::{Attempt, Score, Verifier, VerifyError};
