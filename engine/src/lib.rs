@@ -5,6 +5,7 @@
 //! - [`http`]: the OpenAI-compatible routes.
 //! - [`chat`]: tokenizer, chat template, incremental detokenizer.
 //! - [`engine`]: the handle, and the loop: schedule, run, sample, deliver.
+//! - [`collect`]: groups of samples gathered in memory, for callers in the same process.
 //! - [`sequence`]: one sample: tokens, block table, progress.
 //! - [`scheduler`]: waiting and running sequences become the next batch. No tensors.
 //! - [`block_manager`]: blocks, reference counts, prefix hashes. No tensors.
@@ -18,6 +19,7 @@
 
 pub mod block_manager;
 pub mod chat;
+pub mod collect;
 pub mod engine;
 pub mod http;
 pub mod kernels;

@@ -217,6 +217,28 @@ pub trait Engine: Send + Sync {
     /// The request is refused at once where it can be seen that it can never be served.
     fn submit(&self, request: Request, sink: Box<dyn Sink>) -> Result<RequestId, EngineError>;
 
+    /// Takes several requests. An engine that can starts them in the same step, so that what is
+    /// batched with what does not depend on timing.
+    ///
+    /// # Errors
+    /// If one is refused, none of them is served.
+    fn submit_all(
+        &self,
+        requests: Vec<(Request, Box<dyn Sink>)>,
+    ) -> Result<Vec<RequestId>, EngineError> {
+        let mut ids = Vec::with_capacity(requests.len());
+        for (request, sink) in requests {
+            match self.submit(request, sink) {
+                Ok(id) => ids.push(id),
+                Err(error) => {
+                    ids.into_iter().for_each(|id| self.abort(id, None));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(ids)
+    }
+
     /// Ends a request (`index` none) or one of its samples early, with [`FinishReason::Abort`].
     /// A request that has ended already is left alone.
     fn abort(&self, id: RequestId, index: Option<usize>);

@@ -1,1 +1,187 @@
-//! decoder
+//! The decoder: one piece of code for prefill, decode and training.
+
+use super::{
+    attention::{Attention, LayerShape},
+    config::ModelConfig,
+    rope::{Rope, Rotation},
+};
+use crate::weights::Weights;
+use tch::Tensor;
+
+/// `y = x W^T + b`.
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}
+
+/// Root-mean-square norm over the last axis.
+struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        x.rms_norm(self.weight.size(), Some(&self.weight), self.eps)
+    }
+}
+
+struct SelfAttention {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    q_norm: Option<RmsNorm>,
+    k_norm: Option<RmsNorm>,
+    head_dim: i64,
+    shape: LayerShape,
+}
+
+impl SelfAttention {
+    fn forward(&self, x: &Tensor, rotation: &Rotation, attention: &mut Attention<'_>) -> Tensor {
+        let heads = |linear: &Linear, norm: &Option<RmsNorm>| {
+            let y = linear.forward(x).view([x.size()[0], -1, self.head_dim]);
+            norm.as_ref().map_or_else(|| y.shallow_clone(), |norm| norm.forward(&y))
+        };
+        let q = rotation.apply(&heads(&self.q, &self.q_norm));
+        let k = rotation.apply(&heads(&self.k, &self.k_norm));
+        let v = heads(&self.v, &None);
+        self.o.forward(&attention.attend(&q, &k, &v, self.shape))
+    }
+}
+
+struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        self.down.forward(&(self.gate.forward(x).silu() * self.up.forward(x)))
+    }
+}
+
+struct Layer {
+    input_norm: RmsNorm,
+    attention: SelfAttention,
+    post_attention_norm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl Layer {
+    fn forward(&self, x: &Tensor, rotation: &Rotation, attention: &mut Attention<'_>) -> Tensor {
+        let x = x + self.attention.forward(&self.input_norm.forward(x), rotation, attention);
+        &x + self.mlp.forward(&self.post_attention_norm.forward(&x))
+    }
+}
+
+/// A decoder of the Llama family over shared weights: Llama, Qwen2, Qwen3, Mistral.
+pub struct Decoder {
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Tensor,
+    rope: Rope,
+}
+
+impl Decoder {
+    /// Builds the decoder over handles to `weights`; nothing is copied.
+    ///
+    /// # Panics
+    /// If a tensor is missing: loading has checked them against [`ModelConfig::tensor_shapes`].
+    pub fn new(config: &ModelConfig, weights: &Weights) -> Self {
+        let build = Builder { config, weights };
+        let embedding = build.tensor("model.embed_tokens.weight");
+        let head = if config.tie_word_embeddings {
+            embedding.shallow_clone()
+        } else {
+            build.tensor("lm_head.weight")
+        };
+        Self {
+            embedding,
+            layers: (0..config.num_layers).map(|index| build.layer(index)).collect(),
+            norm: build.norm("model.norm"),
+            head,
+            rope: Rope::new(config),
+        }
+    }
+
+    /// Hidden states after the last norm, `[N, hidden]`, of `tokens` at `positions` (`[N]` each).
+    pub fn hidden(
+        &self,
+        tokens: &Tensor,
+        positions: &Tensor,
+        attention: &mut Attention<'_>,
+    ) -> Tensor {
+        let rotation = self.rope.at(positions);
+        let mut x = Tensor::embedding(&self.embedding, tokens, -1, false, false);
+        for layer in &self.layers {
+            x = layer.forward(&x, &rotation, attention);
+        }
+        self.norm.forward(&x)
+    }
+
+    /// Weight of the output head, `[vocab, hidden]`; the embedding itself where they are tied.
+    pub fn head(&self) -> &Tensor {
+        &self.head
+    }
+
+    /// Logits `[N, vocab]` of hidden states `[N, hidden]`.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        hidden.linear(&self.head, None::<&Tensor>)
+    }
+}
+
+/// Picks a decoder's parts out of the weights by their Hugging Face names.
+struct Builder<'a> {
+    config: &'a ModelConfig,
+    weights: &'a Weights,
+}
+
+impl Builder<'_> {
+    fn tensor(&self, name: &str) -> Tensor {
+        let tensor = self.weights.get(name);
+        tensor.unwrap_or_else(|| panic!("the weights lack '{name}'")).shallow_clone()
+    }
+
+    fn norm(&self, name: &str) -> RmsNorm {
+        RmsNorm { weight: self.tensor(&format!("{name}.weight")), eps: self.config.rms_norm_eps }
+    }
+
+    fn linear(&self, name: &str, bias: bool) -> Linear {
+        Linear {
+            weight: self.tensor(&format!("{name}.weight")),
+            bias: bias.then(|| self.tensor(&format!("{name}.bias"))),
+        }
+    }
+
+    fn layer(&self, index: usize) -> Layer {
+        let config = self.config;
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let projection = |part: &str, bias| self.linear(&name(&format!("self_attn.{part}")), bias);
+        let head_norm = |part: &str| config.qk_norm.then(|| self.norm(&name(part)));
+        let mlp = |part: &str| self.linear(&name(&format!("mlp.{part}")), config.mlp_bias);
+        Layer {
+            input_norm: self.norm(&name("input_layernorm")),
+            attention: SelfAttention {
+                q: projection("q_proj", config.qkv_bias),
+                k: projection("k_proj", config.qkv_bias),
+                v: projection("v_proj", config.qkv_bias),
+                o: projection("o_proj", config.o_bias),
+                q_norm: head_norm("self_attn.q_norm"),
+                k_norm: head_norm("self_attn.k_norm"),
+                head_dim: config.head_dim as i64,
+                shape: LayerShape { index, window: config.layer_window[index] },
+            },
+            post_attention_norm: self.norm(&name("post_attention_layernorm")),
+            mlp: Mlp { gate: mlp("gate_proj"), up: mlp("up_proj"), down: mlp("down_proj") },
+        }
+    }
+}

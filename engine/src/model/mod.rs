@@ -1,5 +1,7 @@
-//! The model: configuration, loading, decoder.
+//! The model: configuration, loading, and the decoder that engine and trainer share.
 
+pub mod attention;
 pub mod config;
 pub mod decoder;
 pub mod loading;
+pub mod rope;

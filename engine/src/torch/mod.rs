@@ -1,3 +1,65 @@
-//! What tch does not bind, and the thread pool shared with libtorch.
+//! What tch does not bind: libtorch's thread pool, the fused optimizer, backward with given
+//! gradients, and tensors as slices.
 
+pub mod autograd;
+pub mod optim;
 pub mod parallel;
+pub mod slices;
+
+use std::ffi::{CStr, c_char, c_void};
+
+/// A failure inside libtorch.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("libtorch: {0}")]
+pub struct TorchError(pub String);
+
+/// A pointer to a C++ `at::Tensor`, as tch holds it.
+type RawTensor = *const torch_sys::C_tensor;
+
+unsafe extern "C" {
+    fn op_free(text: *mut c_char);
+    fn op_parallel(
+        workers: i64,
+        body: unsafe extern "C" fn(*mut c_void, i64),
+        context: *mut c_void,
+    ) -> *mut c_char;
+    fn op_backward(
+        outputs: *const RawTensor,
+        gradients: *const RawTensor,
+        count: i64,
+    ) -> *mut c_char;
+    fn op_set_grad(tensor: RawTensor, gradient: RawTensor) -> *mut c_char;
+    fn op_total_norm(tensors: *const RawTensor, count: i64, norm: *mut f64) -> *mut c_char;
+    fn op_adamw(
+        params: *const RawTensor,
+        grads: *const RawTensor,
+        first: *const RawTensor,
+        second: *const RawTensor,
+        steps: *const RawTensor,
+        count: i64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+        weight_decay: f64,
+        grad_scale: f64,
+    ) -> *mut c_char;
+}
+
+/// Turns the shim's answer into a result.
+fn check(answer: *mut c_char) -> Result<(), TorchError> {
+    if answer.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a non-null answer is a NUL-terminated string that the shim allocated for us.
+    let text = unsafe {
+        let text = CStr::from_ptr(answer).to_string_lossy().into_owned();
+        op_free(answer);
+        text
+    };
+    Err(TorchError(text))
+}
+
+fn pointers<'a>(tensors: impl IntoIterator<Item = &'a tch::Tensor>) -> Vec<RawTensor> {
+    tensors.into_iter().map(tch::Tensor::as_ptr).collect()
+}

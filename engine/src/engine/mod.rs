@@ -1,0 +1,307 @@
+//! The engine's handle. Its thread (see [`worker`]) owns the model; commands go in by channel,
+//! events come out through each request's sink.
+
+mod request;
+mod runner;
+mod worker;
+
+use crate::{
+    kv_cache::KvCache,
+    model::config::ModelConfig,
+    scheduler::{Scheduler, SchedulerConfig},
+    weights::{Version, Weights},
+};
+use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, RequestId, Sink};
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+};
+use worker::{Command, Submission, Worker};
+
+/// What running samples do when the weights change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnUpdate {
+    /// They go on with the KV they have; their later tokens carry the new version.
+    #[default]
+    Keep,
+    /// Their KV is computed again with the new weights; then they go on.
+    Recompute,
+    /// The update waits until they have ended; no other is started before it.
+    Drain,
+}
+
+/// Size and behaviour of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Bytes of KV pages, over all layers.
+    pub kv_memory: usize,
+    /// Most samples that run at a time.
+    pub max_num_seqs: usize,
+    /// Most tokens of one step, over all samples.
+    pub max_batched_tokens: usize,
+    /// Longest sequence; the model's own limit if none.
+    pub max_model_len: Option<usize>,
+    /// Most requests that wait.
+    pub max_waiting: usize,
+    /// Reuse the KV of common prefixes across requests.
+    pub prefix_cache: bool,
+    /// What running samples do when the weights change.
+    pub on_update: OnUpdate,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            kv_memory: 1 << 30,
+            max_num_seqs: 256,
+            max_batched_tokens: 2048,
+            max_model_len: None,
+            max_waiting: 1024,
+            prefix_cache: true,
+            on_update: OnUpdate::Keep,
+        }
+    }
+}
+
+impl EngineConfig {
+    fn scheduler(&self, model: &ModelConfig) -> Result<SchedulerConfig, EngineError> {
+        let num_blocks = self.kv_memory / KvCache::block_bytes(model);
+        if num_blocks == 0 {
+            let needed = KvCache::block_bytes(model);
+            let reason = format!("{} bytes hold no block; one takes {needed}", self.kv_memory);
+            return Err(EngineError::invalid("kv_memory", reason));
+        }
+        let limit = model.max_position_embeddings;
+        let max_model_len = self.max_model_len.unwrap_or(limit);
+        if max_model_len == 0 || max_model_len > limit {
+            let reason = format!("must be between 1 and the model's own limit of {limit}");
+            return Err(EngineError::invalid("max_model_len", reason));
+        }
+        Ok(SchedulerConfig {
+            num_blocks,
+            max_num_seqs: self.max_num_seqs,
+            max_batched_tokens: self.max_batched_tokens,
+            max_model_len,
+            max_waiting: self.max_waiting,
+            prefix_cache: self.prefix_cache,
+        })
+    }
+}
+
+/// The model that an engine is started with.
+pub struct Model {
+    /// Name that clients use.
+    pub name: String,
+    /// Architecture and sizes.
+    pub config: ModelConfig,
+    /// Handles to the served tensors.
+    pub weights: Weights,
+}
+
+/// Numbers of the engine at the end of its last step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EngineStats {
+    /// Samples that run.
+    pub running: usize,
+    /// Requests that wait.
+    pub waiting: usize,
+    /// Blocks held by running samples.
+    pub blocks_used: usize,
+    /// Blocks of the pool.
+    pub blocks_total: usize,
+    /// Steps taken.
+    pub steps: u64,
+    /// Samples whose blocks were taken away to let others run.
+    pub preemptions: u64,
+    /// Prompt tokens found in the prefix cache.
+    pub prefix_hits: u64,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_queries: u64,
+}
+
+/// State that handle and worker share.
+struct Shared {
+    version: Version,
+    /// Submitted requests that the worker has not taken yet.
+    submitted: AtomicUsize,
+    stats: Mutex<EngineStats>,
+}
+
+/// A clonable handle to a running native engine. The engine stops when told to, or when the last
+/// handle is gone.
+#[derive(Clone)]
+pub struct EngineHandle {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    commands: mpsc::Sender<Command>,
+    info: ModelInfo,
+    limits: SchedulerConfig,
+    shared: Arc<Shared>,
+    next_id: AtomicU64,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl EngineHandle {
+    /// Starts the engine's thread over `model`.
+    ///
+    /// # Errors
+    /// A size that cannot work, with the number that would.
+    pub fn start(model: Model, config: EngineConfig) -> Result<Self, EngineError> {
+        let limits = config.scheduler(&model.config)?;
+        let scheduler = Scheduler::new(limits.clone());
+        let shared = Arc::new(Shared {
+            version: Version::default(),
+            submitted: AtomicUsize::new(0),
+            stats: Mutex::new(EngineStats::default()),
+        });
+        let info = ModelInfo {
+            name: model.name.clone(),
+            max_model_len: limits.max_model_len,
+            vocab_size: model.config.vocab_size,
+            eos_token_ids: model.config.eos_token_ids.clone(),
+            max_samples: limits.max_num_seqs,
+        };
+        let (commands, inbox) = mpsc::channel();
+        let worker_shared = shared.clone();
+        let blocks = limits.num_blocks;
+        let thread = std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || {
+                let runner = runner::Runner::new(&model.config, &model.weights, blocks);
+                Worker::new(runner, scheduler, worker_shared, config.on_update).run(&inbox);
+            })
+            .map_err(|error| EngineError::Internal(format!("no thread: {error}")))?;
+        let inner = Inner {
+            commands,
+            info,
+            limits,
+            shared,
+            next_id: AtomicU64::new(0),
+            thread: Mutex::new(Some(thread)),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Runs `write` on the engine's thread between two steps, with nothing else reading the
+    /// weights there; when it succeeds the version goes up and older prefix hashes are void.
+    /// Blocks until done. Returns what `write` returned, and the version now in force.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`], or [`EngineError::Internal`] if `write` failed or panicked.
+    pub fn update<T: Send + 'static>(
+        &self,
+        write: impl FnOnce() -> Result<T, String> + Send + 'static,
+    ) -> Result<(T, u64), EngineError> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let value = Arc::new(Mutex::new(None));
+        let slot = value.clone();
+        let write = Box::new(move || {
+            *slot.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(write()?);
+            Ok(())
+        });
+        let command = Command::Update { write, reply };
+        self.inner.commands.send(command).map_err(|_| EngineError::Stopped)?;
+        let version = answer.recv().map_err(|_| EngineError::Stopped)??;
+        let value = value.lock().unwrap_or_else(|poison| poison.into_inner()).take();
+        let value = value.ok_or_else(|| EngineError::Internal("the update left nothing".into()))?;
+        Ok((value, version))
+    }
+
+    /// Sets the version of the weights that the engine was started with, when a run resumes.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`].
+    pub fn set_weight_version(&self, version: u64) -> Result<(), EngineError> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let command = Command::SetVersion { version, reply };
+        self.inner.commands.send(command).map_err(|_| EngineError::Stopped)?;
+        answer.recv().map_err(|_| EngineError::Stopped)
+    }
+
+    /// Numbers of the engine at the end of its last step.
+    pub fn stats(&self) -> EngineStats {
+        *self.inner.shared.stats.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    /// Fails what runs and waits with [`EngineError::Stopped`], and ends the thread. Blocks until
+    /// it has ended.
+    pub fn shutdown(&self) {
+        self.inner.stop();
+    }
+}
+
+impl Inner {
+    fn stop(&self) {
+        let _ = self.commands.send(Command::Stop);
+        let thread = self.thread.lock().unwrap_or_else(|poison| poison.into_inner()).take();
+        // A sink may hold the last handle; the engine's own thread must not wait for itself.
+        if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
+            let _ = thread.join();
+        }
+    }
+
+    fn check(&self, request: &Request) -> Result<(), EngineError> {
+        request.params.validate()?;
+        let vocab = self.info.vocab_size;
+        let ids = request.prompt.iter().chain(&request.params.stop_token_ids);
+        if let Some(id) = ids.copied().find(|&id| id as usize >= vocab) {
+            let reason = format!("token id {id} is not below the vocabulary's {vocab}");
+            return Err(EngineError::invalid("prompt", reason));
+        }
+        let params = &request.params;
+        self.limits.check(request.prompt.len(), params.n, params.max_tokens)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Engine for EngineHandle {
+    fn info(&self) -> ModelInfo {
+        self.inner.info.clone()
+    }
+
+    fn submit(&self, request: Request, sink: Box<dyn Sink>) -> Result<RequestId, EngineError> {
+        Ok(self.submit_all(vec![(request, sink)])?[0])
+    }
+
+    fn submit_all(
+        &self,
+        requests: Vec<(Request, Box<dyn Sink>)>,
+    ) -> Result<Vec<RequestId>, EngineError> {
+        let inner = &self.inner;
+        requests.iter().try_for_each(|(request, _)| inner.check(request))?;
+        let waiting = inner.shared.submitted.load(Ordering::Relaxed) + self.stats().waiting;
+        if waiting + requests.len() > inner.limits.max_waiting {
+            return Err(EngineError::Overloaded { waiting });
+        }
+        let count = requests.len();
+        let first = inner.next_id.fetch_add(count as u64, Ordering::Relaxed);
+        let ids: Vec<RequestId> = (first..first + count as u64).map(RequestId).collect();
+        let submissions = ids.iter().copied().zip(requests);
+        let submissions =
+            submissions.map(|(id, (request, sink))| Submission { id, request, sink }).collect();
+        inner.shared.submitted.fetch_add(count, Ordering::Relaxed);
+        let sent = inner.commands.send(Command::Submit(submissions));
+        sent.map(|()| ids).map_err(|_| EngineError::Stopped)
+    }
+
+    fn abort(&self, id: RequestId, index: Option<usize>) {
+        // An engine that has stopped has nothing left to abort.
+        let _ = self.inner.commands.send(Command::Abort { id, index });
+    }
+
+    fn weight_version(&self) -> u64 {
+        self.inner.shared.version.get()
+    }
+}

@@ -1,0 +1,106 @@
+//! A request that the engine has taken and not ended yet.
+
+use crate::{
+    sampler::{Draw, stream_of},
+    sequence::Sequence,
+};
+use onpolicy_plugin_api::{EngineError, Event, FinishReason, Request, SamplingParams, Sink, Token};
+
+/// A live request: its sink, how to draw, and which samples have not ended.
+pub struct LiveRequest {
+    params: SamplingParams,
+    sink: Box<dyn Sink>,
+    seed: u64,
+    /// Tokens that end a sample.
+    stop_ids: Vec<u32>,
+    prompt_len: usize,
+    prompt_logprobs: Vec<f32>,
+    open: Vec<bool>,
+}
+
+impl LiveRequest {
+    /// A request that has just been taken.
+    pub fn new(request: &Request, eos_token_ids: &[u32], sink: Box<dyn Sink>) -> Self {
+        let params = request.params.clone();
+        let mut stop_ids = params.stop_token_ids.clone();
+        if !params.ignore_eos {
+            stop_ids.extend_from_slice(eos_token_ids);
+        }
+        Self {
+            seed: params.seed.unwrap_or_else(rand::random),
+            stop_ids,
+            prompt_len: request.prompt.len(),
+            prompt_logprobs: Vec::new(),
+            open: vec![true; params.n],
+            params,
+            sink,
+        }
+    }
+
+    /// Samples asked for.
+    pub fn n(&self) -> usize {
+        self.params.n
+    }
+
+    /// True while prompt log-probs are still to be collected.
+    pub fn wants_prompt_logprobs(&self) -> bool {
+        self.params.prompt_logprobs && self.prompt_logprobs.len() + 1 < self.prompt_len
+    }
+
+    /// Adds log-probs of further prompt tokens, those of tokens `first..`. A prompt that is
+    /// computed again repeats some; they are already known.
+    pub fn add_prompt_logprobs(&mut self, first: usize, logprobs: &[f32]) {
+        let known = (self.prompt_logprobs.len() + 1).saturating_sub(first).min(logprobs.len());
+        self.prompt_logprobs.extend_from_slice(&logprobs[known..]);
+        let room = self.prompt_len.saturating_sub(1);
+        self.prompt_logprobs.truncate(room);
+        if self.params.prompt_logprobs && self.prompt_logprobs.len() == room {
+            let logprobs = self.prompt_logprobs.clone();
+            self.sink.send(Event::Prompt { logprobs });
+        }
+    }
+
+    /// The draw of the next token of sample `index` of `sequence` from logits row `row`.
+    pub fn draw(&self, row: usize, sequence: &Sequence, index: usize) -> Draw<'_> {
+        let position = sequence.tokens.len() - self.prompt_len;
+        let forbidden = if position < self.params.min_tokens { &self.stop_ids[..] } else { &[] };
+        let stream = stream_of(self.seed, index);
+        Draw { row, params: &self.params, stream, position, forbidden }
+    }
+
+    /// Delivers a token; false if nobody listens any more.
+    pub fn deliver(&mut self, index: usize, token: Token) -> bool {
+        self.sink.send(Event::Token { index, token })
+    }
+
+    /// True if the token ends a sample.
+    pub fn stops_at(&self, token: u32) -> bool {
+        self.stop_ids.contains(&token)
+    }
+
+    /// Ends one sample; true if it was the last. One that has ended already is left alone.
+    pub fn finish(&mut self, index: usize, reason: FinishReason) -> bool {
+        if let Some(open) = self.open.get_mut(index).filter(|open| **open) {
+            *open = false;
+            self.sink.send(Event::Finished { index, reason });
+        }
+        !self.open.contains(&true)
+    }
+
+    /// Ends all samples that have not ended.
+    pub fn finish_all(&mut self, reason: FinishReason) {
+        (0..self.open.len()).for_each(|index| {
+            self.finish(index, reason);
+        });
+    }
+
+    /// Ends the request with an error.
+    pub fn fail(mut self, error: EngineError) {
+        self.sink.send(Event::Failed { error });
+    }
+
+    /// True once nobody listens any more.
+    pub fn is_abandoned(&self) -> bool {
+        self.sink.is_closed()
+    }
+}

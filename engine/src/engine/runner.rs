@@ -1,0 +1,120 @@
+//! One step's tensors: a batch of chunks in, logits of the rows that sample out.
+
+use crate::{
+    block_manager::BLOCK_SIZE,
+    kernels::attention::Span,
+    kv_cache::KvCache,
+    logits::batch_stats,
+    model::{
+        attention::{Attention, PagedBatch},
+        config::ModelConfig,
+        decoder::Decoder,
+    },
+    scheduler::{Chunk, Scheduler, Step},
+    torch::slices::floats,
+    weights::Weights,
+};
+use tch::Tensor;
+
+/// Rows of the output head that are computed at a time when a prompt's log-probs are wanted.
+const HEAD_ROWS: usize = 256;
+
+/// The model and its pages.
+pub struct Runner {
+    decoder: Decoder,
+    cache: KvCache,
+    vocab: usize,
+    eos_token_ids: Vec<u32>,
+}
+
+/// Hidden states of one step.
+pub struct StepOutput {
+    /// `[N, hidden]`, all rows of the step.
+    hidden: Tensor,
+    /// First row of each chunk.
+    first_rows: Vec<usize>,
+}
+
+impl Runner {
+    /// A runner over handles to `weights`, with `num_blocks` blocks of KV.
+    pub fn new(config: &ModelConfig, weights: &Weights, num_blocks: usize) -> Self {
+        Self {
+            decoder: Decoder::new(config, weights),
+            cache: KvCache::new(config, num_blocks),
+            vocab: config.vocab_size,
+            eos_token_ids: config.eos_token_ids.clone(),
+        }
+    }
+
+    /// Size of the vocabulary.
+    pub fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    /// Tokens that end a sample.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+
+    /// Runs the chunks of `step` through the decoder; their K and V are in the pages afterwards.
+    pub fn forward(&mut self, step: &Step, scheduler: &Scheduler) -> StepOutput {
+        for &(from, to) in &step.copies {
+            self.cache.copy(from, to);
+        }
+        let rows: usize = step.chunks.iter().map(|chunk| chunk.len).sum();
+        let (mut tokens, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        let (mut slots, mut spans) = (Vec::with_capacity(rows), Vec::new());
+        let mut first_rows = Vec::with_capacity(step.chunks.len());
+        for chunk in &step.chunks {
+            let sequence = scheduler.sequence(chunk.seq).expect("a scheduled sequence exists");
+            let (row, range) = (tokens.len(), chunk.start..chunk.start + chunk.len);
+            tokens.extend(sequence.tokens[range.clone()].iter().map(|&token| i64::from(token)));
+            positions.extend(range.clone().map(|position| position as i64));
+            slots.extend(range.map(|position| {
+                sequence.blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32
+                    + (position % BLOCK_SIZE) as u32
+            }));
+            spans.push(Span {
+                rows: row..row + chunk.len,
+                first_position: chunk.start,
+                blocks: &sequence.blocks,
+            });
+            first_rows.push(row);
+        }
+        let (tokens, positions) = (Tensor::from_slice(&tokens), Tensor::from_slice(&positions));
+        let batch = PagedBatch { cache: &mut self.cache, spans, slots };
+        let hidden = self.decoder.hidden(&tokens, &positions, &mut Attention::Paged(batch));
+        StepOutput { hidden, first_rows }
+    }
+
+    /// Logits `[S, vocab]` of the last row of each chunk that samples, in the step's order.
+    pub fn sampled_logits(&self, step: &Step, output: &StepOutput) -> Tensor {
+        let chunks = step.chunks.iter().zip(&output.first_rows);
+        let rows: Vec<i64> = chunks
+            .filter(|(chunk, _)| chunk.sample)
+            .map(|(chunk, first)| (first + chunk.len - 1) as i64)
+            .collect();
+        self.decoder.logits(&output.hidden.index_select(0, &Tensor::from_slice(&rows)))
+    }
+
+    /// Log-probs, at temperature 1, of the tokens that follow the rows of chunk `index`: row `i`
+    /// of the chunk predicts `next[i]`.
+    pub fn next_logprobs(&self, output: &StepOutput, index: usize, next: &[u32]) -> Vec<f32> {
+        let mut logprobs = Vec::with_capacity(next.len());
+        for tokens in next.chunks(HEAD_ROWS) {
+            let start = output.first_rows[index] + logprobs.len();
+            let hidden = output.hidden.narrow(0, start as i64, tokens.len() as i64);
+            let logits = self.decoder.logits(&hidden);
+            let stats = batch_stats(floats(&logits), self.vocab, tokens, 1.0);
+            logprobs.extend(stats.iter().map(|stats| stats.logprob));
+        }
+        logprobs
+    }
+}
+
+/// The prompt tokens that the rows of `chunk` predict, and the position of the first of them.
+pub fn predicted_prompt(chunk: &Chunk, tokens: &[u32], prompt_len: usize) -> (usize, Vec<u32>) {
+    let first = chunk.start + 1;
+    let end = (first + chunk.len).min(prompt_len);
+    (first, tokens.get(first..end).unwrap_or_default().to_vec())
+}

@@ -1,0 +1,327 @@
+//! The engine's loop, on its own thread: take commands, schedule, run, sample, deliver.
+
+use super::{
+    EngineStats, OnUpdate, Shared,
+    request::LiveRequest,
+    runner::{Runner, StepOutput, predicted_prompt},
+};
+use crate::{
+    sampler::{Drawn, sample},
+    scheduler::{Scheduler, Step},
+    sequence::SeqId,
+    torch::slices::floats,
+};
+use onpolicy_plugin_api::{EngineError, FinishReason, Request, RequestId, Sink, Token};
+use std::{
+    collections::{HashMap, VecDeque},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::Ordering,
+        mpsc::{Receiver, SyncSender},
+    },
+    time::Instant,
+};
+
+/// Writes the weights; an error means that nothing has changed.
+pub type Write = Box<dyn FnOnce() -> Result<(), String> + Send>;
+
+/// A request on its way in.
+pub struct Submission {
+    pub id: RequestId,
+    pub request: Request,
+    pub sink: Box<dyn Sink>,
+}
+
+/// What the handle asks of the engine.
+pub enum Command {
+    /// Take requests, all of them before the next step.
+    Submit(Vec<Submission>),
+    /// End a request or one of its samples.
+    Abort { id: RequestId, index: Option<usize> },
+    /// Change the weights between two steps; the answer is the new version.
+    Update { write: Write, reply: SyncSender<Result<u64, EngineError>> },
+    /// Set the version without changing the weights.
+    SetVersion { version: u64, reply: SyncSender<()> },
+    /// Fail everything and end.
+    Stop,
+}
+
+/// One sample that gets a token from a logits row.
+struct Target {
+    request: RequestId,
+    seq: SeqId,
+    index: usize,
+}
+
+/// The engine's thread.
+pub struct Worker {
+    runner: Runner,
+    scheduler: Scheduler,
+    live: HashMap<RequestId, LiveRequest>,
+    updates: VecDeque<(Write, SyncSender<Result<u64, EngineError>>)>,
+    shared: Arc<Shared>,
+    on_update: OnUpdate,
+    steps: u64,
+}
+
+impl Worker {
+    pub fn new(
+        runner: Runner,
+        scheduler: Scheduler,
+        shared: Arc<Shared>,
+        on_update: OnUpdate,
+    ) -> Self {
+        let (live, updates) = (HashMap::new(), VecDeque::new());
+        Self { runner, scheduler, live, updates, shared, on_update, steps: 0 }
+    }
+
+    /// Works until told to stop, or until every handle is gone.
+    pub fn run(mut self, inbox: &Receiver<Command>) {
+        self.publish();
+        while self.take_commands(inbox) {
+            self.drop_abandoned();
+            self.apply_updates();
+            let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
+            if let Err(panic) = step {
+                self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
+            }
+            self.publish();
+        }
+        self.fail_all(&EngineError::Stopped);
+        for (_, reply) in self.updates.drain(..) {
+            let _ = reply.send(Err(EngineError::Stopped));
+        }
+        self.publish();
+    }
+
+    /// Takes what has been sent; waits if there is nothing to do. False: stop.
+    fn take_commands(&mut self, inbox: &Receiver<Command>) -> bool {
+        if self.scheduler.is_idle() && self.updates.is_empty() {
+            match inbox.recv() {
+                Ok(command) if self.take(command) => {}
+                _ => return false,
+            }
+        }
+        loop {
+            match inbox.try_recv() {
+                Ok(command) => {
+                    if !self.take(command) {
+                        return false;
+                    }
+                }
+                Err(std::sync::mpsc::TryRecvError::Empty) => return true,
+                Err(std::sync::mpsc::TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) -> bool {
+        match command {
+            Command::Submit(submissions) => {
+                submissions.into_iter().for_each(|submission| self.submit(submission));
+            }
+            Command::Abort { id, index } => self.abort(id, index),
+            Command::Update { write, reply } => self.updates.push_back((write, reply)),
+            Command::SetVersion { version, reply } => {
+                self.set_version(version);
+                let _ = reply.send(());
+            }
+            Command::Stop => return false,
+        }
+        true
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { id, request, sink } = submission;
+        self.shared.submitted.fetch_sub(1, Ordering::Relaxed);
+        let live = LiveRequest::new(&request, self.runner.eos_token_ids(), sink);
+        match self.scheduler.add(id, request.prompt, &request.params) {
+            Ok(()) => {
+                metrics::counter!("onpolicy_requests_total").increment(1);
+                self.live.insert(id, live);
+            }
+            Err(error) => live.fail(error),
+        }
+    }
+
+    fn abort(&mut self, id: RequestId, index: Option<usize>) {
+        let Some(live) = self.live.get_mut(&id) else { return };
+        metrics::counter!("onpolicy_aborts_total").increment(1);
+        match index {
+            Some(index) => {
+                self.scheduler.abort_sample(id, index);
+                if live.finish(index, FinishReason::Abort) {
+                    self.live.remove(&id);
+                }
+            }
+            None => {
+                self.scheduler.abort(id);
+                live.finish_all(FinishReason::Abort);
+                self.live.remove(&id);
+            }
+        }
+    }
+
+    fn drop_abandoned(&mut self) {
+        let abandoned = self.live.iter().filter(|(_, live)| live.is_abandoned());
+        let abandoned: Vec<RequestId> = abandoned.map(|(&id, _)| id).collect();
+        abandoned.into_iter().for_each(|id| self.abort(id, None));
+    }
+
+    /// Applies the updates that wait, unless they wait for running samples to end.
+    fn apply_updates(&mut self) {
+        let drain = self.on_update == OnUpdate::Drain && !self.updates.is_empty();
+        self.scheduler.hold_admissions(drain);
+        if drain && self.scheduler.running() > 0 {
+            return;
+        }
+        while let Some((write, reply)) = self.updates.pop_front() {
+            let started = Instant::now();
+            let written = catch_unwind(AssertUnwindSafe(write))
+                .unwrap_or_else(|panic| Err(panic_text(panic.as_ref())));
+            let answer = match written {
+                Ok(()) => {
+                    let version = self.shared.version.get() + 1;
+                    self.set_version(version);
+                    Ok(version)
+                }
+                Err(reason) => Err(EngineError::Internal(reason)),
+            };
+            metrics::histogram!("onpolicy_weight_update_seconds").record(started.elapsed());
+            // The updater may have gone away; the update stands.
+            let _ = reply.send(answer);
+        }
+        self.scheduler.hold_admissions(false);
+    }
+
+    fn set_version(&mut self, version: u64) {
+        self.shared.version.set(version);
+        self.scheduler.set_version(version, self.on_update == OnUpdate::Recompute);
+        metrics::gauge!("onpolicy_weight_version").set(version as f64);
+    }
+
+    fn step(&mut self) {
+        let started = Instant::now();
+        let step = self.scheduler.schedule();
+        if step.chunks.is_empty() {
+            return;
+        }
+        let output = self.runner.forward(&step, &self.scheduler);
+        self.collect_prompt_logprobs(&step, &output);
+        let sampled = self.sample(&step, &output);
+        self.scheduler.computed(&step);
+        self.deliver(sampled);
+        self.steps += 1;
+        let rows: usize = step.chunks.iter().map(|chunk| chunk.len).sum();
+        metrics::counter!("onpolicy_step_tokens_total").increment(rows as u64);
+        metrics::histogram!("onpolicy_step_seconds").record(started.elapsed());
+    }
+
+    fn collect_prompt_logprobs(&mut self, step: &Step, output: &StepOutput) {
+        for (index, chunk) in step.chunks.iter().enumerate() {
+            let Some(sequence) = self.scheduler.sequence(chunk.seq) else { continue };
+            let Some(live) = self.live.get_mut(&sequence.group) else { continue };
+            if live.wants_prompt_logprobs() {
+                let (first, next) = predicted_prompt(chunk, &sequence.tokens, sequence.prompt_len);
+                let logprobs = self.runner.next_logprobs(output, index, &next);
+                live.add_prompt_logprobs(first, &logprobs);
+            }
+        }
+    }
+
+    /// Draws a token for every sample whose turn it is. A group's first tokens are all drawn from
+    /// the one row that its prompt ends in.
+    fn sample(&mut self, step: &Step, output: &StepOutput) -> Vec<(Target, Result<Drawn, String>)> {
+        let sampling: Vec<SeqId> =
+            step.chunks.iter().filter(|chunk| chunk.sample).map(|chunk| chunk.seq).collect();
+        if sampling.is_empty() {
+            return Vec::new();
+        }
+        let logits = self.runner.sampled_logits(step, output);
+        let (mut targets, mut draws) = (Vec::new(), Vec::new());
+        for (row, &seq) in sampling.iter().enumerate() {
+            for (seq, index) in self.scheduler.samples_of(seq) {
+                let sequence = self.scheduler.sequence(seq).expect("a scheduled sequence exists");
+                let live = &self.live[&sequence.group];
+                draws.push(live.draw(row, sequence, index));
+                targets.push(Target { request: sequence.group, seq, index });
+            }
+        }
+        let drawn = sample(floats(&logits), self.runner.vocab(), &draws);
+        targets.into_iter().zip(drawn).collect()
+    }
+
+    fn deliver(&mut self, sampled: Vec<(Target, Result<Drawn, String>)>) {
+        let weight_version = self.shared.version.get();
+        metrics::counter!("onpolicy_generated_tokens_total").increment(sampled.len() as u64);
+        for (target, drawn) in sampled {
+            // An earlier sample of the same step may have ended the whole request.
+            let Some(live) = self.live.get_mut(&target.request) else { continue };
+            let drawn = match drawn {
+                Ok(drawn) => drawn,
+                Err(reason) => {
+                    self.fail(target.request, EngineError::Internal(reason));
+                    continue;
+                }
+            };
+            let stop = live.stops_at(drawn.id);
+            let token = Token { id: drawn.id, stats: drawn.stats, weight_version, top: drawn.top };
+            if !live.deliver(target.index, token) {
+                self.abort(target.request, None);
+                continue;
+            }
+            let full = self.scheduler.append(target.seq, drawn.id);
+            if stop || full {
+                let reason = if stop { FinishReason::Stop } else { FinishReason::Length };
+                self.scheduler.finish(target.seq);
+                if live.finish(target.index, reason) {
+                    self.live.remove(&target.request);
+                }
+            }
+        }
+    }
+
+    fn fail(&mut self, id: RequestId, error: EngineError) {
+        self.scheduler.abort(id);
+        if let Some(live) = self.live.remove(&id) {
+            tracing::error!(request = id.0, %error, "request failed");
+            metrics::counter!("onpolicy_request_failures_total").increment(1);
+            live.fail(error);
+        }
+    }
+
+    fn fail_all(&mut self, error: &EngineError) {
+        let ids: Vec<RequestId> = self.live.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.fail(id, error.clone()));
+    }
+
+    fn publish(&self) {
+        let scheduler = &self.scheduler;
+        let stats = EngineStats {
+            running: scheduler.running(),
+            waiting: scheduler.waiting(),
+            blocks_used: scheduler.blocks_used(),
+            blocks_total: scheduler.blocks_total(),
+            steps: self.steps,
+            preemptions: scheduler.preemptions(),
+            prefix_hits: scheduler.prefix_hits(),
+            prefix_queries: scheduler.prefix_queries(),
+        };
+        metrics::gauge!("onpolicy_samples_running").set(stats.running as f64);
+        metrics::gauge!("onpolicy_requests_waiting").set(stats.waiting as f64);
+        metrics::gauge!("onpolicy_kv_blocks_used").set(stats.blocks_used as f64);
+        metrics::gauge!("onpolicy_kv_blocks_total").set(stats.blocks_total as f64);
+        metrics::counter!("onpolicy_preemptions_total").absolute(stats.preemptions);
+        metrics::counter!("onpolicy_prefix_cache_hit_tokens_total").absolute(stats.prefix_hits);
+        metrics::counter!("onpolicy_prefix_cache_query_tokens_total")
+            .absolute(stats.prefix_queries);
+        *self.shared.stats.lock().unwrap_or_else(|poison| poison.into_inner()) = stats;
+    }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("a panic without a message").to_string()
+}

@@ -1,0 +1,43 @@
+//! Rotary position embedding.
+
+use super::config::ModelConfig;
+use tch::{Kind, Tensor};
+
+/// Inverse frequencies and the attention factor of a model.
+pub struct Rope {
+    /// `[head_dim / 2]`, f32.
+    inverse_frequencies: Tensor,
+    factor: f64,
+}
+
+/// Cosines and sines of one batch, `[N, 1, head_dim]` each, to be used by every layer.
+pub struct Rotation {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// The embedding that `config` describes.
+    pub fn new(config: &ModelConfig) -> Self {
+        let (frequencies, factor) =
+            config.rope.frequencies(config.head_dim, config.max_position_embeddings);
+        let frequencies: Vec<f32> = frequencies.iter().map(|&f| f as f32).collect();
+        Self { inverse_frequencies: Tensor::from_slice(&frequencies), factor }
+    }
+
+    /// The rotation for rows at `positions` (`[N]`, i64).
+    pub fn at(&self, positions: &Tensor) -> Rotation {
+        let angles = positions.to_kind(Kind::Float).unsqueeze(1) * &self.inverse_frequencies;
+        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1);
+        Rotation { cos: angles.cos() * self.factor, sin: angles.sin() * self.factor }
+    }
+}
+
+impl Rotation {
+    /// Rotates `x`, `[N, heads, head_dim]`, halves against each other.
+    pub fn apply(&self, x: &Tensor) -> Tensor {
+        let halves = x.chunk(2, -1);
+        let turned = Tensor::cat(&[&(-&halves[1]), &halves[0]], -1);
+        x * &self.cos + turned * &self.sin
+    }
+}

@@ -1,0 +1,45 @@
+//! Backward passes that tch does not bind.
+
+use super::{TorchError, check, op_backward, op_set_grad, pointers};
+use tch::Tensor;
+
+/// Adds the gradient of `sum(output * gradient)` to the `grad` of every leaf that `output` was
+/// computed from.
+///
+/// # Errors
+/// Shapes that differ, or an output without a graph.
+pub fn backward(output: &Tensor, gradient: &Tensor) -> Result<(), TorchError> {
+    let (outputs, gradients) = (pointers([output]), pointers([gradient]));
+    // SAFETY: both arrays hold one valid tensor for the length of the call.
+    check(unsafe { op_backward(outputs.as_ptr(), gradients.as_ptr(), 1) })
+}
+
+/// Makes `gradient` the accumulated gradient of the leaf `tensor`, replacing any that it has.
+///
+/// # Errors
+/// A gradient of another shape or type than the tensor.
+pub fn set_grad(tensor: &Tensor, gradient: &Tensor) -> Result<(), TorchError> {
+    // SAFETY: both are valid tensors; only the gradient slot of the first is written.
+    check(unsafe { op_set_grad(tensor.as_ptr(), gradient.as_ptr()) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_given_gradient_flows_back() {
+        let x = Tensor::from_slice(&[1f32, 2.0, 3.0]).set_requires_grad(true);
+        backward(&(&x * &x), &Tensor::from_slice(&[1f32, 10.0, 100.0])).unwrap();
+        assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [2.0, 40.0, 600.0]);
+        set_grad(&x, &Tensor::from_slice(&[7f32, 8.0, 9.0])).unwrap();
+        assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [7.0, 8.0, 9.0]);
+    }
+
+    #[test]
+    fn an_error_is_returned_not_thrown() {
+        let x = Tensor::from_slice(&[1f32, 2.0]);
+        let error = backward(&x, &x).unwrap_err();
+        assert!(error.0.contains("does not require grad"), "{error}");
+    }
+}

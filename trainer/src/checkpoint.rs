@@ -1,0 +1,166 @@
+//! Checkpoints: a Hugging Face directory, and beside it what a run needs to go on exactly.
+//!
+//! `checkpoint-000012/` holds `model.safetensors`, `config.json` and the tokenizer's files, and in
+//! `trainer/` the optimizer's moments and `state.json`. It is written under another name and
+//! renamed when whole, so a killed run never leaves half a checkpoint.
+
+use crate::{error::TrainError, optimizer::Optimizer};
+use onpolicy_engine::{model::loading::Source, torch::slices::bytes, weights::Weights};
+use safetensors::{Dtype, View};
+use serde::{Deserialize, Serialize};
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+use tch::Tensor;
+
+const PREFIX: &str = "checkpoint-";
+
+/// Where a run stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainState {
+    /// Steps done.
+    pub step: u64,
+    /// Version of the weights.
+    pub weight_version: u64,
+    /// Steps of the optimizer.
+    pub optimizer_steps: u64,
+    /// Seconds of training so far.
+    pub seconds: f64,
+}
+
+/// What a checkpoint is made from.
+pub struct Snapshot<'a> {
+    /// The files of the model that training started from.
+    pub source: &'a Source,
+    /// The policy.
+    pub weights: &'a Weights,
+    /// Its moments.
+    pub optimizer: &'a Optimizer,
+    /// Where the run stands.
+    pub state: TrainState,
+}
+
+impl Snapshot<'_> {
+    /// Writes the checkpoint of this step under `run` and returns its directory.
+    ///
+    /// # Errors
+    /// What the file system refuses; an older checkpoint is never damaged.
+    pub fn save(&self, run: &Path) -> Result<PathBuf, TrainError> {
+        let name = format!("{PREFIX}{:06}", self.state.step);
+        let (dir, partial) = (run.join(&name), run.join(format!(".{name}.partial")));
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(|e| TrainError::file(&partial, e))?;
+        }
+        let trainer = partial.join("trainer");
+        fs::create_dir_all(&trainer).map_err(|e| TrainError::file(&trainer, e))?;
+        save_weights(self.weights, &partial.join("model.safetensors"))?;
+        for (file, text) in self.source.files() {
+            write(&partial.join(file), text.as_bytes())?;
+        }
+        self.optimizer.save(&trainer.join("optimizer.safetensors"))?;
+        let state = serde_json::to_vec_pretty(&self.state);
+        let state = state.map_err(|e| TrainError::file(&trainer, e))?;
+        write(&trainer.join("state.json"), &state)?;
+        if dir.exists() {
+            fs::remove_dir_all(&dir).map_err(|e| TrainError::file(&dir, e))?;
+        }
+        sync(&trainer.join("optimizer.safetensors"))?;
+        sync(&partial.join("model.safetensors"))?;
+        fs::rename(&partial, &dir).map_err(|e| TrainError::file(&dir, e))?;
+        sync(run)?;
+        Ok(dir)
+    }
+}
+
+/// The newest checkpoint under `run`, if there is one.
+pub fn latest(run: &Path) -> Option<PathBuf> {
+    all(run).pop()
+}
+
+/// Removes all but the newest `keep` checkpoints under `run`.
+///
+/// # Errors
+/// What the file system refuses.
+pub fn prune(run: &Path, keep: usize) -> Result<(), TrainError> {
+    let all = all(run);
+    let old = &all[..all.len().saturating_sub(keep)];
+    old.iter().try_for_each(|dir| fs::remove_dir_all(dir).map_err(|e| TrainError::file(dir, e)))
+}
+
+/// The state in a checkpoint's directory.
+///
+/// # Errors
+/// A directory that is no checkpoint of a run.
+pub fn state(dir: &Path) -> Result<TrainState, TrainError> {
+    let path = dir.join("trainer/state.json");
+    let text = fs::read(&path).map_err(|e| TrainError::file(&path, e))?;
+    serde_json::from_slice(&text).map_err(|e| TrainError::file(&path, e))
+}
+
+/// The optimizer's file in a checkpoint's directory.
+pub fn optimizer_file(dir: &Path) -> PathBuf {
+    dir.join("trainer/optimizer.safetensors")
+}
+
+/// Checkpoints under `run`, oldest first.
+fn all(run: &Path) -> Vec<PathBuf> {
+    let step = |path: &Path| -> Option<u64> {
+        path.file_name()?.to_str()?.strip_prefix(PREFIX)?.parse().ok()
+    };
+    let entries = fs::read_dir(run).into_iter().flatten().flatten();
+    let mut found: Vec<(u64, PathBuf)> = entries
+        .filter_map(|entry| Some((step(&entry.path())?, entry.path())))
+        .filter(|(_, path)| path.join("trainer/state.json").is_file())
+        .collect();
+    found.sort();
+    found.into_iter().map(|(_, path)| path).collect()
+}
+
+/// A tensor as safetensors wants to see it.
+struct Stored<'a>(&'a Tensor, Vec<usize>);
+
+impl View for Stored<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.1
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        bytes(self.0).into()
+    }
+
+    fn data_len(&self) -> usize {
+        bytes(self.0).len()
+    }
+}
+
+/// Writes the weights to a safetensors file, in f32.
+///
+/// # Errors
+/// What the file system refuses.
+pub fn save_weights(weights: &Weights, path: &Path) -> Result<(), TrainError> {
+    let stored = weights.iter().map(|(name, tensor)| {
+        let shape = tensor.size().iter().map(|&axis| axis as usize).collect();
+        (name, Stored(tensor, shape))
+    });
+    // transformers asks for the format; it names who wrote the names and layouts.
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    safetensors::serialize_to_file(stored, Some(metadata), path)
+        .map_err(|e| TrainError::file(path, e))
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    fs::write(path, bytes).map_err(|e| TrainError::file(path, e))?;
+    sync(path)
+}
+
+fn sync(path: &Path) -> Result<(), TrainError> {
+    let file = File::open(path).map_err(|e| TrainError::file(path, e))?;
+    file.sync_all().map_err(|e| TrainError::file(path, e))
+}

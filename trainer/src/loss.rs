@@ -1,0 +1,244 @@
+//! The policy-gradient loss: PPO's clipped objective per token, and its gradient through the head.
+
+use crate::batch::MicroBatch;
+use onpolicy_engine::{
+    logits::{batch_stats, logprob_gradient},
+    model::{attention::Attention, decoder::Decoder},
+    torch::{TorchError, autograd::{backward, set_grad}, slices::{floats, floats_mut}},
+};
+use onpolicy_plugin_api::TokenStats;
+use tch::Tensor;
+
+/// Rows of the head that exist at a time; `[rows, vocabulary]` is the largest tensor made.
+const HEAD_ROWS: usize = 256;
+
+/// The clipped objective of PPO (arXiv 1707.06347) with dual clip (arXiv 1912.09729).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PpoClip {
+    /// The ratio counts down to `1 - low`.
+    pub low: f32,
+    /// The ratio counts up to `1 + high`.
+    pub high: f32,
+    /// Where the advantage is negative the objective is not below `dual * advantage`.
+    pub dual: f32,
+}
+
+/// The objective of one token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenObjective {
+    /// Its value, to be made large.
+    pub value: f32,
+    /// Its derivative by the token's log-prob.
+    pub slope: f32,
+    /// True if clipping changed the value.
+    pub clipped: bool,
+}
+
+impl PpoClip {
+    /// `min(r A, clip(r, 1 - low, 1 + high) A)`, at least `dual * A` where `A < 0`.
+    pub fn objective(&self, ratio: f32, advantage: f32) -> TokenObjective {
+        let free = ratio * advantage;
+        let bounded = ratio.clamp(1.0 - self.low, 1.0 + self.high) * advantage;
+        let mut value = free.min(bounded);
+        let mut clipped = bounded < free;
+        if advantage < 0.0 && value < self.dual * advantage {
+            (value, clipped) = (self.dual * advantage, true);
+        }
+        TokenObjective { value, slope: if clipped { 0.0 } else { free }, clipped }
+    }
+}
+
+/// What the loss of some tokens came to. Sums, so that micro-batches add up.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LossSums {
+    /// Sum of the objective over kept tokens.
+    pub objective: f64,
+    /// Kept tokens whose objective was clipped.
+    pub clipped: usize,
+    /// Kept tokens.
+    pub kept: usize,
+    /// All response tokens.
+    pub tokens: usize,
+    /// Sum of the importance ratios of all tokens.
+    pub ratio: f64,
+    /// Largest distance of a ratio from 1.
+    pub ratio_deviation: f64,
+    /// Sum of `r - 1 - ln r`, the k3 estimate of KL(old, new), over all tokens.
+    pub kl: f64,
+}
+
+impl LossSums {
+    /// Adds what another micro-batch came to.
+    pub fn add(&mut self, other: &Self) {
+        self.objective += other.objective;
+        self.clipped += other.clipped;
+        self.kept += other.kept;
+        self.tokens += other.tokens;
+        self.ratio += other.ratio;
+        self.ratio_deviation = self.ratio_deviation.max(other.ratio_deviation);
+        self.kl += other.kl;
+    }
+
+    /// The loss: minus the mean objective over kept tokens.
+    pub fn loss(&self) -> f64 {
+        -self.objective / self.kept.max(1) as f64
+    }
+}
+
+/// Settings of the loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LossSettings {
+    /// The clipping.
+    pub clip: PpoClip,
+    /// Temperature that the samples were drawn at.
+    pub temperature: f32,
+    /// Kept tokens of the whole mini-batch: the mean's denominator.
+    pub kept: usize,
+}
+
+/// Adds the gradient of the mini-batch's loss that comes from `micro` to the weights' gradients.
+/// The head is computed for response tokens only, in chunks, forward and backward at once: its
+/// gradient is known in closed form, `slope (onehot - softmax) / temperature`.
+///
+/// # Errors
+/// What libtorch refuses.
+pub fn accumulate_gradient(
+    decoder: &Decoder,
+    micro: &MicroBatch,
+    settings: &LossSettings,
+) -> Result<LossSums, TorchError> {
+    let rows = predicting_rows(decoder, micro);
+    let hidden = rows.detach();
+    let mut hidden_gradient = hidden.zeros_like();
+    let head = Head::new(decoder, settings.temperature);
+    let mut sums = LossSums::default();
+    for start in (0..micro.targets.len()).step_by(HEAD_ROWS) {
+        let len = HEAD_ROWS.min(micro.targets.len() - start);
+        let chunk = hidden.narrow(0, start as i64, len as i64);
+        let mut gradient = hidden_gradient.narrow(0, start as i64, len as i64);
+        tch::no_grad(|| {
+            let (mut logits, stats) = head.forward(&chunk, &micro.targets[start..start + len]);
+            let slopes = token_slopes(micro, start, &stats, settings, &mut sums);
+            head.backward(&mut logits, &micro.targets[start..start + len], &slopes);
+            gradient.copy_(&logits.matmul(&head.weight));
+            head.accumulate(&logits, &chunk)
+        })?;
+    }
+    backward(&rows, &hidden_gradient)?;
+    Ok(sums)
+}
+
+/// Statistics of every response token of `micro` under the weights as they are now.
+pub fn token_stats(decoder: &Decoder, micro: &MicroBatch, temperature: f32) -> Vec<TokenStats> {
+    tch::no_grad(|| {
+        let hidden = predicting_rows(decoder, micro);
+        let head = Head::new(decoder, temperature);
+        let chunks = micro.targets.chunks(HEAD_ROWS).enumerate();
+        let stats = chunks.flat_map(|(number, targets)| {
+            let start = (number * HEAD_ROWS) as i64;
+            head.forward(&hidden.narrow(0, start, targets.len() as i64), targets).1
+        });
+        stats.collect()
+    })
+}
+
+/// Hidden states of the rows that predict a response token, `[tokens, hidden]`.
+fn predicting_rows(decoder: &Decoder, micro: &MicroBatch) -> Tensor {
+    let pack = &micro.pack;
+    let hidden =
+        decoder.hidden(&pack.tokens(), &pack.positions(), &mut Attention::Causal(pack));
+    hidden.index_select(0, &Tensor::from_slice(&micro.rows))
+}
+
+/// The output head, `[vocab, hidden]`, at a temperature.
+struct Head {
+    /// Collects the gradient.
+    leaf: Tensor,
+    /// The same storage without a graph.
+    weight: Tensor,
+    vocab: usize,
+    inverse_temperature: f32,
+}
+
+impl Head {
+    fn new(decoder: &Decoder, temperature: f32) -> Self {
+        let leaf = decoder.head().shallow_clone();
+        let weight = leaf.detach();
+        let vocab = leaf.size()[0] as usize;
+        Self { leaf, weight, vocab, inverse_temperature: 1.0 / temperature }
+    }
+
+    fn forward(&self, hidden: &Tensor, targets: &[u32]) -> (Tensor, Vec<TokenStats>) {
+        let logits = hidden.linear(&self.weight, None::<&Tensor>);
+        let stats = batch_stats(floats(&logits), self.vocab, targets, self.inverse_temperature);
+        (logits, stats)
+    }
+
+    /// Turns logits into the loss's gradient by them.
+    fn backward(&self, logits: &mut Tensor, targets: &[u32], slopes: &[f32]) {
+        let temperature = self.inverse_temperature;
+        logprob_gradient(floats_mut(logits), self.vocab, targets, slopes, temperature);
+    }
+
+    /// Adds `logits_gradient^T hidden` to the head's gradient.
+    fn accumulate(&self, logits_gradient: &Tensor, hidden: &Tensor) -> Result<(), TorchError> {
+        let transposed = logits_gradient.transpose(0, 1);
+        let mut sum = self.leaf.grad();
+        if sum.defined() {
+            let _ = sum.addmm_(&transposed, hidden);
+            return Ok(());
+        }
+        set_grad(&self.leaf, &transposed.matmul(hidden))
+    }
+}
+
+/// Derivative of the loss by each token's log-prob, for tokens `start..` of `micro`.
+fn token_slopes(
+    micro: &MicroBatch,
+    start: usize,
+    stats: &[TokenStats],
+    settings: &LossSettings,
+    sums: &mut LossSums,
+) -> Vec<f32> {
+    let mean = 1.0 / settings.kept.max(1) as f32;
+    let slope = |(offset, stats): (usize, &TokenStats)| {
+        let token = start + offset;
+        let log_ratio = stats.logprob - micro.old_logprob[token];
+        let ratio = log_ratio.exp();
+        sums.tokens += 1;
+        sums.ratio += f64::from(ratio);
+        sums.ratio_deviation = sums.ratio_deviation.max(f64::from(ratio - 1.0).abs());
+        sums.kl += f64::from(ratio) - 1.0 - f64::from(log_ratio);
+        if !micro.keep[token] {
+            return 0.0;
+        }
+        let objective = settings.clip.objective(ratio, micro.advantage[token]);
+        sums.objective += f64::from(objective.value);
+        sums.clipped += usize::from(objective.clipped);
+        sums.kept += 1;
+        -objective.slope * mean
+    };
+    stats.iter().enumerate().map(slope).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLIP: PpoClip = PpoClip { low: 0.2, high: 0.28, dual: 3.0 };
+
+    #[test]
+    fn objective_by_hand() {
+        let objective = |ratio, advantage| {
+            let TokenObjective { value, slope, clipped } = CLIP.objective(ratio, advantage);
+            (value, slope, clipped)
+        };
+        assert_eq!(objective(1.0, 2.0), (2.0, 2.0, false));
+        assert_eq!(objective(1.5, 2.0), (2.56, 0.0, true));
+        assert_eq!(objective(0.5, 2.0), (1.0, 1.0, false));
+        assert_eq!(objective(0.5, -2.0), (-1.6, 0.0, true));
+        assert_eq!(objective(1.5, -2.0), (-3.0, -3.0, false));
+        assert_eq!(objective(4.0, -2.0), (-6.0, 0.0, true));
+        assert_eq!(objective(1.3, 0.0), (0.0, 0.0, false));
+    }
+}
