@@ -111,6 +111,22 @@ impl TrainBatch {
             .collect()
     }
 
+    /// Up to `count` samples, taken round by round from all groups, as one pack.
+    pub fn probe(&self, count: usize) -> MicroBatch {
+        let mut probe = MicroBatch::default();
+        let per_group = count.div_ceil(self.groups.len().max(1));
+        let (mut token, mut taken) = (0, 0);
+        for group in &self.groups {
+            let samples = &group.samples[..per_group.min(group.samples.len())];
+            if taken < count && !samples.is_empty() {
+                probe.push(self, &group.prompt, samples, &mut token.clone());
+                taken += samples.len();
+            }
+            token += group.samples.iter().map(|sample| sample.tokens.len()).sum::<usize>();
+        }
+        probe
+    }
+
     fn packs(
         &self,
         groups: std::ops::Range<usize>,
@@ -274,6 +290,14 @@ mod tests {
         assert_eq!(batch().mini_batches(1, 5)[0].len(), 2);
         // The first group alone is too large: it is cut between its samples.
         assert_eq!(batch().mini_batches(1, 4)[0].len(), 3);
+    }
+
+    #[test]
+    fn a_probe_takes_samples_of_every_group() {
+        assert_eq!(batch().probe(2).targets, [10, 11, 12, 20, 21]);
+        assert_eq!(batch().probe(2).old_entropy[3], 4.0);
+        assert_eq!(batch().probe(4).targets, [10, 11, 12, 13, 20, 21]);
+        assert_eq!(batch().probe(1).targets, [10, 11, 12]);
     }
 
     #[test]

@@ -1,15 +1,34 @@
 //! GRPO with entropy-discriminator clipping over a live engine.
 //!
 //! # Layout
+//! In the order that a run's data flows:
 //! - [`config`]: raw TOML and flags become one validated configuration.
-//! - [`tasks`], [`verifiers`]: the built-in problems and judges.
+//! - [`builtins`]: the plug-ins that come with the crate: [`tasks`], [`verifiers`], [`entropy`].
+//! - [`served`]: a model that is loaded, served, and ready to be trained.
+//! - [`run`]: a run from start to end. [`train`]: one step from top to bottom.
+//! - [`rollout`]: problems become groups of samples. [`reward`]: samples become rewards.
 //! - [`advantage`], [`entropy`]: rewards and token statistics become advantages and a keep mask.
-//! - [`metrics`], [`plot`]: what a run leaves behind.
+//! - [`batch`]: scored groups become packs. [`loss`]: packs become gradients.
+//! - [`optimizer`]: gradients become new weights. [`checkpoint`]: weights and moments on disk.
+//! - [`eval`]: Avg@K and Pass@K. [`samples`], [`metrics`], [`plot`]: what a run leaves behind.
 
 pub mod advantage;
+pub mod batch;
+pub mod builtins;
+pub mod checkpoint;
 pub mod config;
 pub mod entropy;
+pub mod error;
+pub mod eval;
+pub mod loss;
 pub mod metrics;
+pub mod optimizer;
 pub mod plot;
+pub mod reward;
+pub mod rollout;
+pub mod run;
+pub mod samples;
+pub mod served;
 pub mod tasks;
+pub mod train;
 pub mod verifiers;

@@ -1,0 +1,232 @@
+//! A run from start to end: load, serve, train, and leave behind what a person can read.
+
+use crate::{
+    builtins,
+    checkpoint::{self, Snapshot, TrainState},
+    config::Config,
+    error::TrainError,
+    eval::{EvalReport, EvalSettings, evaluate},
+    metrics::{self, MetricsWriter, StepMetrics, Summary},
+    optimizer::{Optimizer, OptimizerSettings},
+    plot,
+    rollout::RolloutSettings,
+    samples,
+    served::Served,
+    train::{Parts, Progress, Trainer},
+};
+use onpolicy_engine::sampler::stream_of;
+use onpolicy_plugin_api::{Engine, Plugins, Problem};
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+/// Completions that are written down for each problem, before and after.
+const SAMPLES_PER_PROBLEM: usize = 2;
+
+/// What a run tells whoever watches it.
+#[derive(Debug)]
+pub enum RunEvent<'a> {
+    /// Inside a step.
+    Progress(Progress),
+    /// A step is done.
+    Step(&'a StepMetrics),
+    /// An evaluation is done.
+    Evaluated(&'a EvalReport),
+    /// A checkpoint was written.
+    Saved(&'a Path),
+}
+
+/// Makes the task, verifier and gate that the configuration names, out of the built-ins and what
+/// `plugins` adds to them.
+///
+/// # Errors
+/// A name that there is no plug-in of, or wrong options.
+pub fn parts(
+    config: &Config,
+    plugins: impl FnOnce(Plugins) -> Plugins,
+) -> Result<Parts, TrainError> {
+    let plugins = plugins(builtins::register(Plugins::default(), config.train.seed));
+    Ok(Parts {
+        task: plugins.make_task(&config.task.name, &config.task.options())?,
+        verifier: plugins.make_verifier(&config.verifier.name, &config.verifier.options())?,
+        gate: plugins.make_gate(&config.gate.name, &config.gate.options())?,
+    })
+}
+
+/// A training run.
+pub struct Run {
+    config: Config,
+    dir: PathBuf,
+    served: Served,
+    trainer: Trainer,
+    metrics: MetricsWriter,
+    /// Seconds of training so far, those before a resumption too.
+    seconds: f64,
+}
+
+impl Run {
+    /// Prepares the run's folder, loads the model and starts its engine; with `resume`, from the
+    /// newest checkpoint in the folder.
+    ///
+    /// # Errors
+    /// A folder that holds a run already (without `resume`) or none (with it), or what loading
+    /// says.
+    pub fn start(config: Config, parts: Parts, resume: bool) -> Result<Self, TrainError> {
+        let dir = PathBuf::from(&config.output.dir);
+        fs::create_dir_all(&dir).map_err(|e| TrainError::file(&dir, e))?;
+        let resumed = resume.then(|| newest(&dir)).transpose()?;
+        if resumed.is_none() && dir.join("metrics.jsonl").exists() {
+            return Err(TrainError::Refused(format!(
+                "{} already holds a run; go on with it with --resume, or choose another folder \
+                 with --output",
+                dir.display()
+            )));
+        }
+        let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
+        let served = Served::start(&model.to_string_lossy(), &config)?;
+        let mut optimizer = Optimizer::new(&served.weights, optimizer_settings(&config));
+        let (mut step, mut seconds) = (0, 0.0);
+        if let Some((checkpoint, state)) = &resumed {
+            optimizer.load(&checkpoint::optimizer_file(checkpoint), state.optimizer_steps)?;
+            served.engine.set_weight_version(state.weight_version)?;
+            (step, seconds) = (state.step, state.seconds);
+        }
+        let file = dir.join("config.toml");
+        fs::write(&file, config.to_toml()).map_err(|e| TrainError::file(&file, e))?;
+        let file = dir.join("metrics.jsonl");
+        let metrics = MetricsWriter::open(&file, step).map_err(|e| TrainError::file(&file, e))?;
+        let serving = (served.engine.clone(), served.tokenizer.clone());
+        let training = (served.decoder(), optimizer);
+        let trainer = Trainer::new(config.clone(), parts, serving, training, step);
+        Ok(Self { config, dir, served, trainer, metrics, seconds })
+    }
+
+    /// The model and its engine, to be served while the run goes on.
+    pub fn served(&self) -> &Served {
+        &self.served
+    }
+
+    /// Steps done; more than 0 at the start of a resumed run.
+    pub fn steps_done(&self) -> u64 {
+        self.trainer.steps_done()
+    }
+
+    /// Trains to the last step, or until `stop` is set (then the step in progress is finished and
+    /// a checkpoint written). Leaves metrics, samples, pictures and a checkpoint in the folder.
+    ///
+    /// # Errors
+    /// Whatever stopped it.
+    pub fn train(
+        &mut self,
+        stop: &AtomicBool,
+        watch: &mut dyn FnMut(RunEvent<'_>),
+    ) -> Result<Summary, TrainError> {
+        if self.steps_done() == 0 {
+            self.write_samples("samples_before.md")?;
+        }
+        while self.steps_done() < self.config.train.steps && !stop.load(Ordering::Relaxed) {
+            self.step(watch)?;
+            let (step, output) = (self.steps_done(), &self.config.output);
+            if due(self.config.eval.every, step) {
+                self.evaluate(watch)?;
+            }
+            if due(output.checkpoint_every, step) && step < self.config.train.steps {
+                self.save(watch)?;
+            }
+        }
+        self.save(watch)?;
+        self.write_samples("samples_after.md")?;
+        let file = self.dir.join("metrics.jsonl");
+        let steps = metrics::read(&file).map_err(|e| TrainError::file(&file, e))?;
+        plot::curves(&steps, &self.dir).map_err(|e| TrainError::file(&self.dir, e))?;
+        let summary = Summary::from(&steps[..]);
+        let file = self.dir.join("summary.txt");
+        fs::write(&file, summary.to_string()).map_err(|e| TrainError::file(&file, e))?;
+        Ok(summary)
+    }
+
+    fn step(&mut self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+        let started = Instant::now();
+        let step = self.trainer.step(&mut |progress| watch(RunEvent::Progress(progress)));
+        let mut metrics = step?.metrics;
+        self.seconds += started.elapsed().as_secs_f64();
+        metrics.elapsed = self.seconds;
+        self.metrics.write(&metrics).map_err(|e| TrainError::file(&self.dir, e))?;
+        watch(RunEvent::Step(&metrics));
+        Ok(())
+    }
+
+    fn evaluate(&self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+        let parts = self.trainer.parts();
+        let judges = (parts.task.as_ref(), parts.verifier.as_ref());
+        let settings = EvalSettings::new(&self.config);
+        let report = evaluate(&self.served.engine, &self.served.tokenizer, judges, &settings)?;
+        let path = self.dir.join("eval.jsonl");
+        let record = serde_json::json!({ "step": self.steps_done(), "report": &report });
+        let file = fs::OpenOptions::new().create(true).append(true).open(&path);
+        file.and_then(|mut file| writeln!(file, "{record}"))
+            .map_err(|e| TrainError::file(&path, e))?;
+        watch(RunEvent::Evaluated(&report));
+        Ok(())
+    }
+
+    fn save(&self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+        let optimizer = self.trainer.optimizer()?;
+        let state = TrainState {
+            step: self.steps_done(),
+            weight_version: self.served.engine.weight_version(),
+            optimizer_steps: optimizer.steps(),
+            seconds: self.seconds,
+        };
+        let Served { source, weights, .. } = &self.served;
+        let path = Snapshot { source, weights, optimizer, state }.save(&self.dir)?;
+        checkpoint::prune(&self.dir, self.config.output.keep_checkpoints)?;
+        watch(RunEvent::Saved(&path));
+        Ok(())
+    }
+
+    fn write_samples(&self, file: &str) -> Result<(), TrainError> {
+        let task = &self.trainer.parts().task;
+        let problems: Vec<Problem> =
+            (0..self.config.output.sample_prompts as u64).map_while(|i| task.eval(i)).collect();
+        let rollout = &self.config.rollout;
+        let settings = RolloutSettings {
+            group_size: SAMPLES_PER_PROBLEM,
+            max_new_tokens: rollout.max_new_tokens,
+            temperature: rollout.temperature as f32,
+            timeout: Duration::from_secs(rollout.timeout_seconds),
+            seed: stream_of(self.config.train.seed, usize::MAX),
+        };
+        samples::write(&self.dir.join(file), &self.served, &problems, &settings)
+    }
+}
+
+fn newest(dir: &Path) -> Result<(PathBuf, TrainState), TrainError> {
+    let path = checkpoint::latest(dir).ok_or_else(|| {
+        TrainError::Refused(format!(
+            "{} holds no checkpoint to resume from; start without --resume",
+            dir.display()
+        ))
+    })?;
+    let state = checkpoint::state(&path)?;
+    Ok((path, state))
+}
+
+fn optimizer_settings(config: &Config) -> OptimizerSettings {
+    let train = &config.train;
+    OptimizerSettings {
+        betas: (train.betas[0], train.betas[1]),
+        eps: train.eps,
+        weight_decay: train.weight_decay,
+        max_grad_norm: train.max_grad_norm,
+    }
+}
+
+/// True if something that is to happen every `every` steps (0: never) happens after `step`.
+fn due(every: u64, step: u64) -> bool {
+    every > 0 && step % every == 0
+}

@@ -1,0 +1,67 @@
+//! A model that is loaded, served by an engine, and ready to be trained: one storage, two handles.
+
+use crate::{
+    config::{Config, OnUpdate},
+    error::TrainError,
+};
+use onpolicy_engine::{
+    chat::ChatTokenizer,
+    engine::{self, EngineConfig, EngineHandle, Model},
+    model::{
+        config::ModelConfig,
+        decoder::Decoder,
+        loading::{Checkpoint, Source, load},
+    },
+    weights::Weights,
+};
+
+/// A served model with trainable handles to its weights.
+pub struct Served {
+    /// The engine.
+    pub engine: EngineHandle,
+    /// The model's tokenizer and chat template.
+    pub tokenizer: ChatTokenizer,
+    /// Files that a checkpoint of it needs.
+    pub source: Source,
+    /// Handles that collect gradients, over the served storage.
+    pub weights: Weights,
+    config: ModelConfig,
+}
+
+impl Served {
+    /// Loads the model at `path` and starts an engine over it.
+    ///
+    /// # Errors
+    /// A model that cannot be loaded, or an engine that does not fit.
+    pub fn start(path: &str, config: &Config) -> Result<Self, TrainError> {
+        let Checkpoint { name, config: model, tensors, tokenizer, source } = load(path)?;
+        let policy = Weights::new(tensors);
+        let weights = policy.share_trainable();
+        let name = config.model.name.clone().unwrap_or(name);
+        let served = Model { name, config: model.clone(), weights: policy };
+        let engine = EngineHandle::start(served, engine_config(config))?;
+        Ok(Self { engine, tokenizer, source, weights, config: model })
+    }
+
+    /// A decoder for the trainer, over the trainable handles.
+    pub fn decoder(&self) -> Decoder {
+        Decoder::new(&self.config, &self.weights)
+    }
+}
+
+fn engine_config(config: &Config) -> EngineConfig {
+    let engine = &config.engine;
+    EngineConfig {
+        kv_memory: engine.kv_memory_mb << 20,
+        max_num_seqs: engine.max_num_seqs,
+        max_batched_tokens: engine.max_batched_tokens,
+        max_model_len: engine.max_model_len,
+        max_waiting: engine.max_waiting,
+        prefix_cache: engine.prefix_cache,
+        on_update: match engine.on_update {
+            OnUpdate::Keep => engine::OnUpdate::Keep,
+            OnUpdate::Recompute => engine::OnUpdate::Recompute,
+            OnUpdate::Drain => engine::OnUpdate::Drain,
+        },
+    }
+}

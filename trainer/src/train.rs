@@ -1,0 +1,396 @@
+//! A whole training step from top to bottom: problems, rollouts, rewards, advantages, gate, loss,
+//! update, metrics.
+
+use crate::{
+    batch::{MicroBatch, TrainBatch, TrainGroup, TrainSample},
+    config::Config,
+    entropy::{EntropyReport, score_gaps},
+    error::TrainError,
+    loss::{LossSettings, LossSums, PpoClip, accumulate_gradient, token_stats},
+    metrics::{PhaseSeconds, StepMetrics},
+    optimizer::Optimizer,
+    reward::{Scored, score},
+    rollout::{Rollout, RolloutSettings, generate},
+};
+use onpolicy_engine::{
+    chat::ChatTokenizer, engine::EngineHandle, model::decoder::Decoder, sampler::stream_of,
+};
+use onpolicy_plugin_api::{Problem, TaskSource, TokenGate, Verifier};
+use std::time::{Duration, Instant};
+
+/// Samples whose tokens are looked at again after the update, to measure the change of entropy.
+const PROBE_SAMPLES: usize = 8;
+
+/// What a step reports while it runs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Progress {
+    /// A phase has begun.
+    Phase(&'static str),
+    /// A token was generated.
+    Token,
+    /// Rows of the forward and backward passes that are done, and all of them.
+    Rows(usize, usize),
+}
+
+/// The parts of a run that judge and choose.
+pub struct Parts {
+    /// Where problems come from.
+    pub task: Box<dyn TaskSource>,
+    /// Judges completions.
+    pub verifier: Box<dyn Verifier>,
+    /// Chooses the tokens of the loss.
+    pub gate: Box<dyn TokenGate>,
+}
+
+/// The trainer: handles to the same weights that the engine serves, and their optimizer.
+pub struct Trainer {
+    config: Config,
+    parts: Parts,
+    engine: EngineHandle,
+    tokenizer: ChatTokenizer,
+    decoder: Decoder,
+    optimizer: Option<Optimizer>,
+    step: u64,
+}
+
+/// What a step leaves behind.
+pub struct StepOutcome {
+    /// Its numbers.
+    pub metrics: StepMetrics,
+    /// Its groups, with their rewards.
+    pub groups: Vec<Scored>,
+}
+
+impl Trainer {
+    /// A trainer at `step`. `decoder` is over trainable handles to the weights that `engine`
+    /// serves, `optimizer` over the same handles.
+    pub fn new(
+        config: Config,
+        parts: Parts,
+        (engine, tokenizer): (EngineHandle, ChatTokenizer),
+        (decoder, optimizer): (Decoder, Optimizer),
+        step: u64,
+    ) -> Self {
+        Self { config, parts, engine, tokenizer, decoder, optimizer: Some(optimizer), step }
+    }
+
+    /// Steps done.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// The parts that judge and choose.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    /// The optimizer, for a checkpoint.
+    ///
+    /// # Errors
+    /// It is gone after an update that failed; the run cannot go on then.
+    pub fn optimizer(&self) -> Result<&Optimizer, TrainError> {
+        self.optimizer.as_ref().ok_or_else(lost)
+    }
+
+    /// Takes one step.
+    ///
+    /// # Errors
+    /// Whatever went wrong; the weights are those before or after the update, never between.
+    pub fn step(
+        &mut self,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<StepOutcome, TrainError> {
+        let mut clock = Clock::start();
+
+        progress(Progress::Phase("rollout"));
+        let version_before = onpolicy_plugin_api::Engine::weight_version(&self.engine);
+        let rollouts = generate(
+            &self.engine,
+            &self.tokenizer,
+            self.problems(),
+            &self.rollout_settings(),
+            &mut || progress(Progress::Token),
+        )?;
+        let rollout = clock.lap();
+
+        progress(Progress::Phase("reward"));
+        let (groups, failed) = score(self.parts.verifier.as_ref(), rollouts);
+        let reward = clock.lap();
+
+        progress(Progress::Phase("train"));
+        let batch = TrainBatch::new(self.train_groups(&groups), self.parts.gate.as_ref());
+        let train = &self.config.train;
+        let mini_batches = batch.mini_batches(train.updates_per_batch, train.micro_batch_tokens);
+        let rows = mini_batches.iter().flatten().map(|micro| micro.pack.len()).sum();
+        let mut update = Update { lr: self.learning_rate(), ..Update::default() };
+        let mut done = 0;
+        for mini_batch in &mini_batches {
+            let kept = mini_batch.iter().map(MicroBatch::kept).sum();
+            if kept == 0 {
+                continue;
+            }
+            for micro in mini_batch {
+                let sums = accumulate_gradient(&self.decoder, micro, &self.loss_settings(kept))?;
+                update.sums.add(&sums);
+                done += micro.pack.len();
+                progress(Progress::Rows(done, rows));
+            }
+            update.train += clock.lap();
+            progress(Progress::Phase("update"));
+            self.update(&mut update)?;
+            update.update += clock.lap();
+        }
+        update.train += clock.lap();
+
+        progress(Progress::Phase("probe"));
+        let measured = self.measured_entropy_change(&batch, update.updates > 0);
+        let probe = clock.lap();
+
+        self.step += 1;
+        let seconds = PhaseSeconds {
+            rollout,
+            reward,
+            train: update.train,
+            update: update.update,
+            probe,
+            total: clock.total(),
+        };
+        let report = Report { groups: &groups, failed, batch: &batch, update: &update, measured };
+        let metrics = self.metrics(&report, seconds, version_before);
+        Ok(StepOutcome { metrics, groups })
+    }
+
+    /// The problems of this step.
+    fn problems(&self) -> Vec<Problem> {
+        let count = self.config.rollout.prompts_per_step as u64;
+        let first = self.step * count;
+        (first..first + count).map(|index| self.parts.task.train(index)).collect()
+    }
+
+    fn rollout_settings(&self) -> RolloutSettings {
+        let rollout = &self.config.rollout;
+        RolloutSettings {
+            group_size: rollout.group_size,
+            max_new_tokens: rollout.max_new_tokens,
+            temperature: rollout.temperature as f32,
+            timeout: Duration::from_secs(rollout.timeout_seconds),
+            seed: stream_of(self.config.train.seed, self.step as usize),
+        }
+    }
+
+    /// Groups whose rewards differ, with advantages. The others teach nothing and are not run
+    /// through the model.
+    fn train_groups(&self, groups: &[Scored]) -> Vec<TrainGroup> {
+        let mixed = groups.iter().filter(|group| group.is_mixed());
+        let group = |scored: &Scored| {
+            let advantages = self.config.train.advantage.of(&scored.rewards);
+            let samples = scored.rollout.samples.iter().zip(advantages);
+            let samples = samples.filter(|(sample, _)| !sample.tokens.is_empty());
+            TrainGroup {
+                prompt: scored.rollout.prompt.clone(),
+                samples: samples.map(|(s, advantage)| TrainSample::new(s, advantage)).collect(),
+            }
+        };
+        mixed.map(group).collect()
+    }
+
+    fn loss_settings(&self, kept: usize) -> LossSettings {
+        let train = &self.config.train;
+        let clip = PpoClip {
+            low: train.clip_low as f32,
+            high: train.clip_high as f32,
+            dual: train.dual_clip as f32,
+        };
+        LossSettings { clip, temperature: self.config.rollout.temperature as f32, kept }
+    }
+
+    fn learning_rate(&self) -> f64 {
+        self.config.train.learning_rate(self.step)
+    }
+
+    /// Lets the optimizer write the served weights between two steps of the engine.
+    fn update(&mut self, update: &mut Update) -> Result<(), TrainError> {
+        let mut optimizer = self.optimizer.take().ok_or_else(lost)?;
+        let norm = optimizer.grad_norm()?;
+        let lr = update.lr;
+        let (optimizer, _version) = self.engine.update(move || {
+            optimizer.step(lr, norm).map_err(|error| error.to_string())?;
+            Ok(optimizer)
+        })?;
+        self.optimizer = Some(optimizer);
+        update.grad_norm = update.grad_norm.max(norm);
+        update.updates += 1;
+        Ok(())
+    }
+
+    /// Mean entropy over the probe's tokens under the new weights, minus that under the old.
+    fn measured_entropy_change(&self, batch: &TrainBatch, updated: bool) -> Option<f64> {
+        if !updated {
+            return None;
+        }
+        let probe = batch.probe(PROBE_SAMPLES);
+        let stats = token_stats(&self.decoder, &probe, self.config.rollout.temperature as f32);
+        let change = stats.iter().zip(&probe.old_entropy);
+        let sum: f64 = change.map(|(new, old)| f64::from(new.entropy) - f64::from(*old)).sum();
+        (!stats.is_empty()).then(|| sum / stats.len() as f64)
+    }
+
+    fn metrics(
+        &self,
+        report: &Report<'_>,
+        seconds: PhaseSeconds,
+        weight_version: u64,
+    ) -> StepMetrics {
+        let rollouts: Vec<&Rollout> = report.groups.iter().map(|group| &group.rollout).collect();
+        let rewards: Vec<f64> = report
+            .groups
+            .iter()
+            .flat_map(|group| group.rewards.iter().map(|&reward| f64::from(reward)))
+            .collect();
+        let tokens = AllTokens::of(&rollouts);
+        let gate = EntropyReport::new(
+            &report.batch.tokens(),
+            report.batch.keep(),
+            None,
+            report.update.lr,
+        );
+        let update = report.update;
+        let samples: usize = rollouts.iter().map(|rollout| rollout.samples.len()).sum();
+        let truncated = rollouts
+            .iter()
+            .map(|rollout| (0..rollout.samples.len()).filter(|&i| rollout.truncated(i)).count())
+            .sum::<usize>();
+        let over_samples = |count: usize| count as f64 / samples.max(1) as f64;
+        let over_tokens = |sum: f64| sum / update.sums.tokens.max(1) as f64;
+        StepMetrics {
+            step: self.step,
+            weight_version,
+            reward_mean: mean(&rewards),
+            reward_std: std(&rewards),
+            groups: rollouts.len() + report.failed,
+            groups_mixed: report.groups.iter().filter(|group| group.is_mixed()).count(),
+            groups_failed: report.failed,
+            samples,
+            prompt_tokens: rollouts.iter().map(|rollout| rollout.prompt.len()).sum(),
+            completion_tokens: tokens.count,
+            completion_len_mean: over_samples(tokens.count),
+            truncated_fraction: over_samples(truncated),
+            entropy: tokens.entropy,
+            entropy_predicted: gate.predicted_change,
+            entropy_measured: report.measured,
+            score_mean: gate.score_mean,
+            score_std: gate.score_std,
+            score_gap_mean: tokens.score_gap,
+            dropped_fraction: gate.dropped,
+            dropped_positive: gate.dropped_positive,
+            dropped_negative: gate.dropped_negative,
+            loss: update.sums.loss(),
+            clip_fraction: update.sums.clipped as f64 / update.sums.kept.max(1) as f64,
+            grad_norm: update.grad_norm,
+            lr: update.lr,
+            ratio_mean: over_tokens(update.sums.ratio),
+            ratio_max_deviation: update.sums.ratio_deviation,
+            approx_kl: over_tokens(update.sums.kl),
+            seconds,
+            tokens_per_second: tokens.count as f64 / seconds.rollout.max(1e-9),
+            peak_memory_mb: crate::metrics::peak_memory_mb(),
+            elapsed: 0.0,
+        }
+    }
+}
+
+fn lost() -> TrainError {
+    TrainError::Refused(
+        "an update failed and the optimizer's state is lost; resume from the last checkpoint".into(),
+    )
+}
+
+/// What the updates of one step came to.
+#[derive(Default)]
+struct Update {
+    lr: f64,
+    sums: LossSums,
+    grad_norm: f64,
+    updates: usize,
+    train: f64,
+    update: f64,
+}
+
+/// What a step's metrics are made from.
+struct Report<'a> {
+    groups: &'a [Scored],
+    failed: usize,
+    batch: &'a TrainBatch,
+    update: &'a Update,
+    measured: Option<f64>,
+}
+
+/// Means over all generated tokens of a step, those of groups without spread too.
+struct AllTokens {
+    count: usize,
+    entropy: f64,
+    score_gap: f64,
+}
+
+impl AllTokens {
+    fn of(rollouts: &[&Rollout]) -> Self {
+        let tokens = rollouts.iter().flat_map(|rollout| &rollout.samples);
+        let sample = tokens.map(|sample| TrainSample::new(sample, 0.0));
+        let mut all = TrainSample::default();
+        for sample in sample {
+            all.logprob.extend(sample.logprob);
+            all.entropy.extend(sample.entropy);
+            all.baseline.extend(sample.baseline);
+        }
+        let count = all.logprob.len();
+        let zeros = vec![0.0; count];
+        let batch = onpolicy_plugin_api::TokenBatch {
+            logprob: &all.logprob,
+            entropy: &all.entropy,
+            baseline: &all.baseline,
+            advantage: &zeros,
+            sample: &vec![0; count],
+        };
+        let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
+        Self {
+            count,
+            entropy: mean(&wide(&all.entropy)),
+            score_gap: mean(&wide(&score_gaps(&batch))),
+        }
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+/// Population standard deviation.
+fn std(values: &[f64]) -> f64 {
+    let mean = mean(values);
+    (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len().max(1) as f64).sqrt()
+}
+
+/// Times the phases of a step.
+struct Clock {
+    start: Instant,
+    lap: Instant,
+}
+
+impl Clock {
+    fn start() -> Self {
+        let now = Instant::now();
+        Self { start: now, lap: now }
+    }
+
+    /// Seconds since the last lap.
+    fn lap(&mut self) -> f64 {
+        let now = Instant::now();
+        let seconds = now.duration_since(self.lap).as_secs_f64();
+        self.lap = now;
+        seconds
+    }
+
+    fn total(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+}
