@@ -1,1 +1,7 @@
-fn main() {}
+//! The command `onpolicy`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    onpolicy::main(|plugins| plugins)
+}

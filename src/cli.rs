@@ -1,0 +1,146 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand};
+use onpolicy_trainer::config::{Config, ConfigError};
+use std::path::PathBuf;
+
+/// Serve a language model and fine-tune it at the same time, in one process.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Fine-tune with GRPO; the policy is served over HTTP the whole time
+    Train(Train),
+    /// Serve a model over an OpenAI-compatible API
+    Serve(Serve),
+    /// Measure Avg@K and Pass@K on held-out problems
+    Eval(Eval),
+    /// Draw the curves of a run, or several runs in one picture
+    Plot(Plot),
+}
+
+/// Where the configuration comes from.
+#[derive(Debug, Args)]
+pub struct Source {
+    /// Configuration file (TOML); examples/config.toml lists every key with its default
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A Hugging Face directory, a GGUF file, or a hub id (model.path)
+    #[arg(short, long, value_name = "PATH")]
+    model: Option<String>,
+    /// Any other key of the configuration, as section.key=value; may be repeated
+    #[arg(short, long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl Source {
+    /// The configuration: file, then `--set`, then the other flags.
+    fn load(&self, flags: &[(&str, Option<String>)]) -> Result<Config, ConfigError> {
+        let mut overrides = self.set.clone();
+        let model = [("model.path", self.model.as_ref().map(|path| format!("{path:?}")))];
+        let given = model.iter().chain(flags);
+        overrides.extend(given.filter_map(|(key, value)| Some(format!("{key}={}", value.as_ref()?))));
+        Config::load(self.config.as_deref(), &overrides)
+    }
+}
+
+/// `onpolicy train`.
+#[derive(Debug, Args)]
+pub struct Train {
+    #[command(flatten)]
+    source: Source,
+    /// Folder for metrics, samples, pictures and checkpoints (output.dir)
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<String>,
+    /// Training steps (train.steps)
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// Seed of problems and samples (train.seed)
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Port of the HTTP endpoint; 0 takes a free one (server.port)
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+    /// Go on from the newest checkpoint in the output folder
+    #[arg(long)]
+    pub resume: bool,
+}
+
+impl Train {
+    /// The configuration of the run.
+    pub fn config(&self) -> Result<Config, ConfigError> {
+        self.source.load(&[
+            ("output.dir", self.output.as_ref().map(|dir| format!("{dir:?}"))),
+            ("train.steps", self.steps.map(|n| n.to_string())),
+            ("train.seed", self.seed.map(|n| n.to_string())),
+            ("server.port", self.port.map(|n| n.to_string())),
+        ])
+    }
+}
+
+/// `onpolicy serve`.
+#[derive(Debug, Args)]
+pub struct Serve {
+    #[command(flatten)]
+    source: Source,
+    /// Address to listen on (server.host)
+    #[arg(long, value_name = "HOST")]
+    host: Option<String>,
+    /// Port to listen on; 0 takes a free one (server.port)
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+}
+
+impl Serve {
+    /// The configuration of the server.
+    pub fn config(&self) -> Result<Config, ConfigError> {
+        self.source.load(&[
+            ("server.host", self.host.as_ref().map(|host| format!("{host:?}"))),
+            ("server.port", self.port.map(|n| n.to_string())),
+        ])
+    }
+}
+
+/// `onpolicy eval`.
+#[derive(Debug, Args)]
+pub struct Eval {
+    #[command(flatten)]
+    source: Source,
+    /// Held-out problems (eval.problems)
+    #[arg(long, value_name = "N")]
+    problems: Option<usize>,
+    /// Samples per problem: the K of Avg@K (eval.samples)
+    #[arg(long, value_name = "K")]
+    samples: Option<usize>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Eval {
+    /// The configuration of the evaluation.
+    pub fn config(&self) -> Result<Config, ConfigError> {
+        self.source.load(&[
+            ("eval.problems", self.problems.map(|n| n.to_string())),
+            ("eval.samples", self.samples.map(|n| n.to_string())),
+        ])
+    }
+}
+
+/// `onpolicy plot`.
+#[derive(Debug, Args)]
+pub struct Plot {
+    /// Folders of runs; NAME=DIR gives one a name in the picture
+    #[arg(required = true, value_name = "RUN")]
+    pub runs: Vec<String>,
+    /// Folder that the pictures are written to; the run's own folder if there is one run
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}

@@ -1,0 +1,30 @@
+//! `onpolicy eval`
+
+use crate::cli;
+use onpolicy_plugin_api::Plugins;
+use onpolicy_trainer::{
+    eval::{EvalSettings, evaluate},
+    run,
+    served::Served,
+};
+
+pub fn run(
+    arguments: &cli::Eval,
+    plugins: impl FnOnce(Plugins) -> Plugins,
+) -> Result<(), anyhow::Error> {
+    let config = arguments.config()?;
+    let parts = run::parts(&config, plugins)?;
+    eprintln!("loading {} ...", config.model.path);
+    let served = Served::start(&config.model.path, &config)?;
+    let settings = EvalSettings::new(&config);
+    eprintln!("{} problems x {} samples ...", settings.problems, settings.rollout.group_size);
+    let judges = (parts.task.as_ref(), parts.verifier.as_ref());
+    let report = evaluate(&served.engine, &served.tokenizer, judges, &settings)?;
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{report}");
+    }
+    served.engine.shutdown();
+    Ok(())
+}

@@ -1,0 +1,22 @@
+//! One function for each command.
+
+mod eval;
+mod plot;
+mod serve;
+mod train;
+
+use crate::cli::{Arguments, Command};
+use onpolicy_plugin_api::Plugins;
+
+/// Runs the command that the arguments name.
+pub fn run(
+    arguments: Arguments,
+    plugins: impl FnOnce(Plugins) -> Plugins,
+) -> Result<(), anyhow::Error> {
+    match arguments.command {
+        Command::Train(arguments) => train::run(&arguments, plugins),
+        Command::Serve(arguments) => serve::run(&arguments),
+        Command::Eval(arguments) => eval::run(&arguments, plugins),
+        Command::Plot(arguments) => plot::run(&arguments),
+    }
+}

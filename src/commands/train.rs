@@ -1,0 +1,56 @@
+//! `onpolicy train`
+
+use crate::{cli, progress::Bar, server};
+use onpolicy_plugin_api::Plugins;
+use onpolicy_trainer::{config::Config, run};
+use std::sync::atomic::AtomicBool;
+
+pub fn run(
+    arguments: &cli::Train,
+    plugins: impl FnOnce(Plugins) -> Plugins,
+) -> Result<(), anyhow::Error> {
+    let config = arguments.config()?;
+    let parts = run::parts(&config, plugins)?;
+    let metrics = server::record_metrics()?;
+    eprintln!("loading {} ...", config.model.path);
+    let mut run = run::Run::start(config.clone(), parts, arguments.resume)?;
+    let served = run.served();
+    let server = server::start(&config, served, metrics)?;
+    describe(&config, &run, server.as_ref());
+
+    let stop: &'static AtomicBool = Box::leak(Box::default());
+    server::stop_on_signal(stop, "finishing the step and saving a checkpoint")?;
+    let mut bar = Bar::new(&config, run.steps_done());
+    let outcome = run.train(stop, &mut |event| bar.show(&event));
+    bar.finish();
+    let summary = outcome?;
+    println!("\n{summary}");
+    println!("run folder: {}", config.output.dir);
+    println!("  curves.png, curves.svg   reward, entropy, dropped tokens, time");
+    println!("  samples_before.md, samples_after.md, metrics.jsonl, config.toml, summary.txt");
+    println!("  checkpoint-*             a Hugging Face directory; --resume goes on from it");
+    if let Some(server) = server {
+        server.stop();
+    }
+    run.served().engine.shutdown();
+    Ok(())
+}
+
+fn describe(config: &Config, run: &run::Run, server: Option<&server::Server>) {
+    let served = run.served();
+    let millions = served.weights.parameters() as f64 / 1e6;
+    eprintln!(
+        "{millions:.1} M parameters; task {}, verifier {}, gate {}; {} prompts x {} samples a step",
+        config.task.name,
+        config.verifier.name,
+        config.gate.name,
+        config.rollout.prompts_per_step,
+        config.rollout.group_size,
+    );
+    if let Some(server) = server {
+        eprintln!("serving on {}/v1 while it trains", server.url());
+    }
+    if run.steps_done() > 0 {
+        eprintln!("resumed after step {}", run.steps_done());
+    }
+}

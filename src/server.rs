@@ -1,0 +1,118 @@
+//! The HTTP endpoint, on threads of its own.
+
+use anyhow::Context;
+use onpolicy_engine::http::{self, AppState, Limits, metrics::PrometheusHandle};
+use onpolicy_trainer::{config::Config, served::Served};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+use tokio::{net::TcpListener, runtime::Runtime, sync::oneshot};
+
+/// How often a waiting command looks whether it should stop.
+const STOP_POLL: Duration = Duration::from_millis(100);
+
+/// A running endpoint.
+pub struct Server {
+    address: SocketAddr,
+    shutdown: oneshot::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+/// Starts to record metrics; to be called before the engine starts.
+pub fn record_metrics() -> Result<PrometheusHandle, anyhow::Error> {
+    http::metrics::install().context("metrics cannot be recorded")
+}
+
+/// Starts the endpoint, unless the configuration says that there is none.
+pub fn start(
+    config: &Config,
+    served: &Served,
+    metrics: PrometheusHandle,
+) -> Result<Option<Server>, anyhow::Error> {
+    if !config.server.enabled {
+        return Ok(None);
+    }
+    let runtime = runtime()?;
+    let wanted = (config.server.host.as_str(), config.server.port);
+    let listener = runtime.block_on(TcpListener::bind(wanted)).with_context(|| {
+        format!("cannot listen on {}:{}; choose another --port, or 0 for any", wanted.0, wanted.1)
+    })?;
+    let address = listener.local_addr()?;
+    let engine = Arc::new(served.engine.clone());
+    let state = AppState::new(engine, served.tokenizer.clone(), Limits::default(), metrics);
+    let (shutdown, signal) = oneshot::channel::<()>();
+    let thread = std::thread::Builder::new().name("http".into()).spawn(move || {
+        let stopped = async {
+            // A dropped sender says the same.
+            let _ = signal.await;
+        };
+        if let Err(error) = runtime.block_on(http::run(listener, http::app(state), stopped)) {
+            tracing::error!(%error, "the HTTP endpoint failed");
+        }
+        runtime.shutdown_timeout(Duration::from_secs(1));
+    })?;
+    Ok(Some(Server { address, shutdown, thread }))
+}
+
+impl Server {
+    /// Where it listens.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Waits until `stop` is set.
+    pub fn wait_for(&self, stop: &AtomicBool) {
+        while !stop.load(Ordering::Relaxed) && !self.thread.is_finished() {
+            std::thread::sleep(STOP_POLL);
+        }
+    }
+
+    /// Lets requests that run finish, and stops.
+    pub fn stop(self) {
+        let _ = self.shutdown.send(());
+        if self.thread.join().is_err() {
+            tracing::error!("the HTTP endpoint panicked");
+        }
+    }
+}
+
+/// Sets `stop` on Ctrl-C or SIGTERM and says what happens then; a second signal ends the process.
+pub fn stop_on_signal(stop: &'static AtomicBool, says: &'static str) -> Result<(), anyhow::Error> {
+    let runtime = runtime()?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        runtime.block_on(async {
+            signal().await;
+            eprintln!("\n{says} (once more to stop at once)");
+            stop.store(true, Ordering::Relaxed);
+            signal().await;
+            std::process::exit(130);
+        });
+    })?;
+    Ok(())
+}
+
+async fn signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = match signal(SignalKind::terminate()) {
+        Ok(terminate) => terminate,
+        Err(error) => {
+            tracing::warn!(%error, "SIGTERM cannot be caught");
+            return std::future::pending().await;
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+fn runtime() -> Result<Runtime, anyhow::Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.context("no threads for the HTTP endpoint")
+}
