@@ -116,6 +116,8 @@ pub struct Scheduler {
     running: Vec<SeqId>,
     /// Unforked samples of running leaders; their places among the running ones are kept free.
     reserved: usize,
+    /// True while no request may begin.
+    held: bool,
     next_id: u64,
     version: u64,
     stats: Stats,
@@ -152,6 +154,7 @@ impl Scheduler {
             preempted: VecDeque::new(),
             running: Vec::new(),
             reserved: 0,
+            held: false,
             next_id: 0,
             version: 0,
             stats: Stats::default(),
@@ -271,6 +274,16 @@ impl Scheduler {
                 sequence.chain = sequence.chain.map(|_| Chain::root(version));
             }
         }
+    }
+
+    /// With `held`, no request begins until called without; what has begun goes on to its end.
+    pub fn hold_admissions(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    /// True if no request has begun that has not ended.
+    pub fn is_drained(&self) -> bool {
+        self.running.is_empty() && self.preempted.is_empty()
     }
 
     /// A live sequence.

@@ -155,7 +155,7 @@ impl EngineHandle {
     /// A size that cannot work, with the number that would.
     pub fn start(model: Model, config: EngineConfig) -> Result<Self, EngineError> {
         let limits = config.scheduler(&model.config)?;
-        let scheduler = Scheduler::new(limits.clone());
+        let scheduler = Scheduler::new(limits.clone())?;
         let shared = Arc::new(Shared {
             version: Version::default(),
             submitted: AtomicUsize::new(0),
@@ -256,7 +256,7 @@ impl Inner {
             return Err(EngineError::invalid("prompt", reason));
         }
         let params = &request.params;
-        self.limits.check(request.prompt.len(), params.n, params.max_tokens)
+        self.limits.admissible_len(request.prompt.len(), params.n, params.max_tokens).map(|_| ())
     }
 }
 

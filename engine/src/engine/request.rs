@@ -19,14 +19,14 @@ pub struct LiveRequest {
 }
 
 impl LiveRequest {
-    /// A request that has just been taken.
+    /// A request that has just arrived.
     pub fn new(request: &Request, eos_token_ids: &[u32], sink: Box<dyn Sink>) -> Self {
         let params = request.params.clone();
         let mut stop_ids = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_ids.extend_from_slice(eos_token_ids);
         }
-        Self {
+        let mut live = Self {
             seed: params.seed.unwrap_or_else(rand::random),
             stop_ids,
             prompt_len: request.prompt.len(),
@@ -34,12 +34,10 @@ impl LiveRequest {
             open: vec![true; params.n],
             params,
             sink,
-        }
-    }
-
-    /// Samples asked for.
-    pub fn n(&self) -> usize {
-        self.params.n
+        };
+        // A prompt of one token has no log-probs to wait for.
+        live.add_prompt_logprobs(1, &[]);
+        live
     }
 
     /// True while prompt log-probs are still to be collected.
@@ -60,11 +58,11 @@ impl LiveRequest {
         }
     }
 
-    /// The draw of the next token of sample `index` of `sequence` from logits row `row`.
-    pub fn draw(&self, row: usize, sequence: &Sequence, index: usize) -> Draw<'_> {
+    /// The draw of the next token of `sequence` from logits row `row`.
+    pub fn draw(&self, row: usize, sequence: &Sequence) -> Draw<'_> {
         let position = sequence.tokens.len() - self.prompt_len;
         let forbidden = if position < self.params.min_tokens { &self.stop_ids[..] } else { &[] };
-        let stream = stream_of(self.seed, index);
+        let stream = stream_of(self.seed, sequence.index);
         Draw { row, params: &self.params, stream, position, forbidden }
     }
 

@@ -61,7 +61,7 @@ impl Runner {
         for &(from, to) in &step.copies {
             self.cache.copy(from, to);
         }
-        let rows: usize = step.chunks.iter().map(|chunk| chunk.len).sum();
+        let rows = step.num_tokens();
         let (mut tokens, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
         let (mut slots, mut spans) = (Vec::with_capacity(rows), Vec::new());
         let mut first_rows = Vec::with_capacity(step.chunks.len());

@@ -6,8 +6,8 @@ use super::{
     runner::{Runner, StepOutput, predicted_prompt},
 };
 use crate::{
-    sampler::{Drawn, sample},
-    scheduler::{Scheduler, Step},
+    sampler::{Draw, Drawn, sample},
+    scheduler::{NewRequest, Scheduler, Step},
     sequence::SeqId,
     torch::slices::floats,
 };
@@ -136,7 +136,15 @@ impl Worker {
         let Submission { id, request, sink } = submission;
         self.shared.submitted.fetch_sub(1, Ordering::Relaxed);
         let live = LiveRequest::new(&request, self.runner.eos_token_ids(), sink);
-        match self.scheduler.add(id, request.prompt, &request.params) {
+        let params = &request.params;
+        let taken = self.scheduler.add(NewRequest {
+            id,
+            n: params.n,
+            max_tokens: params.max_tokens,
+            reuse_prefix: !params.prompt_logprobs,
+            prompt: request.prompt,
+        });
+        match taken {
             Ok(()) => {
                 metrics::counter!("onpolicy_requests_total").increment(1);
                 self.live.insert(id, live);
@@ -150,7 +158,9 @@ impl Worker {
         metrics::counter!("onpolicy_aborts_total").increment(1);
         match index {
             Some(index) => {
-                self.scheduler.abort_sample(id, index);
+                if let Some(seq) = self.scheduler.sample(id, index) {
+                    self.scheduler.finish(seq);
+                }
                 if live.finish(index, FinishReason::Abort) {
                     self.live.remove(&id);
                 }
@@ -173,7 +183,7 @@ impl Worker {
     fn apply_updates(&mut self) {
         let drain = self.on_update == OnUpdate::Drain && !self.updates.is_empty();
         self.scheduler.hold_admissions(drain);
-        if drain && self.scheduler.running() > 0 {
+        if drain && !self.scheduler.is_drained() {
             return;
         }
         while let Some((write, reply)) = self.updates.pop_front() {
@@ -204,17 +214,16 @@ impl Worker {
     fn step(&mut self) {
         let started = Instant::now();
         let step = self.scheduler.schedule();
-        if step.chunks.is_empty() {
+        if step.is_empty() {
             return;
         }
         let output = self.runner.forward(&step, &self.scheduler);
         self.collect_prompt_logprobs(&step, &output);
-        let sampled = self.sample(&step, &output);
         self.scheduler.computed(&step);
+        let sampled = self.sample(&step, &output);
         self.deliver(sampled);
         self.steps += 1;
-        let rows: usize = step.chunks.iter().map(|chunk| chunk.len).sum();
-        metrics::counter!("onpolicy_step_tokens_total").increment(rows as u64);
+        metrics::counter!("onpolicy_step_tokens_total").increment(step.num_tokens() as u64);
         metrics::histogram!("onpolicy_step_seconds").record(started.elapsed());
     }
 
@@ -239,15 +248,19 @@ impl Worker {
             return Vec::new();
         }
         let logits = self.runner.sampled_logits(step, output);
-        let (mut targets, mut draws) = (Vec::new(), Vec::new());
+        let mut targets = Vec::new();
         for (row, &seq) in sampling.iter().enumerate() {
-            for (seq, index) in self.scheduler.samples_of(seq) {
-                let sequence = self.scheduler.sequence(seq).expect("a scheduled sequence exists");
-                let live = &self.live[&sequence.group];
-                draws.push(live.draw(row, sequence, index));
-                targets.push(Target { request: sequence.group, seq, index });
-            }
+            targets.extend(self.scheduler.fork(seq).into_iter().map(|seq| (row, seq)));
         }
+        let (targets, draws): (Vec<Target>, Vec<Draw<'_>>) = targets
+            .into_iter()
+            .map(|(row, seq)| {
+                let sequence = self.scheduler.sequence(seq).expect("a forked sequence exists");
+                let (request, index) = (sequence.group, sequence.index);
+                let draw = self.live[&request].draw(row, sequence);
+                (Target { request, seq, index }, draw)
+            })
+            .unzip();
         let drawn = sample(floats(&logits), self.runner.vocab(), &draws);
         targets.into_iter().zip(drawn).collect()
     }
@@ -298,15 +311,16 @@ impl Worker {
 
     fn publish(&self) {
         let scheduler = &self.scheduler;
+        let counters = scheduler.stats();
         let stats = EngineStats {
             running: scheduler.running(),
             waiting: scheduler.waiting(),
             blocks_used: scheduler.blocks_used(),
             blocks_total: scheduler.blocks_total(),
             steps: self.steps,
-            preemptions: scheduler.preemptions(),
-            prefix_hits: scheduler.prefix_hits(),
-            prefix_queries: scheduler.prefix_queries(),
+            preemptions: counters.preemptions,
+            prefix_hits: counters.prefix_hits,
+            prefix_queries: counters.prefix_queries,
         };
         metrics::gauge!("onpolicy_samples_running").set(stats.running as f64);
         metrics::gauge!("onpolicy_requests_waiting").set(stats.waiting as f64);

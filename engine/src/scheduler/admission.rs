@@ -56,7 +56,8 @@ impl Scheduler {
         let rest = |id: &SeqId| self.sequences[id].missing_blocks();
         let promised = self.running.iter().map(rest).sum::<usize>() + self.reserved;
         while tokens_left > 0 {
-            let Some(&id) = self.preempted.front().or_else(|| self.waiting.front()) else { break };
+            let begins = if self.held { None } else { self.waiting.front() };
+            let Some(&id) = self.preempted.front().or(begins) else { break };
             if !self.admit(id, promised) {
                 break;
             }

@@ -55,8 +55,12 @@ impl SchedulerConfig {
         Ok(())
     }
 
-    /// Length at which a sequence ends, if such a request can be served at all.
-    pub(super) fn admissible_len(
+    /// Length at which a sequence ends (prompt and completion together), if such a request can be
+    /// served at all.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] naming the field, and what would fit.
+    pub fn admissible_len(
         &self,
         prompt: usize,
         n: usize,

@@ -356,3 +356,22 @@ fn what_can_never_run_is_refused_and_leaves_nothing() {
     let twice = s.add(request(0, 1, 5, 1));
     assert_eq!(twice, Err(EngineError::Internal("request 0 is there already".into())));
 }
+
+#[test]
+fn held_admissions_let_what_has_begun_go_on() {
+    let mut s = scheduler(ROOMY);
+    add(&mut s, 0, 1, 20, 2);
+    step(&mut s);
+    s.hold_admissions(true);
+    add(&mut s, 1, 2, 20, 1);
+    assert_eq!(chunks(&step(&mut s)), [(0, 20, 1, true), (1, 20, 1, true)]);
+    assert!(!s.is_drained());
+    // Preempted sequences have begun: they come back although admissions are held.
+    s.set_version(1, true);
+    assert_eq!((s.running(), s.preempted(), s.is_drained()), (0, 2, false));
+    assert_eq!(step(&mut s).num_tokens(), 44);
+    s.abort(RequestId(0));
+    assert!(s.is_drained() && step(&mut s).is_empty());
+    s.hold_admissions(false);
+    assert_eq!(chunks(&step(&mut s)), [(2, 0, 20, true)]);
+}
