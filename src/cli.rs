@@ -46,7 +46,8 @@ impl Source {
         let mut overrides = self.set.clone();
         let model = [("model.path", self.model.as_ref().map(|path| format!("{path:?}")))];
         let given = model.iter().chain(flags);
-        overrides.extend(given.filter_map(|(key, value)| Some(format!("{key}={}", value.as_ref()?))));
+        overrides
+            .extend(given.filter_map(|(key, value)| Some(format!("{key}={}", value.as_ref()?))));
         Config::load(self.config.as_deref(), &overrides)
     }
 }

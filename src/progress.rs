@@ -20,7 +20,8 @@ impl Bar {
         } else {
             ProgressDrawTarget::hidden()
         };
-        let bar = ProgressBar::with_draw_target(Some(config.train.steps), target).with_position(done);
+        let bar =
+            ProgressBar::with_draw_target(Some(config.train.steps), target).with_position(done);
         let style = "{spinner} [{elapsed_precise}] {bar:30} step {pos}/{len}, eta {eta}  {msg}";
         bar.set_style(ProgressStyle::with_template(style).expect("the template is valid"));
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -57,7 +58,8 @@ impl Bar {
                  seconds  version",
             );
         }
-        let measured = metrics.entropy_measured.map_or("-".into(), |change| format!("{change:+.4}"));
+        let measured =
+            metrics.entropy_measured.map_or("-".into(), |change| format!("{change:+.4}"));
         self.print(&format!(
             "{:>4}/{:<4} {:>6.3}  {:>2}/{:<2}  {:>8.3}  {:>+11.2e}  {:>11}  {:>5.2} %  {:>8.0}  {:>7.1}  {:>7}",
             metrics.step,

@@ -113,6 +113,7 @@ async fn signal() {
 }
 
 fn runtime() -> Result<Runtime, anyhow::Error> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.context("no threads for the HTTP endpoint")
 }

@@ -119,7 +119,8 @@ fn metrics(dir: &Path) -> Vec<Value> {
 
 #[test]
 fn a_killed_run_resumes_exactly() {
-    let (calm, killed) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    let (calm, killed) =
+        (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
     let verifier = verifier();
     finish(train(calm.path(), &verifier, false));
 

@@ -3,11 +3,7 @@
 
 mod common;
 
-use onpolicy_engine::{
-    collect::collect,
-    engine::EngineHandle,
-    torch::autograd::set_grad,
-};
+use onpolicy_engine::{collect::collect, engine::EngineHandle, torch::autograd::set_grad};
 use onpolicy_plugin_api::{Engine, Request, SamplingParams};
 use onpolicy_trainer::{
     checkpoint::save_weights,
@@ -88,12 +84,8 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
         .collect();
     let before: Vec<Vec<u32>> = prompts.iter().map(|p| greedy(&served.engine, p)).collect();
 
-    let settings = OptimizerSettings {
-        betas: (0.9, 0.95),
-        eps: 1e-8,
-        weight_decay: 0.0,
-        max_grad_norm: 0.0,
-    };
+    let settings =
+        OptimizerSettings { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
     let mut optimizer = Optimizer::new(&served.weights, settings);
     let (stop, ended) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mixed = std::sync::Mutex::new(BTreeSet::new());
@@ -121,17 +113,28 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
     });
     assert!(ended.load(Ordering::Relaxed) >= 4, "there was load");
     assert!(mixed.into_inner().expect("no panic").len() > 1, "some samples saw an update");
-    assert_eq!(served.engine.stats().blocks_used, 0, "all blocks are back");
+    assert_eq!(
+        served.engine.stats().expect("the engine runs").blocks_used,
+        0,
+        "all blocks are back"
+    );
 
     // One more update while nothing runs: the prefixes cached just now must not be found.
     let _optimizer = push(&served, optimizer, 99);
-    let hits = served.engine.stats().prefix_hits;
+    let hits = served.engine.stats().expect("the engine runs").prefix_hits;
     let first = greedy(&served.engine, &prompts[0]);
-    assert_eq!(served.engine.stats().prefix_hits, hits, "no KV of old weights is reused");
+    assert_eq!(
+        served.engine.stats().expect("the engine runs").prefix_hits,
+        hits,
+        "no KV of old weights is reused"
+    );
     let after: Vec<Vec<u32>> = prompts.iter().map(|p| greedy(&served.engine, p)).collect();
     assert_ne!(before, after, "the updates changed the answers");
     assert_eq!(first, after[0]);
-    assert!(served.engine.stats().prefix_hits > hits, "prefixes of this version are found");
+    assert!(
+        served.engine.stats().expect("the engine runs").prefix_hits > hits,
+        "prefixes of this version are found"
+    );
 
     let dir = tempfile::tempdir().expect("a folder");
     save_weights(&served.weights, &dir.path().join("model.safetensors")).expect("saved");

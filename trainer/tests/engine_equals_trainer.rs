@@ -74,7 +74,9 @@ fn the_engines_numbers_are_the_trainers() {
         assert_eq!(tokens, batch.tokens().len());
         assert!(tokens > 500, "{tokens} tokens are too few to show anything");
         let means = differences.map(|sum| sum / tokens as f64);
-        println!("T {temperature}: {tokens} tokens, mean differences {means:?}, worst ratio {worst:e}");
+        println!(
+            "T {temperature}: {tokens} tokens, mean differences {means:?}, worst ratio {worst:e}"
+        );
         assert!(means[0] < 1e-5, "log-probs differ by {:e} on average", means[0]);
         assert!(means[1] < 2e-5 && means[2] < 2e-5, "entropy and baseline: {means:?}");
         assert!(worst < 1e-3, "a ratio is {worst:e} away from 1");

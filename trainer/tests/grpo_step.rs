@@ -72,7 +72,10 @@ fn groups(case: &Value, logprob: &[f32]) -> Vec<TrainGroup> {
                     advantage,
                 }
             });
-            TrainGroup { prompt: tokens(rows.start)[..prompt_len].to_vec(), samples: samples.collect() }
+            TrainGroup {
+                prompt: tokens(rows.start)[..prompt_len].to_vec(),
+                samples: samples.collect(),
+            }
         })
         .collect()
 }

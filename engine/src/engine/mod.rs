@@ -103,7 +103,7 @@ pub struct Model {
     pub weights: Weights,
 }
 
-/// Numbers of the engine at the end of its last step.
+/// Numbers of the engine between two steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct EngineStats {
     /// Samples that run.
@@ -129,7 +129,14 @@ struct Shared {
     version: Version,
     /// Submitted requests that the worker has not taken yet.
     submitted: AtomicUsize,
-    stats: Mutex<EngineStats>,
+    /// Requests that waited at the end of the last step.
+    waiting: AtomicUsize,
+}
+
+impl Shared {
+    fn queued(&self) -> usize {
+        self.submitted.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed)
+    }
 }
 
 /// A clonable handle to a running native engine. The engine stops when told to, or when the last
@@ -159,7 +166,7 @@ impl EngineHandle {
         let shared = Arc::new(Shared {
             version: Version::default(),
             submitted: AtomicUsize::new(0),
-            stats: Mutex::new(EngineStats::default()),
+            waiting: AtomicUsize::new(0),
         });
         let info = ModelInfo {
             name: model.name.clone(),
@@ -225,9 +232,14 @@ impl EngineHandle {
         answer.recv().map_err(|_| EngineError::Stopped)
     }
 
-    /// Numbers of the engine at the end of its last step.
-    pub fn stats(&self) -> EngineStats {
-        *self.inner.shared.stats.lock().unwrap_or_else(|poison| poison.into_inner())
+    /// Numbers of the engine between two steps; blocks until the one in progress is done.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`].
+    pub fn stats(&self) -> Result<EngineStats, EngineError> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.inner.commands.send(Command::Stats { reply }).map_err(|_| EngineError::Stopped)?;
+        answer.recv().map_err(|_| EngineError::Stopped)
     }
 
     /// Fails what runs and waits with [`EngineError::Stopped`], and ends the thread. Blocks until
@@ -281,7 +293,7 @@ impl Engine for EngineHandle {
     ) -> Result<Vec<RequestId>, EngineError> {
         let inner = &self.inner;
         requests.iter().try_for_each(|(request, _)| inner.check(request))?;
-        let waiting = inner.shared.submitted.load(Ordering::Relaxed) + self.stats().waiting;
+        let waiting = inner.shared.queued();
         if waiting + requests.len() > inner.limits.max_waiting {
             return Err(EngineError::Overloaded { waiting });
         }

@@ -18,7 +18,7 @@ use std::{
     sync::{
         Arc,
         atomic::Ordering,
-        mpsc::{Receiver, SyncSender},
+        mpsc::{Receiver, SyncSender, TryRecvError},
     },
     time::Instant,
 };
@@ -43,6 +43,8 @@ pub enum Command {
     Update { write: Write, reply: SyncSender<Result<u64, EngineError>> },
     /// Set the version without changing the weights.
     SetVersion { version: u64, reply: SyncSender<()> },
+    /// Say how things stand.
+    Stats { reply: SyncSender<EngineStats> },
     /// Fail everything and end.
     Stop,
 }
@@ -98,9 +100,9 @@ impl Worker {
     /// Takes what has been sent; waits if there is nothing to do. False: stop.
     fn take_commands(&mut self, inbox: &Receiver<Command>) -> bool {
         if self.scheduler.is_idle() && self.updates.is_empty() {
-            match inbox.recv() {
-                Ok(command) if self.take(command) => {}
-                _ => return false,
+            let Ok(command) = inbox.recv() else { return false };
+            if !self.take(command) {
+                return false;
             }
         }
         loop {
@@ -110,8 +112,8 @@ impl Worker {
                         return false;
                     }
                 }
-                Err(std::sync::mpsc::TryRecvError::Empty) => return true,
-                Err(std::sync::mpsc::TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
@@ -126,6 +128,9 @@ impl Worker {
             Command::SetVersion { version, reply } => {
                 self.set_version(version);
                 let _ = reply.send(());
+            }
+            Command::Stats { reply } => {
+                let _ = reply.send(self.stats());
             }
             Command::Stop => return false,
         }
@@ -309,10 +314,10 @@ impl Worker {
         ids.into_iter().for_each(|id| self.fail(id, error.clone()));
     }
 
-    fn publish(&self) {
+    fn stats(&self) -> EngineStats {
         let scheduler = &self.scheduler;
         let counters = scheduler.stats();
-        let stats = EngineStats {
+        EngineStats {
             running: scheduler.running(),
             waiting: scheduler.waiting(),
             blocks_used: scheduler.blocks_used(),
@@ -321,7 +326,12 @@ impl Worker {
             preemptions: counters.preemptions,
             prefix_hits: counters.prefix_hits,
             prefix_queries: counters.prefix_queries,
-        };
+        }
+    }
+
+    fn publish(&self) {
+        let stats = self.stats();
+        self.shared.waiting.store(stats.waiting, Ordering::Relaxed);
         metrics::gauge!("onpolicy_samples_running").set(stats.running as f64);
         metrics::gauge!("onpolicy_requests_waiting").set(stats.waiting as f64);
         metrics::gauge!("onpolicy_kv_blocks_used").set(stats.blocks_used as f64);
@@ -330,7 +340,6 @@ impl Worker {
         metrics::counter!("onpolicy_prefix_cache_hit_tokens_total").absolute(stats.prefix_hits);
         metrics::counter!("onpolicy_prefix_cache_query_tokens_total")
             .absolute(stats.prefix_queries);
-        *self.shared.stats.lock().unwrap_or_else(|poison| poison.into_inner()) = stats;
     }
 }
 
