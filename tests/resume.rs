@@ -109,7 +109,7 @@ fn metrics(dir: &Path) -> Vec<Value> {
     let text = fs::read_to_string(dir.join("metrics.jsonl")).unwrap_or_default();
     let lines = text.lines().map(|line| {
         let mut step: Value = serde_json::from_str(line).expect("a whole line of JSON");
-        for clock in ["seconds", "elapsed", "tokens_per_second", "peak_memory_mb"] {
+        for clock in ["seconds", "elapsed_seconds", "tokens_per_second", "peak_memory_mb"] {
             step.as_object_mut().expect("an object").remove(clock).expect(clock);
         }
         step

@@ -28,6 +28,12 @@ pub enum TrainError {
     /// Forward, backward or optimizer.
     #[error(transparent)]
     Torch(#[from] TorchError),
+    /// The metrics file.
+    #[error(transparent)]
+    Metrics(#[from] crate::metrics::MetricsError),
+    /// The pictures.
+    #[error(transparent)]
+    Plot(#[from] crate::plot::PlotError),
     /// A file of the run.
     #[error("{path}: {reason}")]
     File { path: PathBuf, reason: String },

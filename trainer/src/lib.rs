@@ -9,7 +9,7 @@
 //! - [`rollout`]: problems become groups of samples. [`reward`]: samples become rewards.
 //! - [`advantage`], [`entropy`]: rewards and token statistics become advantages and a keep mask.
 //! - [`batch`]: scored groups become packs. [`loss`]: packs become gradients.
-//! - [`optimizer`]: gradients become new weights. [`checkpoint`]: weights and moments on disk.
+//! - [`optimizer`], [`schedule`]: gradients become new weights. [`checkpoint`]: weights and moments on disk.
 //! - [`eval`]: Avg@K and Pass@K. [`samples`], [`metrics`], [`plot`]: what a run leaves behind.
 
 pub mod advantage;
@@ -28,6 +28,7 @@ pub mod reward;
 pub mod rollout;
 pub mod run;
 pub mod samples;
+pub mod schedule;
 pub mod served;
 pub mod tasks;
 pub mod train;

@@ -109,7 +109,7 @@ pub fn accumulate_gradient(
 ) -> Result<LossSums, TorchError> {
     let rows = predicting_rows(decoder, micro);
     let hidden = rows.detach();
-    let mut hidden_gradient = hidden.zeros_like();
+    let hidden_gradient = hidden.zeros_like();
     let head = Head::new(decoder, settings.temperature);
     let mut sums = LossSums::default();
     for start in (0..micro.targets.len()).step_by(HEAD_ROWS) {

@@ -6,7 +6,7 @@ use crate::{
     config::Config,
     error::TrainError,
     eval::{EvalReport, EvalSettings, evaluate},
-    metrics::{self, MetricsWriter, StepMetrics, Summary},
+    metrics::{MetricsLog, StepMetrics, Summary, log},
     optimizer::{Optimizer, OptimizerSettings},
     plot,
     rollout::RolloutSettings,
@@ -63,7 +63,7 @@ pub struct Run {
     dir: PathBuf,
     served: Served,
     trainer: Trainer,
-    metrics: MetricsWriter,
+    metrics: MetricsLog,
     /// Seconds of training so far, those before a resumption too.
     seconds: f64,
 }
@@ -98,7 +98,10 @@ impl Run {
         let file = dir.join("config.toml");
         fs::write(&file, config.to_toml()).map_err(|e| TrainError::file(&file, e))?;
         let file = dir.join("metrics.jsonl");
-        let metrics = MetricsWriter::open(&file, step).map_err(|e| TrainError::file(&file, e))?;
+        let metrics = match &resumed {
+            Some(_) => MetricsLog::resume(&file, step)?.0,
+            None => MetricsLog::create(&file)?,
+        };
         let serving = (served.engine.clone(), served.tokenizer.clone());
         let training = (served.decoder(), optimizer);
         let trainer = Trainer::new(config.clone(), parts, serving, training, step);
@@ -140,9 +143,10 @@ impl Run {
         }
         self.save(watch)?;
         self.write_samples("samples_after.md")?;
-        let file = self.dir.join("metrics.jsonl");
-        let steps = metrics::read(&file).map_err(|e| TrainError::file(&file, e))?;
-        plot::curves(&steps, &self.dir).map_err(|e| TrainError::file(&self.dir, e))?;
+        let steps = log::read(&self.dir.join("metrics.jsonl"))?;
+        if !steps.is_empty() {
+            plot::run_folder(&self.dir)?;
+        }
         let summary = Summary::from(&steps[..]);
         let file = self.dir.join("summary.txt");
         fs::write(&file, summary.to_string()).map_err(|e| TrainError::file(&file, e))?;
@@ -154,8 +158,8 @@ impl Run {
         let step = self.trainer.step(&mut |progress| watch(RunEvent::Progress(progress)));
         let mut metrics = step?.metrics;
         self.seconds += started.elapsed().as_secs_f64();
-        metrics.elapsed = self.seconds;
-        self.metrics.write(&metrics).map_err(|e| TrainError::file(&self.dir, e))?;
+        metrics.elapsed_seconds = self.seconds;
+        self.metrics.append(&metrics)?;
         watch(RunEvent::Step(&metrics));
         Ok(())
     }

@@ -7,15 +7,16 @@ use crate::{
     entropy::{EntropyReport, score_gaps},
     error::TrainError,
     loss::{LossSettings, LossSums, PpoClip, accumulate_gradient, token_stats},
-    metrics::{PhaseSeconds, StepMetrics},
+    metrics::{Seconds, StepMetrics, memory},
     optimizer::Optimizer,
     reward::{Scored, score},
     rollout::{Rollout, RolloutSettings, generate},
+    schedule::learning_rate,
 };
 use onpolicy_engine::{
     chat::ChatTokenizer, engine::EngineHandle, model::decoder::Decoder, sampler::stream_of,
 };
-use onpolicy_plugin_api::{Problem, TaskSource, TokenGate, Verifier};
+use onpolicy_plugin_api::{Engine, Problem, TaskSource, TokenGate, Verifier};
 use std::time::{Duration, Instant};
 
 /// Samples whose tokens are looked at again after the update, to measure the change of entropy.
@@ -103,7 +104,6 @@ impl Trainer {
         let mut clock = Clock::start();
 
         progress(Progress::Phase("rollout"));
-        let version_before = onpolicy_plugin_api::Engine::weight_version(&self.engine);
         let rollouts = generate(
             &self.engine,
             &self.tokenizer,
@@ -147,7 +147,7 @@ impl Trainer {
         let probe = clock.lap();
 
         self.step += 1;
-        let seconds = PhaseSeconds {
+        let seconds = Seconds {
             rollout,
             reward,
             train: update.train,
@@ -156,7 +156,7 @@ impl Trainer {
             total: clock.total(),
         };
         let report = Report { groups: &groups, failed, batch: &batch, update: &update, measured };
-        let metrics = self.metrics(&report, seconds, version_before);
+        let metrics = self.metrics(&report, seconds);
         Ok(StepOutcome { metrics, groups })
     }
 
@@ -205,7 +205,7 @@ impl Trainer {
     }
 
     fn learning_rate(&self) -> f64 {
-        self.config.train.learning_rate(self.step)
+        learning_rate(&self.config.train, self.step)
     }
 
     /// Lets the optimizer write the served weights between two steps of the engine.
@@ -235,12 +235,7 @@ impl Trainer {
         (!stats.is_empty()).then(|| sum / stats.len() as f64)
     }
 
-    fn metrics(
-        &self,
-        report: &Report<'_>,
-        seconds: PhaseSeconds,
-        weight_version: u64,
-    ) -> StepMetrics {
+    fn metrics(&self, report: &Report<'_>, seconds: Seconds) -> StepMetrics {
         let rollouts: Vec<&Rollout> = report.groups.iter().map(|group| &group.rollout).collect();
         let rewards: Vec<f64> = report
             .groups
@@ -264,7 +259,7 @@ impl Trainer {
         let over_tokens = |sum: f64| sum / update.sums.tokens.max(1) as f64;
         StepMetrics {
             step: self.step,
-            weight_version,
+            weight_version: self.engine.weight_version(),
             reward_mean: mean(&rewards),
             reward_std: std(&rewards),
             groups: rollouts.len() + report.failed,
@@ -293,8 +288,8 @@ impl Trainer {
             approx_kl: over_tokens(update.sums.kl),
             seconds,
             tokens_per_second: tokens.count as f64 / seconds.rollout.max(1e-9),
-            peak_memory_mb: crate::metrics::peak_memory_mb(),
-            elapsed: 0.0,
+            peak_memory_mb: memory::peak_mb().unwrap_or(f64::NAN),
+            elapsed_seconds: 0.0,
         }
     }
 }
