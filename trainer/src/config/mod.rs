@@ -1,0 +1,105 @@
+//! Raw TOML and `section.key=value` flags become one validated configuration.
+//!
+//! - [`sections`]: the keys, their types and their defaults.
+//! - `raw`: reads the file, lays the flags over it, and names what does not fit.
+//! - `validate`: ranges, and rules between keys.
+
+pub mod sections;
+
+mod raw;
+mod validate;
+
+pub use sections::{
+    Engine, Eval, Model, OnUpdate, Output, Plugin, Rollout, Schedule, Server, Train,
+};
+
+use serde::Serialize;
+use std::path::Path;
+
+/// Everything that a run needs to know. It only comes into being valid.
+///
+/// `examples/config.toml` lists every key with its default.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Config {
+    /// The model to serve and train.
+    pub model: Model,
+    /// The inference engine.
+    pub engine: Engine,
+    /// The HTTP endpoint.
+    pub server: Server,
+    /// Where problems come from.
+    pub task: Plugin,
+    /// What judges completions.
+    pub verifier: Plugin,
+    /// What picks the tokens of the loss.
+    pub gate: Plugin,
+    /// How the completions of a step are drawn.
+    pub rollout: Rollout,
+    /// How the weights are updated.
+    pub train: Train,
+    /// How the policy is evaluated.
+    pub eval: Eval,
+    /// What is written, and where.
+    pub output: Output,
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {reason}")]
+    Read { path: String, reason: String },
+    /// The text is not TOML.
+    #[error("the configuration is not valid TOML: {0}")]
+    Syntax(String),
+    /// There is no such key.
+    #[error("unknown key '{key}'{hint}")]
+    Unknown { key: String, hint: String },
+    /// A key is missing or has the wrong type.
+    #[error("{key}: {reason}")]
+    Shape { key: String, reason: String },
+    /// A value is out of range or does not go with another.
+    #[error("{key} = {value}: {rule}")]
+    Value { key: String, value: String, rule: String },
+    /// A flag is not of the form `section.key=value`.
+    #[error("'{flag}': {reason}")]
+    Flag { flag: String, reason: String },
+}
+
+impl Config {
+    /// Reads a file, if one is given, and lays `overrides` of the form `section.key=value` over
+    /// it. A value is TOML; what is not TOML is a string, so `model.path=/models/a` needs no
+    /// quotes.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, by its key.
+    pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<Self, ConfigError> {
+        let text = match path {
+            None => String::new(),
+            Some(path) => std::fs::read_to_string(path).map_err(|e| ConfigError::Read {
+                path: path.display().to_string(),
+                reason: e.to_string(),
+            })?,
+        };
+        Self::parse(&text, overrides)
+    }
+
+    /// As [`Config::load`], from a text.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, by its key.
+    pub fn parse(text: &str, overrides: &[String]) -> Result<Self, ConfigError> {
+        let mut table = raw::read(text)?;
+        for flag in overrides {
+            raw::lay_over(&mut table, flag)?;
+        }
+        let config = raw::resolve(table)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The resolved configuration, all defaults filled in; [`Config::parse`] reads it back.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a validated configuration has a TOML form")
+    }
+}

@@ -1,0 +1,259 @@
+//! The sections of the configuration: keys, types, defaults.
+
+use crate::advantage::Advantage;
+use onpolicy_plugin_api::Options;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// `[model]`: the model to serve and train.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// A directory, a GGUF file or a hub id. Required.
+    pub path: String,
+    /// Name that clients use for the model; made from `path` if not given.
+    pub name: Option<String>,
+    /// Where the tensors live. Only `cpu` in this version.
+    #[serde(default = "default_device")]
+    pub device: String,
+    /// Type of the weights. Only `f32` in this version.
+    #[serde(default = "default_dtype")]
+    pub dtype: String,
+}
+
+fn default_device() -> String {
+    "cpu".into()
+}
+
+fn default_dtype() -> String {
+    "f32".into()
+}
+
+/// `[engine]`: the inference engine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Engine {
+    /// Memory for K and V, in MiB.
+    pub kv_memory_mb: usize,
+    /// Most samples that run at once.
+    pub max_num_seqs: usize,
+    /// Most tokens of one engine step.
+    pub max_batched_tokens: usize,
+    /// Longest sequence, in tokens; the model's own limit if not given.
+    pub max_model_len: Option<usize>,
+    /// Most requests that wait; one more is turned away.
+    pub max_waiting: usize,
+    /// Reuse the KV of equal prompt beginnings.
+    pub prefix_cache: bool,
+    /// What running samples do when the weights change.
+    pub on_update: OnUpdate,
+}
+
+/// What running samples do when the weights change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnUpdate {
+    /// Go on with the KV they have.
+    #[default]
+    Keep,
+    /// Compute their KV again with the new weights.
+    Recompute,
+    /// Finish first; the update waits for them.
+    Drain,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self {
+            kv_memory_mb: 1024,
+            max_num_seqs: 256,
+            max_batched_tokens: 2048,
+            max_model_len: None,
+            max_waiting: 1024,
+            prefix_cache: true,
+            on_update: OnUpdate::Keep,
+        }
+    }
+}
+
+/// `[server]`: the HTTP endpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    /// Serve while training.
+    pub enabled: bool,
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on; 0 takes any free one.
+    pub port: u16,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self { enabled: true, host: "127.0.0.1".into(), port: 8000 }
+    }
+}
+
+/// `[task]`, `[verifier]` and `[gate]`: the name of a plug-in, and its options beside it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plugin {
+    /// Name of the plug-in.
+    pub name: String,
+    /// Its options; the plug-in itself checks them.
+    #[serde(flatten)]
+    pub options: Map<String, Value>,
+}
+
+impl Plugin {
+    /// The options, as a plug-in takes them.
+    pub fn options(&self) -> Options {
+        Options(self.options.clone())
+    }
+}
+
+/// `[rollout]`: how the completions of a step are drawn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rollout {
+    /// Problems of one step.
+    pub prompts_per_step: usize,
+    /// Completions of each problem.
+    pub group_size: usize,
+    /// Longest completion, in tokens.
+    pub max_new_tokens: usize,
+    /// Sampling temperature.
+    pub temperature: f64,
+    /// Time limit for the completions of one step.
+    pub timeout_seconds: u64,
+}
+
+impl Default for Rollout {
+    fn default() -> Self {
+        Self {
+            prompts_per_step: 8,
+            group_size: 8,
+            max_new_tokens: 24,
+            temperature: 1.0,
+            timeout_seconds: 600,
+        }
+    }
+}
+
+/// `[train]`: how the weights are updated. Groups whose rewards are all equal are left out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Train {
+    /// Training steps.
+    pub steps: u64,
+    /// Seed of the samples and of the built-in tasks.
+    pub seed: u64,
+    /// AdamW: learning rate.
+    pub lr: f64,
+    /// AdamW: decay of the two running means.
+    pub betas: [f64; 2],
+    /// AdamW: added to the root of the second moment.
+    pub eps: f64,
+    /// AdamW: decoupled weight decay.
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this global norm.
+    pub max_grad_norm: f64,
+    /// How the learning rate goes on after the warm-up.
+    pub schedule: Schedule,
+    /// Steps over which the learning rate rises from 0.
+    pub warmup_steps: u64,
+    /// With `cosine`: last learning rate, as a share of `lr`.
+    pub min_lr_ratio: f64,
+    /// PPO: ratios below `1 - clip_low` are clipped.
+    pub clip_low: f64,
+    /// PPO: ratios above `1 + clip_high` are clipped.
+    pub clip_high: f64,
+    /// Dual clip: with a negative advantage, the objective is not below `dual_clip * advantage`.
+    pub dual_clip: f64,
+    /// How rewards become advantages.
+    pub advantage: Advantage,
+    /// Optimizer steps of one batch; it is cut into this many parts.
+    pub updates_per_batch: usize,
+    /// Most tokens of one forward and backward pass; a longer sample has one of its own.
+    pub micro_batch_tokens: usize,
+}
+
+/// How the learning rate goes on after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// It stays.
+    #[default]
+    Constant,
+    /// It falls along half a cosine to `min_lr_ratio * lr` at the last step.
+    Cosine,
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            steps: 20,
+            seed: 0,
+            lr: 2e-5,
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            schedule: Schedule::Constant,
+            warmup_steps: 0,
+            min_lr_ratio: 0.0,
+            clip_low: 0.2,
+            clip_high: 0.2,
+            dual_clip: 3.0,
+            advantage: Advantage::Grpo,
+            updates_per_batch: 1,
+            micro_batch_tokens: 2048,
+        }
+    }
+}
+
+/// `[eval]`: how the policy is evaluated on held-out problems.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Eval {
+    /// Evaluate after every so many training steps; 0 never does.
+    pub every: u64,
+    /// Problems of one evaluation.
+    pub problems: usize,
+    /// Completions of each problem.
+    pub samples: usize,
+    /// Sampling temperature; 0 is greedy.
+    pub temperature: f64,
+    /// The k of Pass@k to report.
+    pub k: Vec<usize>,
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self { every: 0, problems: 64, samples: 4, temperature: 0.7, k: vec![1, 4] }
+    }
+}
+
+/// `[output]`: what is written, and where.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Output {
+    /// The run folder.
+    pub dir: String,
+    /// Save a checkpoint after every so many steps; 0 saves at the end only.
+    pub checkpoint_every: u64,
+    /// Checkpoints that are kept; older ones are deleted.
+    pub keep_checkpoints: usize,
+    /// Problems whose completions are written down before and after training.
+    pub sample_prompts: usize,
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Self {
+            dir: "runs/default".into(),
+            checkpoint_every: 0,
+            keep_checkpoints: 2,
+            sample_prompts: 4,
+        }
+    }
+}

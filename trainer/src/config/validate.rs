@@ -1,0 +1,186 @@
+//! Ranges, and rules between keys.
+
+use super::{Config, ConfigError, Engine, Eval, Model, Output, Rollout, Schedule, Server, Train};
+use serde_json::Value;
+use std::{collections::HashSet, fmt::Display};
+
+type Checked = Result<(), ConfigError>;
+
+/// Largest count that is taken seriously anywhere.
+const MANY: usize = 1 << 20;
+
+impl Config {
+    pub(super) fn validate(&self) -> Checked {
+        self.model.validate()?;
+        self.engine.validate()?;
+        self.server.validate()?;
+        for (section, plugin) in
+            [("task", &self.task), ("verifier", &self.verifier), ("gate", &self.gate)]
+        {
+            not_empty(&format!("{section}.name"), &plugin.name)?;
+            plugin
+                .options
+                .iter()
+                .try_for_each(|(key, v)| finite(&format!("{section}.{key}"), v))?;
+        }
+        self.rollout.validate()?;
+        self.train.validate()?;
+        self.eval.validate()?;
+        self.output.validate()?;
+        self.sizes_fit()
+    }
+
+    /// Rules between sections.
+    fn sizes_fit(&self) -> Checked {
+        let (rollout, engine) = (&self.rollout, &self.engine);
+        let most = engine.max_num_seqs;
+        rule("rollout.group_size", rollout.group_size, rollout.group_size <= most, || {
+            format!("must not be more than engine.max_num_seqs ({most})")
+        })?;
+        if let Some(longest) = engine.max_model_len {
+            let new = rollout.max_new_tokens;
+            rule("rollout.max_new_tokens", new, new < longest, || {
+                format!("must be below engine.max_model_len ({longest})")
+            })?;
+        }
+        let (parts, prompts) = (self.train.updates_per_batch, rollout.prompts_per_step);
+        rule("train.updates_per_batch", parts, parts <= prompts, || {
+            format!("must not be more than rollout.prompts_per_step ({prompts})")
+        })
+    }
+}
+
+impl Model {
+    fn validate(&self) -> Checked {
+        not_empty("model.path", &self.path)?;
+        self.name.as_deref().map_or(Ok(()), |name| not_empty("model.name", name))?;
+        let device = &self.device;
+        rule("model.device", quoted(device), device == "cpu", || match device.as_str() {
+            "cuda" => "this version runs on the CPU only; set \"cpu\"".into(),
+            _ => "must be \"cpu\"".into(),
+        })?;
+        let f32_only = || "this version computes in f32 only; set \"f32\"".into();
+        rule("model.dtype", quoted(&self.dtype), self.dtype == "f32", f32_only)
+    }
+}
+
+impl Engine {
+    fn validate(&self) -> Checked {
+        between("engine.kv_memory_mb", self.kv_memory_mb, 1, MANY)?;
+        between("engine.max_num_seqs", self.max_num_seqs, 1, MANY)?;
+        between("engine.max_batched_tokens", self.max_batched_tokens, 1, MANY)?;
+        between("engine.max_waiting", self.max_waiting, 1, MANY)?;
+        match self.max_model_len {
+            Some(longest) => between("engine.max_model_len", longest, 2, 1 << 24),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Server {
+    fn validate(&self) -> Checked {
+        not_empty("server.host", &self.host)
+    }
+}
+
+impl Rollout {
+    fn validate(&self) -> Checked {
+        between("rollout.prompts_per_step", self.prompts_per_step, 1, MANY)?;
+        between("rollout.group_size", self.group_size, 2, 4096)?;
+        between("rollout.max_new_tokens", self.max_new_tokens, 1, MANY)?;
+        above("rollout.temperature", self.temperature, 0.0, 100.0)?;
+        between("rollout.timeout_seconds", self.timeout_seconds, 1, 7 * 86_400)
+    }
+}
+
+impl Train {
+    fn validate(&self) -> Checked {
+        between("train.steps", self.steps, 1, i64::MAX as u64)?;
+        between("train.seed", self.seed, 0, i64::MAX as u64)?;
+        above("train.lr", self.lr, 0.0, 1.0)?;
+        for (key, beta) in ["train.betas[0]", "train.betas[1]"].into_iter().zip(self.betas) {
+            rule(key, beta, (0.0..1.0).contains(&beta), || "must be at least 0, below 1".into())?;
+        }
+        above("train.eps", self.eps, 0.0, 1.0)?;
+        between("train.weight_decay", self.weight_decay, 0.0, 1.0)?;
+        above("train.max_grad_norm", self.max_grad_norm, 0.0, 1e6)?;
+        self.validate_schedule()?;
+        let low = self.clip_low;
+        rule("train.clip_low", low, low > 0.0 && low < 1.0, || "must be above 0, below 1".into())?;
+        above("train.clip_high", self.clip_high, 0.0, 100.0)?;
+        above("train.dual_clip", self.dual_clip, 1.0, 1000.0)?;
+        between("train.updates_per_batch", self.updates_per_batch, 1, MANY)?;
+        between("train.micro_batch_tokens", self.micro_batch_tokens, 1, 1 << 30)
+    }
+
+    fn validate_schedule(&self) -> Checked {
+        between("train.warmup_steps", self.warmup_steps, 0, self.steps)?;
+        let ratio = self.min_lr_ratio;
+        between("train.min_lr_ratio", ratio, 0.0, 1.0)?;
+        let used = self.schedule == Schedule::Cosine || ratio == 0.0;
+        let needs_cosine = || "has no effect unless train.schedule is \"cosine\"".into();
+        rule("train.min_lr_ratio", ratio, used, needs_cosine)
+    }
+}
+
+impl Eval {
+    fn validate(&self) -> Checked {
+        between("eval.problems", self.problems, 1, MANY)?;
+        between("eval.samples", self.samples, 1, 4096)?;
+        between("eval.temperature", self.temperature, 0.0, 100.0)?;
+        let k = &self.k;
+        rule("eval.k", "[]", !k.is_empty(), || "must name at least one k".into())?;
+        let distinct = k.iter().collect::<HashSet<_>>().len() == k.len();
+        rule("eval.k", format!("{k:?}"), distinct, || "names a k twice".into())?;
+        let samples = self.samples;
+        k.iter().try_for_each(|&k| {
+            let allowed = || format!("must be between 1 and eval.samples ({samples})");
+            rule("eval.k", k, (1..=samples).contains(&k), allowed)
+        })
+    }
+}
+
+impl Output {
+    fn validate(&self) -> Checked {
+        not_empty("output.dir", &self.dir)?;
+        between("output.keep_checkpoints", self.keep_checkpoints, 1, MANY)?;
+        between("output.sample_prompts", self.sample_prompts, 0, MANY)
+    }
+}
+
+fn rule(key: &str, value: impl Display, ok: bool, rule: impl FnOnce() -> String) -> Checked {
+    if ok {
+        return Ok(());
+    }
+    Err(ConfigError::Value { key: key.into(), value: value.to_string(), rule: rule() })
+}
+
+/// `low <= value <= high`.
+fn between<T: PartialOrd + Display>(key: &str, value: T, low: T, high: T) -> Checked {
+    let ok = value >= low && value <= high;
+    rule(key, value, ok, || format!("must be between {low} and {high}"))
+}
+
+/// `low < value <= high`.
+fn above(key: &str, value: f64, low: f64, high: f64) -> Checked {
+    let ok = value > low && value <= high;
+    rule(key, value, ok, || format!("must be above {low} and at most {high}"))
+}
+
+fn not_empty(key: &str, text: &str) -> Checked {
+    rule(key, quoted(text), !text.trim().is_empty(), || "must not be empty".into())
+}
+
+/// TOML knows infinity and NaN, plug-in options (JSON) do not: they arrive as null.
+fn finite(key: &str, value: &Value) -> Checked {
+    match value {
+        Value::Null => rule(key, "inf or nan", false, || "must be a finite number".into()),
+        Value::Array(items) => items.iter().try_for_each(|item| finite(key, item)),
+        Value::Object(map) => map.iter().try_for_each(|(k, v)| finite(&format!("{key}.{k}"), v)),
+        _ => Ok(()),
+    }
+}
+
+fn quoted(text: &str) -> String {
+    format!("\"{text}\"")
+}

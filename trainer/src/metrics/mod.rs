@@ -1,0 +1,166 @@
+//! What a run measures.
+//!
+//! - [`StepMetrics`]: one training step, one line of `metrics.jsonl`.
+//! - [`log`]: writes and reads that file.
+//! - [`summary`]: the closing table.
+//! - [`memory`]: how much memory the process has used.
+
+pub mod log;
+pub mod memory;
+pub mod summary;
+
+pub use log::{MetricsError, MetricsLog};
+pub use summary::Summary;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// One training step.
+///
+/// A number that could not be computed is NaN here and `null` in the file.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepMetrics {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// Version of the weights after the step's update.
+    pub weight_version: u64,
+
+    /// Mean reward of the judged samples.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub reward_mean: f64,
+    /// Population standard deviation of the rewards.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub reward_std: f64,
+    /// Groups drawn.
+    pub groups: usize,
+    /// Groups whose rewards differ; only they teach something.
+    pub groups_mixed: usize,
+    /// Groups left out because a sample could not be judged.
+    pub groups_failed: usize,
+
+    /// Samples drawn.
+    pub samples: usize,
+    /// Tokens of the prompts, each prompt counted once.
+    pub prompt_tokens: usize,
+    /// Tokens generated.
+    pub completion_tokens: usize,
+    /// Mean tokens of a sample.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub completion_len_mean: f64,
+    /// Share of the samples cut off by the token limit.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub truncated_fraction: f64,
+
+    /// Mean entropy of the generated tokens' distributions, in nats.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub entropy: f64,
+    /// Change of the mean entropy that the theory predicts for this update, in nats (logit
+    /// space).
+    #[serde(deserialize_with = "number_or_nan")]
+    pub entropy_predicted: f64,
+    /// Change of the mean entropy over the probe tokens, measured before and after the update, in
+    /// nats; none if it was not measured.
+    pub entropy_measured: Option<f64>,
+    /// Mean of the discriminator `S*`.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub score_mean: f64,
+    /// Population standard deviation of `S*`.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub score_std: f64,
+    /// Mean of `S* - E_p[S]`.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub score_gap_mean: f64,
+    /// Share of the tokens that the gate dropped.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub dropped_fraction: f64,
+    /// The same among tokens with a positive advantage.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub dropped_positive: f64,
+    /// The same among tokens with a negative advantage.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub dropped_negative: f64,
+
+    /// Mean loss of the kept tokens.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub loss: f64,
+    /// Share of the kept tokens on which PPO's clip took hold.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub clip_fraction: f64,
+    /// Global gradient norm before clipping.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub grad_norm: f64,
+    /// Learning rate of the update.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub lr: f64,
+    /// Mean importance ratio.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub ratio_mean: f64,
+    /// Largest `|ratio - 1|`.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub ratio_max_deviation: f64,
+    /// Estimated KL divergence of the old policy from the new one, in nats.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub approx_kl: f64,
+
+    /// Where the step's time went.
+    pub seconds: Seconds,
+    /// Generated tokens per second of the rollout.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub tokens_per_second: f64,
+    /// Most memory that the process has held so far, in MiB.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub peak_memory_mb: f64,
+    /// Seconds since the run began.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub elapsed_seconds: f64,
+}
+
+/// Wall time of a step by phase, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Seconds {
+    /// Drawing the samples.
+    pub rollout: f64,
+    /// Judging them.
+    pub reward: f64,
+    /// Forward and backward passes.
+    pub train: f64,
+    /// Optimizer step and weight swap.
+    pub update: f64,
+    /// Measuring the entropy on the probe tokens.
+    pub probe: f64,
+    /// The whole step.
+    pub total: f64,
+}
+
+impl Seconds {
+    /// Time in none of the phases.
+    pub fn other(&self) -> f64 {
+        let named = self.rollout + self.reward + self.train + self.update + self.probe;
+        (self.total - named).max(0.0)
+    }
+
+    /// The phases by name, `other` included; they sum up to `total`.
+    pub fn phases(&self) -> [(&'static str, f64); 6] {
+        [
+            ("rollout", self.rollout),
+            ("reward", self.reward),
+            ("train", self.train),
+            ("update", self.update),
+            ("probe", self.probe),
+            ("other", self.other()),
+        ]
+    }
+}
+
+impl StepMetrics {
+    /// Share of the groups whose rewards differ.
+    pub fn mixed_share(&self) -> f64 {
+        self.groups_mixed as f64 / self.groups.max(1) as f64
+    }
+}
+
+/// Reads `null`, which is how JSON writes NaN, as NaN. A missing key stays an error.
+fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Option::<f64>::deserialize(from).map(|number| number.unwrap_or(f64::NAN))
+}
