@@ -1,1 +1,241 @@
-//! http
+//! The OpenAI-compatible routes, over any [`Engine`].
+//!
+//! # Layout
+//! In the order that a request's data flows:
+//! - [`body`]: a JSON body, taken field by field; [`error`]: the one error type.
+//! - [`fields`], [`neutral`], [`prompt`]: what is asked for, checked.
+//! - [`generation`], [`text`]: the request at the engine; tokens become text.
+//! - [`completions`], [`chat_completions`], [`logprobs`], [`answer`], `stream`: the answer.
+//! - [`tokens`], [`models`], [`metrics`]: the other routes.
+
+pub mod answer;
+pub mod body;
+pub mod chat_completions;
+pub mod completions;
+pub mod error;
+pub mod fields;
+pub mod generation;
+pub mod logprobs;
+pub mod metrics;
+pub mod models;
+pub mod neutral;
+pub mod prompt;
+mod stream;
+pub mod text;
+pub mod tokens;
+
+use crate::chat::ChatTokenizer;
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, FromRequestParts, State};
+use axum::http::{StatusCode, request::Parts};
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use error::ApiError;
+use metrics_exporter_prometheus::PrometheusHandle;
+use onpolicy_plugin_api::{Engine, ModelInfo};
+use std::any::Any;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tower_http::catch_panic::CatchPanicLayer;
+
+/// How long running requests may go on after the shutdown signal.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// What one client may ask for, and how much may go on at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Generating requests at once; more are answered with 429.
+    pub concurrent_requests: usize,
+    /// Prompts in one request.
+    pub prompts: usize,
+    /// Stop strings in one request.
+    pub stop_strings: usize,
+    /// Longest body, in bytes; a longer one is answered with 413.
+    pub body_bytes: usize,
+    /// How long a body may take to arrive; a slower one is answered with 408.
+    pub body_time: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            concurrent_requests: 1024,
+            prompts: 1024,
+            stop_strings: 16,
+            body_bytes: 8 << 20,
+            body_time: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What all routes share.
+pub struct AppState {
+    engine: Arc<dyn Engine>,
+    tokenizer: ChatTokenizer,
+    limits: Limits,
+    info: ModelInfo,
+    recorder: metrics::Recorder,
+    /// When the server started, in seconds since 1970.
+    created: u64,
+    /// Places for generating requests.
+    places: Arc<Semaphore>,
+    /// Turns at parsing and tokenizing, as many as there are cores.
+    turns: Arc<Semaphore>,
+}
+
+/// The state as handlers receive it.
+pub type Shared = State<Arc<AppState>>;
+
+impl AppState {
+    /// Serves `engine`, whose model reads and writes with `tokenizer`. `/metrics` shows what
+    /// `metrics` has; see [`metrics::install`].
+    pub fn new(
+        engine: Arc<dyn Engine>,
+        tokenizer: ChatTokenizer,
+        limits: Limits,
+        metrics: PrometheusHandle,
+    ) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            info: engine.info(),
+            engine,
+            tokenizer,
+            recorder: metrics::Recorder::new(metrics),
+            created: answer::unix_time(),
+            places: Arc::new(Semaphore::new(limits.concurrent_requests)),
+            turns: Arc::new(Semaphore::new(cores)),
+            limits,
+        }
+    }
+
+    /// Runs work that takes long (a large body) where it does not hold up other requests.
+    async fn off_thread<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&AppState) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let turn = self.turns.clone().acquire_owned().await;
+        let state = self.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let result = work(&state);
+            drop(turn);
+            result
+        });
+        match done.await.map_err(tokio::task::JoinError::try_into_panic) {
+            Ok(result) => result,
+            Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            Err(Err(_)) => Err(onpolicy_plugin_api::EngineError::Stopped.into()),
+        }
+    }
+}
+
+/// A place among the generating requests, given back when dropped. Taken before the body is read,
+/// so that the bodies held in memory are bounded too.
+pub struct Admission {
+    _permit: OwnedSemaphorePermit,
+}
+
+impl FromRequestParts<Arc<AppState>> for Admission {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(_: &mut Parts, state: &Arc<AppState>) -> Result<Self, ApiError> {
+        let permit = state.places.clone().try_acquire_owned().map_err(|_| {
+            let limit = state.limits.concurrent_requests;
+            let message = format!("{limit} requests are running already; try again later");
+            ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("overloaded")
+        })?;
+        Ok(Self { _permit: permit })
+    }
+}
+
+/// All routes.
+pub fn app(state: AppState) -> Router {
+    let state = Arc::new(state);
+    Router::new()
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::get))
+        .route(completions::PATH, post(completions::create))
+        .route(chat_completions::PATH, post(chat_completions::create))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/health", get(models::health))
+        .route("/ping", get(models::health).post(models::health))
+        .route("/version", get(models::version))
+        .route("/metrics", get(metrics::show))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(DefaultBodyLimit::max(state.limits.body_bytes))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn_with_state(state.clone(), metrics::track))
+        .with_state(state)
+}
+
+async fn no_route() -> ApiError {
+    ApiError::new(StatusCode::NOT_FOUND, "there is no such route; see /v1/models for a start")
+        .with_code("unknown_url")
+}
+
+async fn no_method() -> ApiError {
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "this route does not take this method")
+        .with_code("method_not_allowed")
+}
+
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    tracing::error!("a handler panicked: {text}");
+    ApiError::internal("the server failed on this request; see its log").into_response()
+}
+
+/// Serves until `shutdown`; requests that run then have ten seconds to finish.
+///
+/// # Errors
+/// The listener fails.
+pub async fn run(
+    listener: TcpListener,
+    app: Router,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    run_with_grace(listener, app, shutdown, GRACE).await
+}
+
+/// As [`run`], with another time for running requests to finish.
+///
+/// # Errors
+/// The listener fails.
+pub async fn run_with_grace(
+    listener: TcpListener,
+    app: Router,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+    grace: Duration,
+) -> io::Result<()> {
+    // Events of a stream are small; they must not wait for each other.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!("TCP_NODELAY could not be set: {error}");
+        }
+    });
+    let (signal, signalled) = oneshot::channel();
+    let serve = axum::serve(listener, app).with_graceful_shutdown(async move {
+        shutdown.await;
+        let _ = signal.send(());
+    });
+    let too_late = async {
+        match signalled.await {
+            Ok(()) => tokio::time::sleep(grace).await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        served = serve => served,
+        () = too_late => {
+            tracing::warn!("requests that still run after {grace:?} are cut off");
+            Ok(())
+        }
+    }
+}

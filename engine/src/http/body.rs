@@ -1,0 +1,187 @@
+//! Reading request bodies: JSON objects whose fields are taken one by one, so that every error
+//! names its field and no field is left over.
+
+use super::{AppState, error::ApiError};
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::{HeaderMap, StatusCode, header};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use std::sync::Arc;
+
+/// The raw bytes of a JSON body that is within the size and time limits.
+pub struct JsonBytes(Bytes);
+
+impl FromRequest<Arc<AppState>> for JsonBytes {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &Arc<AppState>) -> Result<Self, ApiError> {
+        check_content_type(request.headers())?;
+        let read = Bytes::from_request(request, state);
+        let Ok(read) = tokio::time::timeout(state.limits.body_time, read).await else {
+            let message = "the body did not arrive in time";
+            return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message));
+        };
+        read.map(Self).map_err(|rejection| {
+            let status = rejection.status();
+            if status != StatusCode::PAYLOAD_TOO_LARGE {
+                return ApiError::new(status, rejection.body_text());
+            }
+            let limit = state.limits.body_bytes;
+            ApiError::new(status, format!("the body is longer than {limit} bytes; send less"))
+        })
+    }
+}
+
+impl JsonBytes {
+    /// Parses the body as one JSON object.
+    pub fn fields(&self) -> Result<Fields, ApiError> {
+        let value = serde_json::from_slice(&self.0).map_err(|error| {
+            let message = format!("the body is not valid JSON: {error}");
+            ApiError::new(StatusCode::BAD_REQUEST, message).with_code("invalid_json")
+        })?;
+        match value {
+            Value::Object(map) => Ok(Fields { map, prefix: String::new() }),
+            _ => Err(ApiError::new(StatusCode::BAD_REQUEST, "the body must be a JSON object")),
+        }
+    }
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");
+    let media = value.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+    if media == "application/json" || media.ends_with("+json") {
+        return Ok(());
+    }
+    let message = format!("the content type is '{media}'; send Content-Type: application/json");
+    Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
+}
+
+/// The fields of a JSON object that nobody has taken yet. A field that is null counts as absent.
+pub struct Fields {
+    map: Map<String, Value>,
+    prefix: String,
+}
+
+impl Fields {
+    /// The fields of the object at `path` of the body.
+    ///
+    /// # Errors
+    /// 400 if `value` is no object.
+    pub fn of(value: Value, path: &str) -> Result<Self, ApiError> {
+        match value {
+            Value::Object(map) => Ok(Self { map, prefix: format!("{path}.") }),
+            _ => Err(ApiError::invalid(path, "must be an object")),
+        }
+    }
+
+    /// The full path of one of the fields.
+    pub fn path(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    /// Takes a field as it is.
+    pub fn take_value(&mut self, name: &str) -> Option<Value> {
+        self.map.remove(name).filter(|value| !value.is_null())
+    }
+
+    /// Takes a field.
+    ///
+    /// # Errors
+    /// 400 naming the field if it is not a `T`.
+    pub fn take<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, ApiError> {
+        let Some(value) = self.take_value(name) else { return Ok(None) };
+        let parsed = serde_json::from_value(value);
+        parsed.map(Some).map_err(|e| ApiError::invalid(self.path(name), plain(&e)))
+    }
+
+    /// Takes a field that has a default.
+    ///
+    /// # Errors
+    /// As [`Fields::take`].
+    pub fn take_or<T: DeserializeOwned>(&mut self, name: &str, or: T) -> Result<T, ApiError> {
+        Ok(self.take(name)?.unwrap_or(or))
+    }
+
+    /// Takes a field that must be there.
+    ///
+    /// # Errors
+    /// As [`Fields::take`], and 400 if the field is absent.
+    pub fn require<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, ApiError> {
+        self.take(name)?.ok_or_else(|| ApiError::invalid(self.path(name), "is required"))
+    }
+
+    /// Checks that nothing is left.
+    ///
+    /// # Errors
+    /// 400 naming the first field that nobody took.
+    pub fn finish(self) -> Result<(), ApiError> {
+        match self.map.iter().find(|(_, value)| !value.is_null()) {
+            None => Ok(()),
+            Some((name, _)) => {
+                let rule = "unknown field; check its spelling, or leave it out";
+                Err(ApiError::invalid(self.path(name), rule).with_code("unknown_field"))
+            }
+        }
+    }
+}
+
+/// What serde says of a wrong value, without the names of Rust's types.
+fn plain(error: &serde_json::Error) -> String {
+    const WORDS: [(&str, &str); 7] = [
+        ("expected usize", "expected a non-negative integer"),
+        ("expected u64", "expected a non-negative integer"),
+        ("expected u32", "expected a non-negative integer below 2^32"),
+        ("expected i64", "expected an integer"),
+        ("expected f32", "expected a number"),
+        ("a borrowed string", "a string"),
+        ("expected a sequence", "expected a list"),
+    ];
+    WORDS.iter().fold(error.to_string(), |text, (from, to)| text.replace(from, to))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn fields(value: Value) -> Fields {
+        JsonBytes(value.to_string().into()).fields().unwrap_or_else(|e| panic!("{e:?}"))
+    }
+
+    fn message<T>(result: Result<T, ApiError>) -> String {
+        result.err().map(|e| e.message).unwrap_or_default()
+    }
+
+    #[test]
+    fn takes_typed_fields_and_counts_null_as_absent() {
+        let mut fields = fields(json!({"n": 3, "x": null, "stop": "a", "left": null}));
+        assert_eq!(fields.take::<usize>("n").unwrap(), Some(3));
+        assert_eq!(fields.take::<usize>("x").unwrap(), None);
+        assert_eq!(fields.take_or("y", 7).unwrap(), 7);
+        assert_eq!(fields.require::<String>("stop").unwrap(), "a");
+        assert!(fields.finish().is_ok());
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        let mut f = fields(json!({"n": "three", "m": -1, "t": [1.5], "odd": 1}));
+        let wrong = "n: invalid type: string \"three\", expected a non-negative integer";
+        assert_eq!(message(f.take::<usize>("n")), wrong);
+        let negative = "m: invalid value: integer `-1`, expected a non-negative integer";
+        assert_eq!(message(f.take::<usize>("m")), negative);
+        assert_eq!(f.take::<Vec<u32>>("t").unwrap_err().param.as_deref(), Some("t"));
+        assert_eq!(message(f.require::<usize>("gone")), "gone: is required");
+        assert_eq!(f.finish().unwrap_err().param.as_deref(), Some("odd"));
+        let inner = Fields::of(json!({"b": 1}), "a").unwrap().finish().unwrap_err();
+        assert_eq!(inner.param.as_deref(), Some("a.b"));
+    }
+
+    #[test]
+    fn refuses_what_is_no_json_object() {
+        for body in ["", "{", "[1]", "{\"a\": NaN}", "{\"a\": 1e999}", "\u{feff}{}"] {
+            let error = JsonBytes(body.to_string().into()).fields().err().expect(body);
+            assert_eq!(error.status, StatusCode::BAD_REQUEST, "{body}");
+        }
+    }
+}

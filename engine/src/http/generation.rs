@@ -1,0 +1,310 @@
+//! One HTTP request at the engine: submits a prompt or several, turns the engine's token events
+//! into text events, ends samples at stop strings, and aborts what is left when it is dropped.
+
+use super::error::ApiError;
+use super::metrics::{RequestClock, SampleClock};
+use super::text::{Piece, SampleText, TextRules};
+use super::{Admission, AppState};
+use onpolicy_plugin_api::{Engine, Event, FinishReason, Request, RequestId, Sink, Token};
+use serde::Serialize;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+
+/// A validated request, ready for the engine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Job {
+    /// One per prompt, each with the same number of samples.
+    pub requests: Vec<Request>,
+    /// How the samples become text.
+    pub rules: Arc<TextRules>,
+}
+
+impl Job {
+    /// Samples per prompt.
+    pub fn samples(&self) -> usize {
+        self.requests.first().map_or(0, |request| request.params.n)
+    }
+}
+
+/// What ended a sample beside the token limit and end-of-sequence.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    /// A stop string.
+    Text(String),
+    /// A token of `stop_token_ids`.
+    Token(u32),
+}
+
+/// How a sample ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finish {
+    /// Why.
+    pub reason: FinishReason,
+    /// What stopped it, if it was a stop string or a stop token.
+    pub stop_reason: Option<StopReason>,
+    /// Weight versions of its first and last token, if it has a token.
+    pub weight_versions: Option<[u64; 2]>,
+    /// Tokens generated.
+    pub tokens: usize,
+}
+
+/// What a generation tells the route. `index` counts samples over all prompts: prompt times
+/// samples per prompt, plus sample.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Update {
+    /// Log-prob of each token of a prompt after the first.
+    Prompt { prompt: usize, logprobs: Vec<f32> },
+    /// More text of a sample.
+    Piece { index: usize, piece: Piece },
+    /// A sample has ended.
+    Finished { index: usize, finish: Finish },
+}
+
+/// A whole sample.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// All its text and tokens.
+    pub piece: Piece,
+    /// How it ended.
+    pub finish: Finish,
+}
+
+/// Everything a request generated.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Answers {
+    /// Log-probs of the prompts, where they were asked for.
+    pub prompt_logprobs: Vec<Option<Vec<f32>>>,
+    /// The samples, by index.
+    pub samples: Vec<Sample>,
+}
+
+/// Carries a prompt's events from the engine's thread to the task of the HTTP request.
+struct ChannelSink {
+    prompt: usize,
+    events: UnboundedSender<(usize, Event)>,
+}
+
+impl Sink for ChannelSink {
+    fn send(&mut self, event: Event) -> bool {
+        self.events.send((self.prompt, event)).is_ok()
+    }
+
+    fn is_closed(&self) -> bool {
+        self.events.is_closed()
+    }
+}
+
+/// A request that the engine has taken, and how many of its samples are not over.
+struct Submitted {
+    id: RequestId,
+    open: usize,
+}
+
+/// A sample that is not over.
+struct Running {
+    text: SampleText,
+    clock: SampleClock,
+    weight_versions: Option<[u64; 2]>,
+    last: Option<u32>,
+    tokens: usize,
+}
+
+/// A running request. Dropping it aborts at the engine whatever is not over.
+pub struct Generation {
+    engine: Arc<dyn Engine>,
+    eos: Vec<u32>,
+    samples_per_prompt: usize,
+    submitted: Vec<Submitted>,
+    running: Vec<Option<Running>>,
+    open: usize,
+    events: UnboundedReceiver<(usize, Event)>,
+    ready: VecDeque<Update>,
+    clock: RequestClock,
+    _admission: Admission,
+}
+
+impl Generation {
+    /// Submits all prompts of the job.
+    ///
+    /// # Errors
+    /// The engine's refusal; what was submitted before is aborted.
+    pub fn start(
+        state: &AppState,
+        job: Job,
+        admission: Admission,
+        clock: RequestClock,
+    ) -> Result<Self, ApiError> {
+        let (sender, events) = mpsc::unbounded_channel();
+        let samples_per_prompt = job.samples();
+        let running = || Running {
+            text: SampleText::new(&state.tokenizer, job.rules.clone()),
+            clock: SampleClock::new(clock.route),
+            weight_versions: None,
+            last: None,
+            tokens: 0,
+        };
+        let samples = job.requests.len() * samples_per_prompt;
+        let mut this = Self {
+            engine: state.engine.clone(),
+            eos: eos_that_end(&job, &state.info.eos_token_ids),
+            samples_per_prompt,
+            submitted: Vec::with_capacity(job.requests.len()),
+            running: (0..samples).map(|_| Some(running())).collect(),
+            open: samples,
+            events,
+            ready: VecDeque::new(),
+            clock,
+            _admission: admission,
+        };
+        for (prompt, request) in job.requests.into_iter().enumerate() {
+            let sink = ChannelSink { prompt, events: sender.clone() };
+            let id = this.engine.submit(request, Box::new(sink))?;
+            this.submitted.push(Submitted { id, open: samples_per_prompt });
+        }
+        Ok(this)
+    }
+
+    /// Samples over all prompts.
+    pub fn samples(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Samples per prompt.
+    pub fn samples_per_prompt(&self) -> usize {
+        self.samples_per_prompt
+    }
+
+    /// The next update; `None` once every sample has finished.
+    ///
+    /// # Errors
+    /// The engine's failure, after which there are no more updates.
+    pub async fn next(&mut self) -> Option<Result<Update, ApiError>> {
+        loop {
+            if let Some(update) = self.ready.pop_front() {
+                return Some(Ok(update));
+            }
+            if self.open == 0 {
+                return None;
+            }
+            let taken = match self.events.recv().await {
+                Some((prompt, event)) => self.take(prompt, event),
+                None => Err(ApiError::internal("the engine dropped the request")),
+            };
+            if let Err(error) = taken {
+                self.abort_all();
+                return Some(Err(error));
+            }
+        }
+    }
+
+    /// Waits for all samples.
+    ///
+    /// # Errors
+    /// The engine's failure.
+    pub async fn collect(mut self) -> Result<Answers, ApiError> {
+        let mut prompt_logprobs = vec![None; self.submitted.len()];
+        let mut pieces = vec![Piece::default(); self.samples()];
+        let mut finishes = vec![None; self.samples()];
+        while let Some(update) = self.next().await {
+            match update? {
+                Update::Prompt { prompt, logprobs } => prompt_logprobs[prompt] = Some(logprobs),
+                Update::Piece { index, piece } => pieces[index].extend(piece),
+                Update::Finished { index, finish } => finishes[index] = Some(finish),
+            }
+        }
+        let samples = pieces.into_iter().zip(finishes);
+        let samples = samples.filter_map(|(piece, finish)| Some(Sample { piece, finish: finish? }));
+        Ok(Answers { prompt_logprobs, samples: samples.collect() })
+    }
+
+    fn take(&mut self, prompt: usize, event: Event) -> Result<(), ApiError> {
+        match event {
+            Event::Prompt { logprobs } => self.ready.push_back(Update::Prompt { prompt, logprobs }),
+            Event::Token { index, token } => {
+                self.token(prompt * self.samples_per_prompt + index, token)?;
+            }
+            Event::Finished { index, reason } => {
+                self.finished(prompt * self.samples_per_prompt + index, reason)?;
+            }
+            Event::Failed { error } => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    fn token(&mut self, index: usize, token: Token) -> Result<(), ApiError> {
+        let Some(running) = self.running[index].as_mut() else { return Ok(()) };
+        self.clock.token();
+        running.clock.token();
+        running.tokens += 1;
+        running.last = Some(token.id);
+        let first = running.weight_versions.map_or(token.weight_version, |[first, _]| first);
+        running.weight_versions = Some([first, token.weight_version]);
+        let (piece, stop) = running.text.push(token)?;
+        self.piece(index, piece);
+        if let Some(stop) = stop {
+            let (prompt, sample) =
+                (index / self.samples_per_prompt, index % self.samples_per_prompt);
+            self.engine.abort(self.submitted[prompt].id, Some(sample));
+            self.end(index, FinishReason::Stop, Some(StopReason::Text(stop)));
+        }
+        Ok(())
+    }
+
+    fn finished(&mut self, index: usize, reason: FinishReason) -> Result<(), ApiError> {
+        let Some(running) = self.running[index].as_mut() else { return Ok(()) };
+        let last = running.last;
+        let (piece, stop) = running.text.finish()?;
+        self.piece(index, piece);
+        match stop {
+            Some(stop) => self.end(index, FinishReason::Stop, Some(StopReason::Text(stop))),
+            None => {
+                let by_token =
+                    last.filter(|id| reason == FinishReason::Stop && !self.eos.contains(id));
+                self.end(index, reason, by_token.map(StopReason::Token));
+            }
+        }
+        Ok(())
+    }
+
+    fn piece(&mut self, index: usize, piece: Piece) {
+        if !piece.is_empty() {
+            self.ready.push_back(Update::Piece { index, piece });
+        }
+    }
+
+    fn end(&mut self, index: usize, reason: FinishReason, stop_reason: Option<StopReason>) {
+        let Some(running) = self.running[index].take() else { return };
+        running.clock.finish();
+        self.submitted[index / self.samples_per_prompt].open -= 1;
+        let Running { weight_versions, tokens, .. } = running;
+        let finish = Finish { reason, stop_reason, weight_versions, tokens };
+        self.ready.push_back(Update::Finished { index, finish });
+        self.open -= 1;
+        if self.open == 0 {
+            self.clock.finish();
+        }
+    }
+
+    fn abort_all(&mut self) {
+        self.open = 0;
+        for request in &mut self.submitted {
+            if std::mem::take(&mut request.open) > 0 {
+                self.engine.abort(request.id, None);
+            }
+        }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.abort_all();
+    }
+}
+
+/// The end-of-sequence tokens, unless they are ignored.
+fn eos_that_end(job: &Job, eos: &[u32]) -> Vec<u32> {
+    let ignored = job.requests.first().is_some_and(|request| request.params.ignore_eos);
+    if ignored { Vec::new() } else { eos.to_vec() }
+}

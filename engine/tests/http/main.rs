@@ -1,0 +1,19 @@
+//! The HTTP routes over real sockets, with an engine that says what it is told.
+
+mod chat;
+mod completions;
+mod disconnects;
+mod failures;
+mod fields;
+mod openai_client;
+mod others;
+mod scripted;
+mod server;
+mod stop;
+mod streams;
+mod text;
+mod tokenizer;
+
+/// The routes under test.
+const COMPLETIONS: &str = "/v1/completions";
+const CHAT: &str = "/v1/chat/completions";
