@@ -1,0 +1,6 @@
+//! Loading of real and of small random checkpoints, in every format, and of damaged ones.
+
+mod directory;
+mod gguf;
+mod smollm2;
+mod support;
