@@ -6,10 +6,17 @@ use std::time::Instant;
 use onpolicy_engine::kernels::attention::{
     BLOCK, Pages, PagesMut, Span, paged_attention, write_pages,
 };
+use onpolicy_engine::logits::{batch_stats, logprob_gradient};
+use onpolicy_engine::sampler::{Draw, sample};
+use onpolicy_plugin_api::SamplingParams;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 const HEADS: usize = 9;
 const KV_HEADS: usize = 3;
 const DIM: usize = 64;
+const VOCAB: usize = 49_152;
+const ROWS: usize = 64;
 
 fn main() {
     attention("decode, 64 sequences of 512", 64, 512, 1);
@@ -17,6 +24,17 @@ fn main() {
     attention("prefill, 1 sequence of 512", 1, 512, 512);
     attention("prefill, 8 sequences of 512", 8, 512, 512);
     writing(512);
+    statistics();
+    for (name, params) in [
+        ("plain", SamplingParams::default()),
+        ("greedy", SamplingParams { temperature: 0.0, ..Default::default() }),
+        ("top_logprobs 5", SamplingParams { top_logprobs: 5, ..Default::default() }),
+        ("top_k 50", SamplingParams { top_k: 50, ..Default::default() }),
+        ("top_p 0.95", SamplingParams { top_p: 0.95, ..Default::default() }),
+        ("min_p 0.05", SamplingParams { min_p: 0.05, ..Default::default() }),
+    ] {
+        sampling(name, &params);
+    }
 }
 
 /// The best time of some runs, in seconds.
@@ -77,4 +95,38 @@ fn writing(rows: usize) {
         write_pages(&k, &k, &mut pages, &slots);
     });
     println!("write_pages, {rows} rows: {:.3} ms", seconds * 1e3);
+}
+
+/// Logits about as spread as a language model's at an entropy of 2 nats: a few likely tokens and
+/// a long tail.
+fn logits() -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(0);
+    let mut noise = || (0..4).map(|_| rng.random::<f32>() - 0.5).sum::<f32>() * 4.0;
+    (0..ROWS * VOCAB).map(|i| noise() + if i % 2500 == 0 { 12.0 } else { 0.0 }).collect()
+}
+
+fn statistics() {
+    let logits = logits();
+    let tokens: Vec<u32> = (0..ROWS as u32).collect();
+    let seconds = best(|| {
+        std::hint::black_box(batch_stats(&logits, VOCAB, &tokens, 1.0));
+    });
+    let entropy = batch_stats(&logits, VOCAB, &tokens, 1.0)[0].entropy;
+    println!("entropy of a row: {entropy:.2} nats");
+    println!("statistics, {ROWS} x {VOCAB}: {:.3} ms", seconds * 1e3);
+    // Overwritten by its own gradient each time; the time does not depend on the values.
+    let mut rows = logits.clone();
+    let seconds = best(|| logprob_gradient(&mut rows, VOCAB, &tokens, &[1.0; ROWS], 1.0));
+    println!("gradient, {ROWS} x {VOCAB}: {:.3} ms", seconds * 1e3);
+}
+
+fn sampling(name: &str, params: &SamplingParams) {
+    let logits = logits();
+    let draws: Vec<Draw> = (0..ROWS)
+        .map(|row| Draw { row, params, stream: row as u64, position: 0, forbidden: &[] })
+        .collect();
+    let seconds = best(|| {
+        std::hint::black_box(sample(&logits, VOCAB, &draws));
+    });
+    println!("sampling, {name}, {ROWS} x {VOCAB}: {:.3} ms", seconds * 1e3);
 }

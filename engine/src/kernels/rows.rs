@@ -196,6 +196,39 @@ impl Kernel for Weigh<'_> {
     }
 }
 
+/// The sum of e^d over the logits that are at least `floor`.
+pub fn mass_above(level: Level, row: &[f32], scale: Scale, floor: f32) -> f64 {
+    level.run(MassAbove { row, scale, floor })
+}
+
+struct MassAbove<'a> {
+    row: &'a [f32],
+    scale: Scale,
+    floor: f32,
+}
+
+impl Kernel for MassAbove<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f64 {
+        let Self { row, scale, floor } = self;
+        let mut lanes = [0.0; LANES];
+        for block in row.chunks(ROW_BLOCK) {
+            let mut sum = s.splat(0.0);
+            for_each_line!(block, f32::NEG_INFINITY, |_at, line| {
+                let x = s.load(line);
+                sum = s.add(sum, s.zero_below(exp(s, scale.d(s, x)), x, floor));
+            });
+            let sum = s.to_array(sum);
+            for i in 0..LANES {
+                lanes[i] += f64::from(sum[i]);
+            }
+        }
+        total(lanes)
+    }
+}
+
 /// The largest logit of every `LANES * 4` neighbours, as [`max`].
 pub fn group_maxima(level: Level, row: &[f32], maxima: &mut Vec<f32>) {
     maxima.clear();
@@ -315,6 +348,11 @@ mod tests {
                 let sum: f64 = block.iter().map(|&w| f64::from(w)).sum();
                 assert!((sum / 2.0 / mass - 1.0).abs() < 1e-6);
             }
+            let want: f64 = (row.iter().zip(&weights))
+                .filter(|(x, _)| **x >= row[3])
+                .map(|(_, &w)| f64::from(w) / 2.0)
+                .sum();
+            assert!((mass_above(level, &row, scale, row[3]) / want - 1.0).abs() < 1e-6);
         }
     }
 }

@@ -115,12 +115,12 @@ impl Running {
         s.store(max, &mut self.max.0);
         let mut factors = Line([0.0; LANES]);
         s.store(exp(s, s.sub(old, max)), &mut factors.0);
-        for m in 0..M {
+        for (m, scores) in scores[..M].iter_mut().enumerate() {
             let max = s.splat(self.max.0[m]);
-            let mut v = load_scores(s, &scores[m]);
+            let mut v = load_scores(s, scores);
             for b in 0..CHUNK_BLOCKS {
                 v[b] = exp(s, s.sub(v[b], max));
-                s.store(v[b], &mut scores[m][b].0);
+                s.store(v[b], &mut scores[b].0);
             }
             let sum = s.add(s.add(v[0], v[1]), s.add(v[2], v[3]));
             let old = s.load(&self.sums[m].0);
@@ -180,7 +180,7 @@ pub(super) fn accumulate<S: Simd, const M: usize>(
         accumulate_lines::<S, M, 1, false>(s, weights, values, line, sums);
         line += 1;
     }
-    if values.head_dim % LANES != 0 {
+    if !values.head_dim.is_multiple_of(LANES) {
         accumulate_lines::<S, M, 1, true>(s, weights, values, line, sums);
     }
 }

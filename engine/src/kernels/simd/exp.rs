@@ -6,7 +6,7 @@ use super::Simd;
 const SHIFT: f32 = 12_582_912.0;
 
 /// ln 2 in two parts; few enough bits in the first that its product with any exponent is exact.
-const LN_2_HIGH: f32 = 0.693_359_375;
+const LN_2_HIGH: f32 = 0.693_359_4;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
 
 /// Below it 2^n is not a normal number any more, and the result is 0.
