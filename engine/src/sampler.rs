@@ -1,1 +1,197 @@
-//! sampler
+//! Logits to the next token of each sample.
+//!
+//! A draw is one pass over the row for the statistics, which also leaves the mass of each block
+//! of the row, and then a search for a random number among these masses and in one block. Only
+//! `min_p`, `top_k` and `top_p` look for the likeliest tokens (see `truncate`); what they leave is
+//! a shorter row, drawn from in the same way.
+
+mod random;
+mod truncate;
+
+use std::cell::RefCell;
+
+use onpolicy_plugin_api::{SamplingParams, TokenStats};
+
+pub use self::random::stream_of;
+use self::random::uniform;
+use self::truncate::Candidate;
+use crate::kernels::rows::{self, ROW_BLOCK};
+use crate::kernels::{disjoint, simd::Level};
+use crate::logits::{RowStats, row_stats, row_stats_and_masses};
+
+/// One token to draw.
+#[derive(Debug, Clone, Copy)]
+pub struct Draw<'a> {
+    /// Row of the logits.
+    pub row: usize,
+    /// How to draw.
+    pub params: &'a SamplingParams,
+    /// The sample's random stream, see [`stream_of`].
+    pub stream: u64,
+    /// How many tokens of the sample were generated before.
+    pub position: usize,
+    /// Ids that may not be drawn here; their probability is 0.
+    pub forbidden: &'a [u32],
+}
+
+/// A token that was drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    /// The token.
+    pub id: u32,
+    /// Statistics of the distribution it was drawn from.
+    pub stats: TokenStats,
+    /// The likeliest tokens of that distribution and their log-probs, likeliest first, the lower
+    /// id first where two are equally likely; fewer than asked for if fewer were left.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Draws one token each, from `logits`, `[rows, vocab]`. A draw depends on its own row and fields
+/// only. At temperature 0 it takes the likeliest token, the lowest id of equal ones, with the
+/// statistics of the whole distribution at temperature 1.
+///
+/// # Errors
+/// Per draw, if its row is no distribution: the model made NaN or infinite logits, or every token
+/// is forbidden.
+///
+/// # Panics
+/// If `logits` is not whole rows, or a draw's row is not among them.
+pub fn sample(logits: &[f32], vocab: usize, draws: &[Draw]) -> Vec<Result<Drawn, String>> {
+    assert!(vocab > 0 && logits.len().is_multiple_of(vocab), "logits are whole rows");
+    let rows = logits.len() / vocab;
+    assert!(draws.iter().all(|draw| draw.row < rows), "a draw's row is not among the logits");
+    disjoint::map(draws.len(), &|i| {
+        let row = &logits[draws[i].row * vocab..][..vocab];
+        SCRATCH.with_borrow_mut(|scratch| scratch.draw(row, &draws[i]))
+    })
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// What a draw works on; kept from draw to draw by each thread.
+#[derive(Default)]
+struct Scratch {
+    /// The row without its forbidden tokens.
+    allowed: Vec<f32>,
+    work: Work,
+}
+
+#[derive(Default)]
+struct Work {
+    masses: Vec<f64>,
+    maxima: Vec<f32>,
+    candidates: Vec<Candidate>,
+    /// The candidates' logits.
+    kept: Vec<f32>,
+}
+
+impl Scratch {
+    fn draw(&mut self, row: &[f32], draw: &Draw) -> Result<Drawn, String> {
+        if draw.forbidden.is_empty() {
+            return self.work.draw(row, draw);
+        }
+        self.allowed.clear();
+        self.allowed.extend_from_slice(row);
+        for &id in draw.forbidden {
+            if let Some(logit) = self.allowed.get_mut(id as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        self.work.draw(&self.allowed, draw)
+    }
+}
+
+impl Work {
+    fn draw(&mut self, row: &[f32], draw: &Draw) -> Result<Drawn, String> {
+        if draw.params.temperature == 0.0 {
+            return self.greedy(row, draw.params);
+        }
+        let inv_temperature = (1.0 / draw.params.temperature).min(f32::MAX);
+        let stats = check(row_stats_and_masses(row, inv_temperature, &mut self.masses), row)?;
+        let u = uniform(draw.stream, draw.position);
+        if truncate::keeps_all(draw.params, row.len()) {
+            let id = pick(row, &stats, &self.masses, u);
+            return Ok(self.whole(row, id, &stats, draw.params.top_logprobs));
+        }
+        truncate::keep(row, &stats, draw.params, (&mut self.candidates, &mut self.maxima));
+        self.kept.clear();
+        self.kept.extend(self.candidates.iter().map(|&(_, logit)| logit));
+        let stats = row_stats_and_masses(&self.kept, inv_temperature, &mut self.masses);
+        let (id, logit) = self.candidates[pick(&self.kept, &stats, &self.masses, u)];
+        Ok(self.drawn(id, logit, &stats, draw.params.top_logprobs))
+    }
+
+    fn greedy(&mut self, row: &[f32], params: &SamplingParams) -> Result<Drawn, String> {
+        let stats = check(row_stats(row, 1.0), row)?;
+        let id = rows::find(Level::best(), row, stats.max).expect("a row holds its maximum");
+        Ok(self.whole(row, id, &stats, params.top_logprobs))
+    }
+
+    /// Token `id` of the whole row.
+    fn whole(&mut self, row: &[f32], id: usize, stats: &RowStats, top: usize) -> Drawn {
+        if top > 0 {
+            let floor = truncate::floor_of_likeliest(row, top, &mut self.maxima);
+            self.candidates.clear();
+            rows::gather(Level::best(), row, floor, &mut self.candidates);
+        }
+        self.drawn(id as u32, row[id], stats, top)
+    }
+
+    /// A token, with the `top` likeliest of the candidates.
+    fn drawn(&mut self, id: u32, logit: f32, stats: &RowStats, top: usize) -> Drawn {
+        let mut likeliest = Vec::new();
+        if top > 0 {
+            truncate::keep_likeliest(&mut self.candidates, top);
+            self.candidates.sort_unstable_by(truncate::likelier);
+            likeliest.extend(self.candidates.iter().map(|&(id, z)| (id, stats.logprob(z))));
+        }
+        Drawn { id, stats: stats.token(logit), top: likeliest }
+    }
+}
+
+/// Says what is wrong with a row that is no distribution.
+fn check(stats: RowStats, row: &[f32]) -> Result<RowStats, String> {
+    if stats.is_valid() {
+        return Ok(stats);
+    }
+    Err(if row.iter().any(|logit| logit.is_nan()) {
+        "the model produced NaN logits; its weights are broken".into()
+    } else if stats.max == f32::INFINITY {
+        "the model produced infinite logits; its weights are broken".into()
+    } else {
+        "no token can be drawn, every one is forbidden".into()
+    })
+}
+
+/// The index at which the row's weights, summed from the left, exceed the part `u` of their total;
+/// never one whose weight is 0.
+fn pick(row: &[f32], stats: &RowStats, masses: &[f64], u: f64) -> usize {
+    let (block, rest) = search(masses, u * stats.z);
+    let start = block * ROW_BLOCK;
+    let len = ROW_BLOCK.min(row.len() - start);
+    let mut weights = [0.0; ROW_BLOCK];
+    weights[..len].copy_from_slice(&row[start..start + len]);
+    rows::weigh(Level::best(), &mut weights[..len], stats.scale(), 1.0);
+    start + search(&weights[..len], rest).0
+}
+
+/// The index at which the sum exceeds `target`, and what of the target is left there. Rounding
+/// may leave the sum short: then it is the last index that holds anything.
+fn search<T: Copy + Into<f64>>(masses: &[T], mut target: f64) -> (usize, f64) {
+    let mut last = 0;
+    for (i, mass) in masses.iter().map(|&mass| mass.into()).enumerate() {
+        if mass > target {
+            return (i, target);
+        }
+        if mass > 0.0 {
+            last = i;
+        }
+        target -= mass;
+    }
+    (last, f64::INFINITY)
+}
+
+#[cfg(test)]
+mod tests;

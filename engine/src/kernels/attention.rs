@@ -1,1 +1,342 @@
-//! attention
+//! Attention of query rows over the pages of their sequences.
+//!
+//! The work is cut into items: one KV head of a span's row tile, with all query heads of that KV
+//! head. An item walks over the tokens in chunks and keeps, per query row, a running maximum, a
+//! running sum and the weighted values so far (the online softmax of arXiv 1805.02867), so that no
+//! row of scores is ever whole. Chunks lie at fixed positions of the sequence: a row's
+//! output is bitwise the same whatever else is in the batch and however a prompt is cut.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::disjoint::{Shared, drain};
+pub use super::pages::{BLOCK, Pages, PagesMut, copy_block, write_pages};
+use super::simd::{Kernel, LANES, Level, Line, Simd, prefetch};
+use super::tiles::{self, CHUNK, CHUNK_BLOCKS, MAX_ROWS, Running, Scores, Values};
+
+/// Query rows (positions times heads of the group) that one item aims at.
+const ITEM_ROWS: usize = 8 * MAX_ROWS;
+
+/// Query rows of one sequence, at consecutive positions.
+#[derive(Debug, Clone)]
+pub struct Span<'a> {
+    /// Rows of `q`.
+    pub rows: Range<usize>,
+    /// Position of the first row; row `i` of the span attends to positions up to
+    /// `first_position + i`.
+    pub first_position: usize,
+    /// The sequence's block table.
+    pub blocks: &'a [u32],
+}
+
+/// Attention with scale `1 / sqrt(head_dim)`; `q` and `out` are `[rows, heads, head_dim]`. The
+/// query heads of KV head `h` are those from `h * heads / kv_heads` on. With a window `w`,
+/// position `p` sees positions `p - w + 1 ..= p`.
+///
+/// # Panics
+/// If shapes do not fit, if the spans do not cover the rows in order, or if a block table is too
+/// short or names a block outside of the pages.
+pub fn paged_attention(
+    q: &[f32],
+    out: &mut [f32],
+    pages: &Pages,
+    spans: &[Span],
+    window: Option<usize>,
+) {
+    attend(Level::best(), &Batch::new(q, pages, spans, window), out);
+}
+
+/// The arguments, checked.
+struct Batch<'a> {
+    q: &'a [f32],
+    pages: &'a Pages<'a>,
+    spans: &'a [Span<'a>],
+    window: usize,
+    /// Query heads per KV head.
+    group: usize,
+}
+
+impl<'a> Batch<'a> {
+    fn new(
+        q: &'a [f32],
+        pages: &'a Pages<'a>,
+        spans: &'a [Span<'a>],
+        window: Option<usize>,
+    ) -> Self {
+        pages.check();
+        let rows = check_spans(spans, pages.num_blocks());
+        let kv_len = rows * pages.kv_heads * pages.head_dim;
+        assert!(
+            (rows == 0 && q.is_empty()) || (kv_len > 0 && q.len().is_multiple_of(kv_len)),
+            "q must be [rows, heads, head_dim] with rows as in the spans and heads a multiple of \
+             kv_heads"
+        );
+        assert_ne!(window, Some(0), "a window sees at least one position");
+        let group = q.len().checked_div(kv_len).unwrap_or(0);
+        Self { q, pages, spans, window: window.unwrap_or(usize::MAX), group }
+    }
+
+    /// Where the rows of the group of `head` lie in `q` and `out`, at row `row`.
+    fn group_rows(&self, row: usize, head: usize) -> Range<usize> {
+        let len = self.group * self.pages.head_dim;
+        let start = (row * self.pages.kv_heads + head) * len;
+        start..start + len
+    }
+}
+
+/// Checks rows and block tables; returns the number of rows.
+fn check_spans(spans: &[Span], num_blocks: usize) -> usize {
+    let mut rows = 0;
+    for span in spans {
+        assert_eq!(span.rows.start, rows, "the spans must cover the rows in order");
+        assert!(span.rows.end >= rows, "a span's rows end before they start");
+        rows = span.rows.end;
+        let needed = (span.first_position + span.rows.len()).div_ceil(BLOCK);
+        assert!(span.blocks.len() >= needed, "a block table is too short for its span");
+        assert!(
+            span.blocks[..needed].iter().all(|&block| (block as usize) < num_blocks),
+            "a block table names a block outside of the pages"
+        );
+    }
+    rows
+}
+
+/// One KV head, for some consecutive rows of a span.
+struct Item<'a> {
+    blocks: &'a [u32],
+    head: usize,
+    rows: Range<usize>,
+    /// Position of the first row.
+    position: usize,
+}
+
+/// The batch's items, the longest ones first.
+fn items<'a>(batch: &Batch<'a>) -> Vec<Item<'a>> {
+    let tile = (ITEM_ROWS / batch.group.max(1)).max(1);
+    let mut items = Vec::new();
+    for span in batch.spans {
+        for start in span.rows.clone().step_by(tile) {
+            let rows = start..span.rows.end.min(start + tile);
+            let position = span.first_position + start - span.rows.start;
+            items.extend((0..batch.pages.kv_heads).map(|head| Item {
+                blocks: span.blocks,
+                head,
+                rows: rows.clone(),
+                position,
+            }));
+        }
+    }
+    let cost = |item: &Item| item.rows.len() * (item.position + item.rows.len()).min(batch.window);
+    items.sort_by_key(|item| std::cmp::Reverse(cost(item)));
+    items
+}
+
+fn attend(level: Level, batch: &Batch, out: &mut [f32]) {
+    assert_eq!(out.len(), batch.q.len(), "out has the shape of q");
+    let items = items(batch);
+    let out = Shared::new(out);
+    drain(items.len(), &|i| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            level.run(Attend { batch, item: &items[i], scratch: &mut *scratch });
+            scratch.write(batch, &items[i], &out);
+        });
+    });
+}
+
+/// What an item works on; kept from item to item by each thread.
+struct Scratch {
+    /// The scaled queries: per tile of `M` rows `[head_dim][M]`.
+    queries: Vec<f32>,
+    scores: [Scores; MAX_ROWS],
+    /// One per tile.
+    running: Vec<Running>,
+    /// Weighted values: per row `head_dim` floats in whole lines.
+    sums: Vec<Line>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const {
+        RefCell::new(Scratch {
+            queries: Vec::new(),
+            scores: [[Line([0.0; LANES]); CHUNK_BLOCKS]; MAX_ROWS],
+            running: Vec::new(),
+            sums: Vec::new(),
+        })
+    };
+}
+
+impl Scratch {
+    /// Makes room for an item and packs its queries.
+    fn start(&mut self, batch: &Batch, item: &Item) {
+        let dim = batch.pages.head_dim;
+        let rows = item.rows.len() * batch.group;
+        self.running.clear();
+        self.running.resize(tiles_of(rows).len(), Running::START);
+        self.sums.clear();
+        self.sums.resize(rows * dim.div_ceil(LANES), Line([0.0; LANES]));
+        self.queries.resize(rows * dim, 0.0);
+        let scale = 1.0 / (dim as f32).sqrt();
+        for tile in tiles_of(rows) {
+            let packed = &mut self.queries[tile.start * dim..tile.end * dim];
+            for (m, row) in tile.clone().enumerate() {
+                let group = batch.group_rows(item.rows.start + row / batch.group, item.head);
+                let query = &batch.q[group][row % batch.group * dim..][..dim];
+                let packed = packed[m..].iter_mut().step_by(tile.len());
+                packed.zip(query).for_each(|(packed, x)| *packed = x * scale);
+            }
+        }
+    }
+
+    /// Divides by the sums and writes the item's rows of `out`.
+    fn write(&self, batch: &Batch, item: &Item, out: &Shared<f32>) {
+        let dim = batch.pages.head_dim;
+        let sums = self.sums.chunks_exact(dim.div_ceil(LANES));
+        let totals = tiles_of(item.rows.len() * batch.group)
+            .zip(&self.running)
+            .flat_map(|(tile, running)| (0..tile.len()).map(|m| running.sum(m)));
+        let mut rows = sums.zip(totals.map(|total| 1.0 / total));
+        for row in item.rows.clone() {
+            let group = batch.group_rows(row, item.head);
+            // SAFETY: each row and head belongs to one item, and each item is run once.
+            let out = unsafe { out.part(group.start, group.len()) };
+            for (out, (sums, factor)) in out.chunks_exact_mut(dim).zip(&mut rows) {
+                let sums = sums.iter().flat_map(|line| &line.0);
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * factor);
+            }
+        }
+    }
+}
+
+/// Cuts rows into tiles of at most [`MAX_ROWS`], about equal ones.
+fn tiles_of(rows: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
+    let count = rows.div_ceil(MAX_ROWS);
+    (0..count).map(move |i| i * rows / count..(i + 1) * rows / count)
+}
+
+/// Runs one item up to the division by the sums.
+struct Attend<'a> {
+    batch: &'a Batch<'a>,
+    item: &'a Item<'a>,
+    scratch: &'a mut Scratch,
+}
+
+impl Kernel for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { batch, item, scratch } = self;
+        scratch.start(batch, item);
+        let end = item.position + item.rows.len();
+        let first = (item.position + 1).saturating_sub(batch.window);
+        for start in (first - first % CHUNK..end).step_by(CHUNK) {
+            let tokens = first.saturating_sub(start)..CHUNK.min(end - start);
+            let chunk = Chunk::new(batch, item, start, tokens);
+            for tile in tiles_of(item.rows.len() * batch.group).enumerate() {
+                match tile.1.len() {
+                    1 => chunk.attend::<S, 1>(s, tile, scratch),
+                    2 => chunk.attend::<S, 2>(s, tile, scratch),
+                    3 => chunk.attend::<S, 3>(s, tile, scratch),
+                    4 => chunk.attend::<S, 4>(s, tile, scratch),
+                    5 => chunk.attend::<S, 5>(s, tile, scratch),
+                    _ => chunk.attend::<S, 6>(s, tile, scratch),
+                }
+            }
+        }
+    }
+}
+
+/// Some tokens of an item's sequence.
+struct Chunk<'a> {
+    batch: &'a Batch<'a>,
+    item: &'a Item<'a>,
+    /// Position of the first token.
+    start: usize,
+    /// Tokens that some row of the item sees.
+    tokens: Range<usize>,
+    keys: [&'a [[f32; BLOCK]]; CHUNK_BLOCKS],
+    values: [&'a [f32]; CHUNK_BLOCKS],
+}
+
+impl<'a> Chunk<'a> {
+    #[inline(always)]
+    fn new(batch: &'a Batch, item: &'a Item, start: usize, tokens: Range<usize>) -> Self {
+        let mut keys: [&[[f32; BLOCK]]; CHUNK_BLOCKS] = [&[]; CHUNK_BLOCKS];
+        let mut values: [&[f32]; CHUNK_BLOCKS] = [&[]; CHUNK_BLOCKS];
+        for b in tokens.start / BLOCK..tokens.end.div_ceil(BLOCK) {
+            let block = item.blocks[start / BLOCK + b];
+            keys[b] = batch.pages.keys_of(block, item.head);
+            values[b] = batch.pages.values_of(block, item.head);
+        }
+        Self { batch, item, start, tokens, keys, values }
+    }
+
+    /// Blocks of the next chunk. Their keys and values are asked for while this one is worked on:
+    /// blocks are scattered, and the hardware sees no pattern across them.
+    #[inline(always)]
+    fn next_blocks(&self) -> &'a [u32] {
+        let end = (self.item.position + self.item.rows.len()).div_ceil(BLOCK);
+        let next = self.start / BLOCK + CHUNK_BLOCKS;
+        &self.item.blocks[next.min(end)..(next + CHUNK_BLOCKS).min(end)]
+    }
+
+    /// The tokens that the item's row `row` sees.
+    #[inline(always)]
+    fn visible(&self, row: usize) -> Range<usize> {
+        let end = self.item.position + row / self.batch.group + 1;
+        let first = end.saturating_sub(self.batch.window);
+        first.saturating_sub(self.start)..end.saturating_sub(self.start).min(CHUNK)
+    }
+
+    /// Takes the chunk into account in the item's tile `index`, which is the `M` rows `tile`.
+    #[inline(always)]
+    fn attend<S: Simd, const M: usize>(
+        &self,
+        s: S,
+        (index, tile): (usize, Range<usize>),
+        scratch: &mut Scratch,
+    ) {
+        let pages = self.batch.pages;
+        let dim = pages.head_dim;
+        let queries = &scratch.queries[tile.start * dim..tile.end * dim];
+        let blocks = self.tokens.start / BLOCK..self.tokens.end.div_ceil(BLOCK);
+        let scores = (&mut scratch.scores[..], blocks.start);
+        if index == 0 {
+            for &block in self.next_blocks() {
+                prefetch(pages.keys_of(block, self.item.head).as_flattened());
+            }
+        }
+        tiles::score(s, queries.as_chunks::<M>().0, &self.keys[blocks], scores);
+        for (m, scores) in scratch.scores[..M].iter_mut().enumerate() {
+            hide(scores, self.visible(tile.start + m));
+        }
+        let factors = scratch.running[index].weigh::<S, M>(s, &mut scratch.scores[..M]);
+        let values = Values { blocks: &self.values, tokens: self.tokens.clone(), head_dim: dim };
+        if index == 0 {
+            for &block in self.next_blocks() {
+                prefetch(pages.values_of(block, self.item.head));
+            }
+        }
+        let lines = dim.div_ceil(LANES);
+        let sums = &mut scratch.sums[tile.start * lines..tile.end * lines];
+        tiles::accumulate::<S, M>(s, (&scratch.scores[..M], &factors), &values, sums);
+    }
+}
+
+/// Sets all but the visible scores to minus infinity.
+#[inline(always)]
+fn hide(scores: &mut Scores, visible: Range<usize>) {
+    if visible == (0..CHUNK) {
+        return;
+    }
+    for (b, line) in scores.iter_mut().enumerate() {
+        for (t, score) in line.0.iter_mut().enumerate() {
+            if !visible.contains(&(b * BLOCK + t)) {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,3 +1,16 @@
-//! Attention over pages, on the CPU.
+//! Attention over pages and passes over logits, on the CPU.
+//!
+//! # Layout
+//! - [`attention`]: every query row over the pages of its sequence.
+//! - [`pages`]: the pages' layout; writing and copying them.
+//! - [`rows`]: passes over one row of logits.
+//! - `tiles`: the inner loops of attention, on registers.
+//! - [`simd`]: sixteen lanes of f32 on AVX-512, AVX2 or anything, chosen at run time.
+//! - [`disjoint`]: parallel loops over parts of a slice.
 
 pub mod attention;
+pub mod disjoint;
+pub mod pages;
+pub mod rows;
+pub mod simd;
+mod tiles;

@@ -1,0 +1,128 @@
+//! AVX2 with FMA: a vector is two registers.
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, LANES, Simd};
+
+const HALF: usize = LANES / 2;
+
+/// Proof that the machine has AVX2 and FMA; made only in [`run`].
+#[derive(Clone, Copy)]
+pub(super) struct Avx2(());
+
+/// The lower and the upper eight lanes.
+#[derive(Clone, Copy)]
+pub(super) struct Pair(__m256, __m256);
+
+/// Whether the machine has what [`run`] needs.
+pub(super) fn detected() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx2(()))
+}
+
+impl Avx2 {
+    #[inline(always)]
+    fn power(self, shifted: __m256) -> __m256 {
+        unsafe {
+            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
+            let one = _mm256_castps_si256(_mm256_set1_ps(1.0));
+            _mm256_castsi256_ps(_mm256_add_epi32(exponent, one))
+        }
+    }
+}
+
+// SAFETY of every block here: `self` proves that the instructions are there; the references to
+// arrays prove that the memory is.
+impl Simd for Avx2 {
+    type V = Pair;
+
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        unsafe { Pair(_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::V {
+        let from = from.as_ptr();
+        unsafe { Pair(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(HALF))) }
+    }
+
+    #[inline(always)]
+    fn load_half(self, from: &[f32; LANES / 2]) -> Self::V {
+        unsafe { Pair(_mm256_loadu_ps(from.as_ptr()), _mm256_setzero_ps()) }
+    }
+
+    #[inline(always)]
+    fn store(self, v: Self::V, to: &mut [f32; LANES]) {
+        let to = to.as_mut_ptr();
+        unsafe {
+            _mm256_storeu_ps(to, v.0);
+            _mm256_storeu_ps(to.add(HALF), v.1);
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Pair(_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Pair(_mm256_sub_ps(a.0, b.0), _mm256_sub_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Pair(_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        unsafe { Pair(_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        unsafe { Pair(_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn at_least(self, a: Self::V, b: Self::V) -> u16 {
+        unsafe {
+            let lower = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a.0, b.0));
+            let upper = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a.1, b.1));
+            (lower | upper << HALF) as u16
+        }
+    }
+
+    #[inline(always)]
+    fn zero_below(self, v: Self::V, x: Self::V, limit: f32) -> Self::V {
+        unsafe {
+            let limit = _mm256_set1_ps(limit);
+            let lower = _mm256_cmp_ps::<_CMP_NLT_UQ>(x.0, limit);
+            let upper = _mm256_cmp_ps::<_CMP_NLT_UQ>(x.1, limit);
+            Pair(_mm256_and_ps(lower, v.0), _mm256_and_ps(upper, v.1))
+        }
+    }
+
+    #[inline(always)]
+    fn power_of_two(self, shifted: Self::V) -> Self::V {
+        Pair(self.power(shifted.0), self.power(shifted.1))
+    }
+
+    #[inline(always)]
+    fn largest(self, v: Self::V) -> f32 {
+        unsafe {
+            let v = _mm256_max_ps(v.0, v.1);
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+}
