@@ -89,7 +89,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
     let mut optimizer = Optimizer::new(&served.weights, settings);
     let (stop, ended) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mixed = std::sync::Mutex::new(BTreeSet::new());
-    std::thread::scope(|scope| {
+    let optimizer = std::thread::scope(|scope| {
         for prompt in &prompts {
             let (engine, stop, ended, mixed) = (served.engine.clone(), &stop, &ended, &mixed);
             scope.spawn(move || {
@@ -110,6 +110,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
         }
         std::thread::sleep(Duration::from_millis(300));
         stop.store(true, Ordering::Relaxed);
+        optimizer
     });
     assert!(ended.load(Ordering::Relaxed) >= 4, "there was load");
     assert!(mixed.into_inner().expect("no panic").len() > 1, "some samples saw an update");

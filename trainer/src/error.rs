@@ -1,6 +1,8 @@
 //! Why a run stopped.
 
-use onpolicy_engine::{chat::ChatError, collect::CollectError, model::loading::LoadError, torch::TorchError};
+use onpolicy_engine::{
+    chat::ChatError, collect::CollectError, model::loading::LoadError, torch::TorchError,
+};
 use onpolicy_plugin_api::{EngineError, PluginError};
 use std::path::{Path, PathBuf};
 

@@ -4,7 +4,11 @@ use crate::batch::MicroBatch;
 use onpolicy_engine::{
     logits::{batch_stats, logprob_gradient},
     model::{attention::Attention, decoder::Decoder},
-    torch::{TorchError, autograd::{backward, set_grad}, slices::{floats, floats_mut}},
+    torch::{
+        TorchError,
+        autograd::{backward, set_grad},
+        slices::{floats, floats_mut},
+    },
 };
 use onpolicy_plugin_api::TokenStats;
 use tch::Tensor;
@@ -145,8 +149,7 @@ pub fn token_stats(decoder: &Decoder, micro: &MicroBatch, temperature: f32) -> V
 /// Hidden states of the rows that predict a response token, `[tokens, hidden]`.
 fn predicting_rows(decoder: &Decoder, micro: &MicroBatch) -> Tensor {
     let pack = &micro.pack;
-    let hidden =
-        decoder.hidden(&pack.tokens(), &pack.positions(), &mut Attention::Causal(pack));
+    let hidden = decoder.hidden(&pack.tokens(), &pack.positions(), &mut Attention::Causal(pack));
     hidden.index_select(0, &Tensor::from_slice(&micro.rows))
 }
 

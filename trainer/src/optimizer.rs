@@ -92,8 +92,7 @@ impl Optimizer {
             let settings = self.adamw(lr, grad_norm);
             let (first, second) = (pick(&self.first), pick(&self.second));
             let (params, first) = (&params[..], &first[..]);
-            let state =
-                AdamWState { params, grads: &grads, first, second: &second, steps: &steps };
+            let state = AdamWState { params, grads: &grads, first, second: &second, steps: &steps };
             adamw(settings, &state)
         })?;
         self.zero_grad();
@@ -133,11 +132,8 @@ impl Optimizer {
     pub fn load(&mut self, path: &Path, taken: u64) -> Result<(), TorchError> {
         let stored = Tensor::read_safetensors(path).map_err(|e| TorchError(e.to_string()))?;
         let stored: std::collections::HashMap<String, Tensor> = stored.into_iter().collect();
-        let columns = [
-            ("first", &mut self.first),
-            ("second", &mut self.second),
-            ("steps", &mut self.steps),
-        ];
+        let columns =
+            [("first", &mut self.first), ("second", &mut self.second), ("steps", &mut self.steps)];
         for (column, tensors) in columns {
             for (name, tensor) in self.names.iter().zip(tensors) {
                 let key = format!("{column}.{name}");

@@ -97,10 +97,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Whatever went wrong; the weights are those before or after the update, never between.
-    pub fn step(
-        &mut self,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<StepOutcome, TrainError> {
+    pub fn step(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<StepOutcome, TrainError> {
         let mut clock = Clock::start();
 
         progress(Progress::Phase("rollout"));
@@ -243,12 +240,8 @@ impl Trainer {
             .flat_map(|group| group.rewards.iter().map(|&reward| f64::from(reward)))
             .collect();
         let tokens = AllTokens::of(&rollouts);
-        let gate = EntropyReport::new(
-            &report.batch.tokens(),
-            report.batch.keep(),
-            None,
-            report.update.lr,
-        );
+        let gate =
+            EntropyReport::new(&report.batch.tokens(), report.batch.keep(), None, report.update.lr);
         let update = report.update;
         let samples: usize = rollouts.iter().map(|rollout| rollout.samples.len()).sum();
         let truncated = rollouts
@@ -296,7 +289,8 @@ impl Trainer {
 
 fn lost() -> TrainError {
     TrainError::Refused(
-        "an update failed and the optimizer's state is lost; resume from the last checkpoint".into(),
+        "an update failed and the optimizer's state is lost; resume from the last checkpoint"
+            .into(),
     )
 }
 
