@@ -14,10 +14,10 @@ fn the_openai_package_works_unmodified() {
     let python = common::cache().join("venv/bin/python");
     assert!(python.exists(), "{} is missing: run scripts/test", python.display());
     let server = common::serve(&common::smollm2(), &[]);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/tests/python/openai_client.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/openai_client.py");
     let mut client = Command::new(python)
         .arg(script)
-        .arg(format!("{}/v1", server.url))
+        .arg(&server.url)
         .stdin(Stdio::null())
         .spawn()
         .expect("Python starts");

@@ -241,9 +241,9 @@ mod tests {
         let column = |scale: f32| tokens.iter().map(|&t| t as f32 * scale).collect();
         TrainSample {
             tokens: tokens.to_vec(),
-            logprob: column(-0.1),
-            entropy: column(0.2),
-            baseline: column(0.3),
+            logprob: column(-0.125),
+            entropy: column(0.25),
+            baseline: column(0.5),
             advantage,
         }
     }
@@ -270,7 +270,7 @@ mod tests {
         assert_eq!(micro.rows, [2, 3, 4, 2, 6, 7]);
         assert_eq!(micro.advantage, [1.0, 1.0, 1.0, -1.0, 0.5, 0.5]);
         assert_eq!(micro.keep, [false, true, true, false, true, true]);
-        assert_eq!(micro.old_logprob[3], -1.3);
+        assert_eq!(micro.old_logprob[3], -1.625);
         assert_eq!(Vec::<i64>::try_from(micro.pack.positions()).unwrap(), [0, 1, 2, 3, 4, 0, 1, 2]);
         assert_eq!(micro.kept(), 4);
     }
@@ -295,7 +295,7 @@ mod tests {
     #[test]
     fn a_probe_takes_samples_of_every_group() {
         assert_eq!(batch().probe(2).targets, [10, 11, 12, 20, 21]);
-        assert_eq!(batch().probe(2).old_entropy[3], 4.0);
+        assert_eq!(batch().probe(2).old_entropy[3], 5.0);
         assert_eq!(batch().probe(4).targets, [10, 11, 12, 13, 20, 21]);
         assert_eq!(batch().probe(1).targets, [10, 11, 12]);
     }

@@ -5,7 +5,6 @@ mod completions;
 mod disconnects;
 mod failures;
 mod fields;
-mod openai_client;
 mod others;
 mod scripted;
 mod server;
