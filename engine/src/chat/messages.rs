@@ -1,6 +1,7 @@
 //! The conversation that a prompt is made from.
 
 use super::ChatError;
+use onpolicy_plugin_api::Message;
 use serde_json::{Map, Value, json};
 
 /// A conversation in OpenAI's form, and how to render it.
@@ -20,8 +21,9 @@ pub struct Chat {
 
 impl Chat {
     /// A conversation that the model is to answer.
-    pub fn from_messages(messages: &[onpolicy_plugin_api::Message]) -> Self {
-        let plain = |message: &onpolicy_plugin_api::Message| json!({ "role": message.role, "content": message.content });
+    pub fn from_messages(messages: &[Message]) -> Self {
+        let plain =
+            |Message { role, content }: &Message| json!({ "role": role, "content": content });
         Self {
             messages: messages.iter().map(plain).collect(),
             add_generation_prompt: true,

@@ -2,8 +2,10 @@
 //!
 //! # Layout
 //! - [`ChatTokenizer`]: text to token ids and back; conversations to prompts.
-//! - [`template`](self): the Jinja templates that come with models, as transformers renders them.
+//! - [`Chat`]: a conversation, and how to render it.
 //! - [`Detokenizer`]: one token at a time to text, in time linear in the text.
+//! - `template`, `python`: the Jinja templates that come with models, as transformers renders them.
+//! - `bytes`: how a vocabulary spells bytes.
 
 mod bytes;
 mod detokenizer;

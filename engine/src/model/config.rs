@@ -9,6 +9,9 @@ use crate::model::loading::LoadError;
 use keys::Keys;
 use serde_json::{Map, Value, json};
 
+/// Many more layers than any model has.
+const MAX_LAYERS: usize = 4096;
+
 /// The decoder families that this engine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
@@ -117,7 +120,7 @@ impl ModelConfig {
         let keys = Keys(config);
         let architecture = Architecture::from_keys(keys)?;
         refuse_unsupported(keys)?;
-        let num_layers = keys.count("num_hidden_layers")?;
+        let num_layers = layer_count("num_hidden_layers", keys.count("num_hidden_layers")?)?;
         let layer_window = windows(architecture, keys, num_layers)?;
         let bias = keys.flag("attention_bias")?.unwrap_or(false)
             && matches!(architecture, Architecture::Llama | Architecture::Qwen3);
@@ -155,8 +158,8 @@ impl ModelConfig {
             let reason = format!("must divide num_attention_heads, which is {}", self.num_heads);
             return Err(LoadError::config("num_key_value_heads", reason));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(LoadError::config("head_dim", "must be even"));
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+            return Err(LoadError::config("head_dim", "must be even, and not 0"));
         }
         let vocab_size = self.vocab_size;
         self.eos_token_ids.retain(|&id| {
@@ -281,6 +284,12 @@ impl ModelConfig {
         let elements = |shape: &[i64]| shape.iter().product::<i64>() as usize;
         self.tensor_shapes().iter().map(|(_, shape)| elements(shape)).sum()
     }
+}
+
+/// Refuses a number of layers that no model has, before lists of that length are made.
+pub(in crate::model) fn layer_count(key: &str, layers: usize) -> Result<usize, LoadError> {
+    let fits = layers <= MAX_LAYERS;
+    fits.then_some(layers).ok_or_else(|| LoadError::config(key, "must be at most 4096"))
 }
 
 /// Refuses what would change the computation and is not computed here.

@@ -2,5 +2,6 @@
 
 mod directory;
 mod gguf;
+mod gguf_file;
 mod smollm2;
 mod support;

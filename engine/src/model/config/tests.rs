@@ -97,6 +97,8 @@ fn refusals_say_what_is_wrong() {
         (with(llama(), json!({ "vocab_size": -3 })), "vocab_size: must be a whole number"),
         (with(llama(), json!({ "num_key_value_heads": 3 })), "must divide num_attention_heads"),
         (with(llama(), json!({ "hidden_size": 30 })), "head_dim"),
+        (with(llama(), json!({ "head_dim": 7 })), "head_dim: must be even"),
+        (with(llama(), json!({ "num_hidden_layers": 2000000000 })), "must be at most 4096"),
         (with(llama(), json!({ "partial_rotary_factor": 0.5 })), "partial_rotary_factor '0.5'"),
         (
             with(llama(), json!({ "rope_scaling": { "rope_type": "dynamic", "factor": 2 } })),

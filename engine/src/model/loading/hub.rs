@@ -190,3 +190,6 @@ fn explain(error: &ApiError) -> String {
          path of its directory, or set HF_ENDPOINT to a mirror"
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -54,7 +54,7 @@ fn shard_paths(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let files = files.filter(|files| !files.is_empty()).ok_or_else(malformed)?;
     // A file of this directory, never a path that leads out of it.
     let is_plain = |name: &&str| Path::new(name).file_name().is_some_and(|part| part == *name);
-    if !files.iter().all(|name| is_plain(name)) {
+    if !files.iter().all(is_plain) {
         return Err(malformed());
     }
     Ok(files.into_iter().map(|name| dir.join(name)).collect())
@@ -92,7 +92,8 @@ impl Shard {
         let expected = data.saturating_add(header.data_len() as u64);
         if expected != length {
             let reason = format!(
-                "has {length} bytes where its header asks for {expected}; it may be cut off: fetch it again"
+                "has {length} bytes where its header asks for {expected}; it may be cut off: fetch \
+                 it again"
             );
             return Err(corrupt(&reason));
         }
@@ -113,12 +114,15 @@ impl Shard {
                 return Err(LoadError::unsupported(what, format!("{other:?}"), "F32, F16, BF16"));
             }
         };
-        let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
-        self.file
-            .read_exact_at(&mut bytes, self.data + start as u64)
-            .map_err(LoadError::io(&self.path))?;
-        let stored = Tensor::f_from_data_size(&bytes, shape, kind);
-        stored.and_then(|tensor| tensor.f_to_kind(Kind::Float)).map_err(tensors::torch_error(name))
+        let size = kind.elt_size_in_bytes();
+        let begin = self.data + info.data_offsets.0 as u64;
+        tensors::assemble(name, shape, &|start, count| {
+            let mut bytes = vec![0; count * size];
+            self.file
+                .read_exact_at(&mut bytes, begin + (start * size) as u64)
+                .map_err(LoadError::io(&self.path))?;
+            Tensor::f_from_data_size(&bytes, &[count as i64], kind)
+                .map_err(tensors::torch_error(name))
+        })
     }
 }

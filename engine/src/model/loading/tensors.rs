@@ -3,14 +3,15 @@
 use super::LoadError;
 use crate::{model::config::ModelConfig, torch::parallel};
 use std::{collections::BTreeSet, sync::Mutex};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
+
+/// Reads one tensor of this name and shape, f32 and contiguous; called on several threads.
+type ReadOne<'a> = dyn Fn(&str, &[i64]) -> Result<Tensor, LoadError> + Sync + 'a;
 
 /// Reads every tensor of `config`, in the order of its `tensor_shapes`.
-///
-/// `read(name, shape)` gives one tensor, f32 and contiguous; it runs on several threads.
 pub(super) fn read_all(
     config: &ModelConfig,
-    read: &(dyn Fn(&str, &[i64]) -> Result<Tensor, LoadError> + Sync),
+    read: &ReadOne,
 ) -> Result<Vec<(String, Tensor)>, LoadError> {
     let wanted = config.tensor_shapes();
     let slots: Vec<_> = wanted.iter().map(|_| Mutex::new(None)).collect();
@@ -26,6 +27,32 @@ pub(super) fn read_all(
         result.map(|tensor| (name, tensor))
     });
     results.collect()
+}
+
+/// Elements that are read at a time, a multiple of every block size of a quantised format. Small
+/// enough to stay in the cache until they are copied to their place, and for torch to copy them on
+/// the thread that asks for it.
+const CHUNK: usize = 1 << 14;
+
+/// Makes one f32 tensor out of chunks, so that nothing else of its size is ever allocated.
+/// `chunk(start, count)` gives `count` elements from element `start` on, in any floating type.
+pub(super) fn assemble(
+    name: &str,
+    shape: &[i64],
+    chunk: &dyn Fn(usize, usize) -> Result<Tensor, LoadError>,
+) -> Result<Tensor, LoadError> {
+    let torch_error = torch_error(name);
+    let whole = Tensor::f_empty(shape, (Kind::Float, Device::Cpu)).map_err(&torch_error)?;
+    let flat = whole.f_view([-1]).map_err(&torch_error)?;
+    let total = whole.numel();
+    for start in (0..total).step_by(CHUNK) {
+        let count = CHUNK.min(total - start);
+        let values = chunk(start, count)?;
+        flat.f_narrow(0, start as i64, count as i64)
+            .and_then(|mut part| part.f_copy_(&values).map(drop))
+            .map_err(&torch_error)?;
+    }
+    Ok(whole)
 }
 
 /// Refuses a checkpoint that lacks a tensor, or holds one that the decoder does not know and that
@@ -50,13 +77,12 @@ pub(super) fn check_names<'a>(
     match present.difference(&wanted).find(|name| !ignorable(name)) {
         None => Ok(()),
         Some(name) => {
-            let family = config.architecture.class_name();
-            Err(LoadError::tensor(
-                *name,
-                format!(
-                    "is in the checkpoint, but {family} has no such tensor; is config.json the right one?"
-                ),
-            ))
+            let reason = format!(
+                "is in the checkpoint, but {} has no such tensor; is the configuration the right \
+                 one?",
+                config.architecture.class_name()
+            );
+            Err(LoadError::tensor(*name, reason))
         }
     }
 }

@@ -7,7 +7,7 @@ use super::{
     values::{Metadata, missing},
     weights::{self, Weights},
 };
-use crate::model::config::{Architecture, ModelConfig, RopeConfig, RopeScaling, Yarn};
+use crate::model::config::{Architecture, ModelConfig, RopeConfig, RopeScaling, Yarn, layer_count};
 
 /// The keys below one architecture's name.
 struct Keys<'a> {
@@ -64,7 +64,7 @@ pub(super) fn model_config(header: &Header, weights: &Weights) -> Result<ModelCo
     let head_dim = keys.optional_count("attention.key_length")?.unwrap_or(hidden_size / num_heads);
     keys.expect("attention.value_length", head_dim)?;
     keys.expect("rope.dimension_count", head_dim)?;
-    let num_layers = keys.count("block_count")?;
+    let num_layers = layer_count(&keys.name("block_count"), keys.count("block_count")?)?;
     let has = |tensor: &str| {
         names::to_gguf(tensor).is_some_and(|name| header.tensors.contains_key(&name))
     };

@@ -1,7 +1,7 @@
 //! GGUF's vocabulary to Hugging Face's tokenizer files.
 //!
 //! Only byte-level BPE is built (`tokenizer.ggml.model` = `gpt2`). A GGUF names the rule that cuts
-//! text into words but does not hold it; [`pre_tokenizer`] knows the rules by name.
+//! text into words but does not hold it; [`rule`] knows the rules by name.
 
 use super::super::LoadError;
 use super::values::{Metadata, missing};

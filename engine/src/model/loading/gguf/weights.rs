@@ -11,10 +11,7 @@ use candle_core::{
     quantized::{GgmlDType, ggml_file::qtensor_from_ggml},
 };
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
-use tch::{Kind, Tensor};
-
-/// Elements that are dequantised at a time: their f32 stay in the cache until they are copied.
-const CHUNK: usize = 1 << 17;
+use tch::Tensor;
 
 /// Factors on rotary frequencies; read with the configuration.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -49,25 +46,16 @@ impl Weights<'_> {
         }
     }
 
-    /// A whole tensor in f32, made chunk by chunk, so that nothing else of its size is allocated.
+    /// A whole tensor in f32.
     pub fn dequantise(&self, name: &str, info: &TensorInfo) -> Result<Tensor, LoadError> {
         let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
-        let torch_error = tensors::torch_error(name);
-        let whole =
-            Tensor::f_empty(&shape, (Kind::Float, tch::Device::Cpu)).map_err(&torch_error)?;
-        let flat = whole.f_view([-1]).map_err(&torch_error)?;
-        let total = info.shape.iter().product();
-        for start in (0..total).step_by(CHUNK) {
-            let count = CHUNK.min(total - start);
+        tensors::assemble(name, &shape, &|start, count| {
             let values = self.dequantise_chunk(info, start, count)?;
-            let part = flat.f_narrow(0, start as i64, count as i64).map_err(&torch_error)?;
-            copy_into(part, &values).map_err(&torch_error)?;
-        }
-        Ok(whole)
+            to_torch(&values).map_err(tensors::torch_error(name))
+        })
     }
 
-    /// `count` elements from element `start` on; both are multiples of every block size, or the
-    /// chunk is the last one.
+    /// `count` elements from element `start` on, both of them whole blocks.
     fn dequantise_chunk(
         &self,
         info: &TensorInfo,
@@ -86,13 +74,13 @@ impl Weights<'_> {
     }
 }
 
-/// Copies candle's values to where torch wants them.
-fn copy_into(mut target: Tensor, values: &candle_core::Tensor) -> Result<(), tch::TchError> {
+/// candle's values as torch's.
+fn to_torch(values: &candle_core::Tensor) -> Result<Tensor, tch::TchError> {
     let (storage, _) = values.storage_and_layout();
-    let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
-        return Err(tch::TchError::Kind("dequantised to something other than f32".to_string()));
-    };
-    target.f_copy_(&Tensor::f_from_slice(values)?).map(|_| ())
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => Tensor::f_from_slice(values),
+        _ => Err(tch::TchError::Kind("dequantised to something other than f32".to_string())),
+    }
 }
 
 /// The number of heads of a tensor whose rows GGUF keeps in another order than Hugging Face does:
