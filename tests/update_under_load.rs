@@ -6,7 +6,7 @@ mod common;
 use onpolicy_engine::{collect::collect, engine::EngineHandle, torch::autograd::set_grad};
 use onpolicy_plugin_api::{Engine, Request, SamplingParams};
 use onpolicy_trainer::{
-    checkpoint::save_weights,
+    checkpoint::{save_source, save_weights},
     config::Config,
     optimizer::{Optimizer, OptimizerSettings},
     served::Served,
@@ -139,9 +139,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
 
     let dir = tempfile::tempdir().expect("a folder");
     save_weights(&served.weights, &dir.path().join("model.safetensors")).expect("saved");
-    for (file, text) in served.source.files() {
-        std::fs::write(dir.path().join(file), text).expect("written");
-    }
+    save_source(&served.source, dir.path()).expect("saved");
     let fresh = common::serve(dir.path(), &[]);
     for (prompt, after) in prompts.iter().zip(&after) {
         assert_eq!(&greedy_over_http(&fresh.url, prompt), after);

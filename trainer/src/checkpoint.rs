@@ -57,9 +57,7 @@ impl Snapshot<'_> {
         let trainer = partial.join("trainer");
         fs::create_dir_all(&trainer).map_err(|e| TrainError::file(&trainer, e))?;
         save_weights(self.weights, &partial.join("model.safetensors"))?;
-        for (file, text) in self.source.files() {
-            write(&partial.join(file), text.as_bytes())?;
-        }
+        save_source(self.source, &partial)?;
         self.optimizer.save(&trainer.join("optimizer.safetensors"))?;
         let state = serde_json::to_vec_pretty(&self.state);
         let state = state.map_err(|e| TrainError::file(&trainer, e))?;
@@ -153,6 +151,29 @@ pub fn save_weights(weights: &Weights, path: &Path) -> Result<(), TrainError> {
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     safetensors::serialize_to_file(stored, Some(metadata), path)
         .map_err(|e| TrainError::file(path, e))
+}
+
+/// Writes the files beside the weights: configuration, tokenizer, chat template.
+///
+/// # Errors
+/// What the file system refuses.
+pub fn save_source(source: &Source, dir: &Path) -> Result<(), TrainError> {
+    for (file, text) in source.files() {
+        let path = dir.join(file);
+        match file {
+            "config.json" => write(&path, &as_f32(text).map_err(|e| TrainError::file(&path, e))?)?,
+            _ => write(&path, text.as_bytes())?,
+        }
+    }
+    Ok(())
+}
+
+/// A model's `config.json` that says what type the weights are stored in here.
+fn as_f32(config: &str) -> Result<Vec<u8>, serde_json::Error> {
+    let mut config: serde_json::Map<String, serde_json::Value> = serde_json::from_str(config)?;
+    let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+    config.insert(key.into(), "float32".into());
+    serde_json::to_vec_pretty(&config)
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {

@@ -259,14 +259,21 @@ impl Inner {
         }
     }
 
+    fn check_ids(&self, field: &str, ids: &[u32]) -> Result<(), EngineError> {
+        let vocab = self.info.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab) {
+            Some(id) => {
+                let reason = format!("token id {id} is not below the vocabulary's {vocab}");
+                Err(EngineError::invalid(field, reason))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn check(&self, request: &Request) -> Result<(), EngineError> {
         request.params.validate()?;
-        let vocab = self.info.vocab_size;
-        let ids = request.prompt.iter().chain(&request.params.stop_token_ids);
-        if let Some(id) = ids.copied().find(|&id| id as usize >= vocab) {
-            let reason = format!("token id {id} is not below the vocabulary's {vocab}");
-            return Err(EngineError::invalid("prompt", reason));
-        }
+        self.check_ids("prompt", &request.prompt)?;
+        self.check_ids("stop_token_ids", &request.params.stop_token_ids)?;
         let params = &request.params;
         self.limits.admissible_len(request.prompt.len(), params.n, params.max_tokens).map(|_| ())
     }

@@ -1,0 +1,340 @@
+//! The native engine from the outside: what it promises whatever else goes on.
+
+mod common;
+
+use common::{assert_close, engine, floats, golden, ids, json, tiny};
+use onpolicy_engine::{
+    collect::{CollectError, Sample, Samples, collect},
+    engine::{EngineConfig, EngineHandle, OnUpdate},
+};
+use onpolicy_plugin_api::{
+    Engine, EngineError, Event, FinishReason, Request, SamplingParams, Sink,
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
+};
+
+const ROOMY: usize = 8 << 20;
+
+fn config(kv_memory: usize) -> EngineConfig {
+    EngineConfig { kv_memory, max_num_seqs: 32, ..EngineConfig::default() }
+}
+
+fn prompt(seed: u32, len: usize) -> Vec<u32> {
+    (0..len as u32).map(|i| 3 + (seed * 31 + i * 7) % 150).collect()
+}
+
+fn request(seed: u32, len: usize, params: SamplingParams) -> Request {
+    Request { prompt: prompt(seed, len), params }
+}
+
+fn sampled(n: usize, max_tokens: usize, seed: u64) -> SamplingParams {
+    SamplingParams {
+        n,
+        max_tokens,
+        seed: Some(seed),
+        ignore_eos: true,
+        ..SamplingParams::default()
+    }
+}
+
+fn run(engine: &EngineHandle, requests: Vec<Request>) -> Vec<Samples> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    collect(engine, requests, deadline, &mut || {}).expect("the engine answers")
+}
+
+fn tokens(sample: &Sample) -> Vec<u32> {
+    sample.tokens.iter().map(|token| token.id).collect()
+}
+
+fn all_tokens(groups: &[Samples]) -> Vec<Vec<u32>> {
+    groups.iter().flat_map(|group| group.samples.iter().map(tokens)).collect()
+}
+
+fn blocks_used(engine: &EngineHandle) -> usize {
+    engine.stats().expect("the engine runs").blocks_used
+}
+
+#[test]
+fn a_seeded_request_does_not_depend_on_its_batch() {
+    let checkpoint = tiny("qwen3");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let seeded = request(1, 21, sampled(3, 40, 7));
+    let alone = all_tokens(&run(&engine, vec![seeded.clone()]));
+    assert_ne!(alone[0], alone[1], "every sample has a stream of its own");
+    let others = (0..6).map(|i| request(i + 2, 5 + 9 * i as usize, sampled(2, 30, u64::from(i))));
+    let mut crowd: Vec<Request> = others.collect();
+    crowd.insert(3, seeded);
+    assert_eq!(all_tokens(&run(&engine, crowd)[3..4]), alone);
+}
+
+#[test]
+fn a_full_pool_preempts_and_changes_no_token() {
+    let checkpoint = tiny("llama-tied");
+    let requests: Vec<Request> =
+        (0..12).map(|i| request(i, 20 + i as usize, sampled(2, 60, u64::from(i)))).collect();
+    let roomy = engine(&checkpoint, config(ROOMY));
+    let want = all_tokens(&run(&roomy, requests.clone()));
+    // 24 samples grow to 92 tokens or so, 6 blocks each; the pool has 40.
+    let block = onpolicy_engine::kv_cache::KvCache::block_bytes(&checkpoint.config);
+    let tight = engine(&checkpoint, config(40 * block));
+    let got = all_tokens(&run(&tight, requests));
+    assert!(tight.stats().expect("it runs").preemptions > 0, "the pool was never full");
+    assert_eq!(got, want);
+    assert_eq!((blocks_used(&tight), blocks_used(&roomy)), (0, 0));
+}
+
+#[test]
+fn prompt_logprobs_meet_the_reference_at_every_chunk_size() {
+    let checkpoint = tiny("llama3-rope");
+    let reference = json(&golden("tiny/llama3-rope/reference.json"));
+    for max_batched_tokens in [1, 3, 7, 16, 39, 256] {
+        let limits = EngineConfig { max_num_seqs: 1, max_batched_tokens, ..config(ROOMY) };
+        let engine = engine(&checkpoint, limits);
+        for row in [0, 1, 0] {
+            let params =
+                SamplingParams { prompt_logprobs: true, max_tokens: 1, ..sampled(1, 1, 0) };
+            let prompt = ids(&reference["input_ids"][row]);
+            let answer = run(&engine, vec![Request { prompt, params }]).remove(0);
+            let want = floats(&reference["next_token_logprobs"][row]);
+            assert_close(&answer.prompt_logprobs, &want, 2e-4, "prompt log-prob");
+        }
+    }
+}
+
+#[test]
+fn a_group_shares_its_prompt() {
+    let checkpoint = tiny("llama-tied");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let greedy = SamplingParams { temperature: 0.0, ..sampled(8, 20, 0) };
+    let before = engine.stats().expect("it runs").steps;
+    let answer = run(&engine, vec![request(1, 100, greedy.clone())]).remove(0);
+    let steps = engine.stats().expect("it runs").steps - before;
+    assert_eq!(steps, 20, "the prompt is computed once, and its row gives all first tokens");
+    let alone = SamplingParams { n: 1, ..greedy };
+    let alone = tokens(&run(&engine, vec![request(1, 100, alone)])[0].samples[0]);
+    assert!(answer.samples.iter().all(|sample| tokens(sample) == alone));
+}
+
+#[test]
+fn stop_tokens_end_a_sample_but_not_before_min_tokens() {
+    let checkpoint = tiny("qwen2");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let free = run(&engine, vec![request(4, 12, sampled(1, 30, 5))]).remove(0);
+    let free = tokens(&free.samples[0]);
+    let stop = free[6];
+    let first = free.iter().position(|&id| id == stop).expect("it is there");
+    let params = SamplingParams { stop_token_ids: vec![stop], ..sampled(1, 30, 5) };
+    let stopped = run(&engine, vec![request(4, 12, params.clone())]).remove(0);
+    assert_eq!(tokens(&stopped.samples[0]), free[..=first]);
+    assert_eq!(stopped.samples[0].finish, FinishReason::Stop);
+    let params = SamplingParams { min_tokens: 25, ..params };
+    let later = run(&engine, vec![request(4, 12, params)]).remove(0);
+    let later = tokens(&later.samples[0]);
+    assert!(later.len() >= 25 && !later[..25].contains(&stop), "{later:?}");
+}
+
+#[test]
+fn refusals_name_the_field_and_start_nothing() {
+    let checkpoint = tiny("llama-tied");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let refused = |request: Request| {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        match collect(&engine, vec![request], deadline, &mut || {}) {
+            Err(CollectError::Engine(EngineError::Invalid { field, .. })) => field,
+            other => panic!("{other:?}"),
+        }
+    };
+    let params = sampled(1, 4, 0);
+    assert_eq!(refused(request(0, 0, params.clone())), "prompt");
+    assert_eq!(refused(request(0, 256, params.clone())), "prompt");
+    assert_eq!(refused(Request { prompt: vec![160], params: params.clone() }), "prompt");
+    assert_eq!(refused(request(0, 4, sampled(33, 4, 0))), "n");
+    let hot = SamplingParams { temperature: -1.0, ..params.clone() };
+    assert_eq!(refused(request(0, 4, hot)), "temperature");
+    let stop = SamplingParams { stop_token_ids: vec![999], ..params };
+    assert_eq!(refused(request(0, 4, stop)), "stop_token_ids");
+    assert_eq!(blocks_used(&engine), 0);
+}
+
+struct Listener {
+    events: mpsc::Sender<Event>,
+    gone: Arc<AtomicBool>,
+}
+
+impl Sink for Listener {
+    fn send(&mut self, event: Event) -> bool {
+        self.events.send(event).is_ok()
+    }
+
+    fn is_closed(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+}
+
+fn listen(engine: &EngineHandle, request: Request) -> (mpsc::Receiver<Event>, Arc<AtomicBool>) {
+    let (events, inbox) = mpsc::channel();
+    let gone = Arc::new(AtomicBool::new(false));
+    let sink = Listener { events, gone: gone.clone() };
+    engine.submit(request, Box::new(sink)).expect("the request is taken");
+    (inbox, gone)
+}
+
+/// The next step or the one after it frees the blocks; the samples would run for 200 more.
+fn wait_until_free(engine: &EngineHandle, what: &str) {
+    let steps = || engine.stats().expect("it runs").steps;
+    let before = steps();
+    while blocks_used(engine) > 0 {
+        assert!(steps() < before + 100, "{what}");
+    }
+}
+
+#[test]
+fn whoever_stops_listening_frees_the_blocks() {
+    let checkpoint = tiny("llama-tied");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let long = || request(1, 20, sampled(4, 230, 0));
+    let (inbox, gone) = listen(&engine, long());
+    let limit = Duration::from_secs(10);
+    inbox.recv_timeout(limit).expect("a token");
+    assert!(blocks_used(&engine) > 0);
+    gone.store(true, Ordering::Relaxed);
+    wait_until_free(&engine, "a closed sink ends it");
+    let (inbox, _gone) = listen(&engine, long());
+    inbox.recv_timeout(limit).expect("a token");
+    drop(inbox);
+    wait_until_free(&engine, "and so does a dropped one");
+}
+
+#[test]
+fn every_sample_ends_once_when_some_are_aborted() {
+    let checkpoint = tiny("llama-tied");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let (events, inbox) = mpsc::channel();
+    let sink = Listener { events, gone: Arc::default() };
+    let id = engine.submit(request(1, 20, sampled(3, 50, 0)), Box::new(sink)).expect("taken");
+    engine.abort(id, Some(1));
+    let mut ends = Vec::new();
+    while let Ok(event) = inbox.recv_timeout(Duration::from_secs(10)) {
+        if let Event::Finished { index, reason } = event {
+            ends.push((index, reason));
+        }
+    }
+    ends.sort_by_key(|(index, _)| *index);
+    let length = FinishReason::Length;
+    assert_eq!(ends, [(0, length), (1, FinishReason::Abort), (2, length)]);
+    engine.abort(id, None);
+    assert_eq!(blocks_used(&engine), 0);
+}
+
+#[test]
+fn shutting_down_fails_what_runs_and_what_comes() {
+    let checkpoint = tiny("llama-tied");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let (inbox, _gone) = listen(&engine, request(1, 20, sampled(2, 230, 0)));
+    inbox.recv_timeout(Duration::from_secs(10)).expect("a token");
+    engine.shutdown();
+    let last = inbox.iter().last();
+    assert!(
+        matches!(last, Some(Event::Failed { error: EngineError::Stopped })),
+        "the last event is {last:?}"
+    );
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let late = collect(&engine, vec![request(1, 4, sampled(1, 4, 0))], deadline, &mut || {});
+    assert_eq!(late, Err(CollectError::Engine(EngineError::Stopped)));
+    assert_eq!(engine.update(|| Ok(())), Err(EngineError::Stopped));
+}
+
+/// Changes the weights of a running engine while a sample of `on_update`'s kind is under way, and
+/// returns its tokens' versions, and the first version seen after the update.
+fn versions(on_update: OnUpdate) -> Vec<u64> {
+    let checkpoint = tiny("llama-tied");
+    let limits = EngineConfig { on_update, ..config(ROOMY) };
+    let engine = engine(&checkpoint, limits);
+    let (inbox, _gone) = listen(&engine, request(1, 20, sampled(1, 200, 0)));
+    let mut versions = Vec::new();
+    let mut update = None;
+    while let Ok(event) = inbox.recv_timeout(Duration::from_secs(20)) {
+        if let Event::Token { token, .. } = event {
+            versions.push(token.weight_version);
+        }
+        if versions.len() == 5 && update.is_none() {
+            let engine = engine.clone();
+            update = Some(std::thread::spawn(move || engine.update(|| Ok(())).expect("applied").1));
+        }
+    }
+    assert_eq!(update.expect("there was an update").join().expect("no panic"), 1);
+    assert_eq!(versions.len(), 200);
+    versions
+}
+
+#[test]
+fn running_samples_meet_an_update_as_the_user_says() {
+    for on_update in [OnUpdate::Keep, OnUpdate::Recompute] {
+        let versions = versions(on_update);
+        assert_eq!((versions[0], versions[199]), (0, 1), "{on_update:?}: both versions are seen");
+        assert!(versions.is_sorted());
+    }
+    assert_eq!(versions(OnUpdate::Drain), [0; 200]);
+}
+
+#[test]
+fn a_failed_update_changes_no_version_and_stops_nothing() {
+    let checkpoint = tiny("llama-tied");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let failed = engine.update(|| Err::<(), _>("the disk is full".to_string()));
+    assert_eq!(failed, Err(EngineError::Internal("the disk is full".into())));
+    let panicked = engine.update::<()>(|| panic!("a bug"));
+    assert_eq!(panicked, Err(EngineError::Internal("a bug".into())));
+    assert_eq!(engine.weight_version(), 0);
+    assert_eq!(engine.update(|| Ok(42)), Ok((42, 1)));
+    run(&engine, vec![request(1, 5, sampled(1, 5, 0))]);
+}
+
+#[test]
+fn recomputed_samples_use_the_new_weights_from_the_first_token() {
+    // After an update, a recomputed sample's later tokens are those that the new weights give to
+    // the whole sequence so far.
+    let (old, new) = (tiny("llama-tied"), tiny("llama-tied"));
+    for (_, tensor) in &new.tensors {
+        let _ = tensor.shallow_clone().g_mul_scalar_(1.1);
+    }
+    let limits = EngineConfig { on_update: OnUpdate::Recompute, ..config(ROOMY) };
+    let served = engine(&old, limits);
+    let greedy = SamplingParams { temperature: 0.0, ..sampled(1, 220, 0) };
+    let (inbox, _gone) = listen(&served, request(1, 20, greedy.clone()));
+    inbox.recv_timeout(Duration::from_secs(10)).expect("a token");
+    let pairs: Vec<_> = old.tensors.iter().zip(&new.tensors).collect();
+    let pairs: Vec<_> =
+        pairs.iter().map(|((_, a), (_, b))| (a.shallow_clone(), b.shallow_clone())).collect();
+    served
+        .update(move || {
+            pairs.into_iter().for_each(|(mut old, new)| old.copy_(&new));
+            Ok(())
+        })
+        .expect("applied");
+    let mut sample = Vec::new();
+    while let Ok(event) = inbox.recv_timeout(Duration::from_secs(10)) {
+        if let Event::Token { token, .. } = event {
+            sample.push((token.id, token.weight_version));
+        }
+    }
+    let changed = 1 + sample.iter().filter(|(_, version)| *version == 0).count();
+    assert!(changed < sample.len(), "the update came in the middle");
+    let mut context = prompt(1, 20);
+    context.push(0); // replaced below: the first token was taken off the channel already
+    let fresh = engine(&new, config(ROOMY));
+    let first =
+        run(&engine(&tiny("llama-tied"), config(ROOMY)), vec![request(1, 20, greedy.clone())]);
+    context[20] = tokens(&first[0].samples[0])[0];
+    context.extend(sample[..changed - 1].iter().map(|(id, _)| id));
+    let rest = SamplingParams { max_tokens: 220 - changed, ..greedy };
+    let want = run(&fresh, vec![Request { prompt: context, params: rest }]);
+    let got: Vec<u32> = sample[changed - 1..].iter().map(|(id, _)| *id).collect();
+    assert_eq!(got, tokens(&want[0].samples[0]));
+}
