@@ -204,6 +204,7 @@ impl Worker {
                 Err(reason) => Err(EngineError::Internal(reason)),
             };
             metrics::histogram!("onpolicy_weight_update_seconds").record(started.elapsed());
+            self.publish();
             // The updater may have gone away; the update stands.
             let _ = reply.send(answer);
         }
@@ -213,7 +214,6 @@ impl Worker {
     fn set_version(&mut self, version: u64) {
         self.shared.version.set(version);
         self.scheduler.set_version(version, self.on_update == OnUpdate::Recompute);
-        metrics::gauge!("onpolicy_weight_version").set(version as f64);
     }
 
     fn step(&mut self) {
@@ -332,6 +332,7 @@ impl Worker {
     fn publish(&self) {
         let stats = self.stats();
         self.shared.waiting.store(stats.waiting, Ordering::Relaxed);
+        metrics::gauge!("onpolicy_weight_version").set(self.shared.version.get() as f64);
         metrics::gauge!("onpolicy_samples_running").set(stats.running as f64);
         metrics::gauge!("onpolicy_requests_waiting").set(stats.waiting as f64);
         metrics::gauge!("onpolicy_kv_blocks_used").set(stats.blocks_used as f64);
