@@ -232,5 +232,5 @@ fn optimizer_settings(config: &Config) -> OptimizerSettings {
 
 /// True if something that is to happen every `every` steps (0: never) happens after `step`.
 fn due(every: u64, step: u64) -> bool {
-    every > 0 && step % every == 0
+    every > 0 && step.is_multiple_of(every)
 }

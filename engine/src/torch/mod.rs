@@ -2,6 +2,7 @@
 //! gradients, and tensors as slices.
 
 pub mod autograd;
+pub mod function;
 pub mod optim;
 pub mod parallel;
 pub mod slices;
@@ -27,6 +28,13 @@ unsafe extern "C" {
         outputs: *const RawTensor,
         gradients: *const RawTensor,
         count: i64,
+    ) -> *mut c_char;
+    fn op_apply(
+        callbacks: *const c_void,
+        state: *mut c_void,
+        inputs: *const RawTensor,
+        count: i64,
+        output: *mut *mut torch_sys::C_tensor,
     ) -> *mut c_char;
     fn op_set_grad(tensor: RawTensor, gradient: RawTensor) -> *mut c_char;
     fn op_total_norm(tensors: *const RawTensor, count: i64, norm: *mut f64) -> *mut c_char;

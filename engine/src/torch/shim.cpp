@@ -36,9 +36,76 @@ std::vector<at::Tensor> list(at::Tensor *const *tensors, int64_t count) {
   return out;
 }
 
+// A differentiable function whose work is done in Rust. Rust owns the state; `drop` is called once.
+struct Callbacks {
+  at::Tensor *(*forward)(void *state, at::Tensor *const *inputs, int64_t count);
+  // Fills `gradients`, one owned tensor (or null) for each input. False: it failed.
+  bool (*backward)(void *state, at::Tensor *const *inputs, int64_t count, at::Tensor *gradient,
+                   at::Tensor **gradients);
+  void (*drop)(void *state);
+};
+
+struct State : torch::CustomClassHolder {
+  State(const Callbacks *callbacks, void *state) : callbacks(callbacks), state(state) {}
+  ~State() override { callbacks->drop(state); }
+  const Callbacks *callbacks;
+  void *state;
+};
+
+std::vector<at::Tensor *> pointers(std::vector<at::Tensor> &tensors) {
+  std::vector<at::Tensor *> out;
+  for (auto &tensor : tensors) out.push_back(&tensor);
+  return out;
+}
+
+at::Tensor take(at::Tensor *owned) {
+  TORCH_CHECK(owned != nullptr, "the function failed; its own message says why");
+  at::Tensor tensor = std::move(*owned);
+  delete owned;
+  return tensor;
+}
+
+struct RustFunction : torch::autograd::Function<RustFunction> {
+  static at::Tensor forward(torch::autograd::AutogradContext *ctx, at::TensorList inputs,
+                            const c10::intrusive_ptr<State> &state) {
+    std::vector<at::Tensor> saved = inputs.vec();
+    ctx->save_for_backward(saved);
+    ctx->saved_data["state"] = c10::IValue::make_capsule(state);
+    auto raw = pointers(saved);
+    return take(state->callbacks->forward(state->state, raw.data(), raw.size()));
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext *ctx,
+                                                 torch::autograd::variable_list gradient) {
+    auto capsule = ctx->saved_data["state"].toCapsule();
+    auto *state = static_cast<State *>(capsule.get());
+    auto saved = ctx->get_saved_variables();
+    auto raw = pointers(saved);
+    std::vector<at::Tensor *> owned(saved.size(), nullptr);
+    TORCH_CHECK(state->callbacks->backward(state->state, raw.data(), raw.size(), &gradient[0],
+                                           owned.data()),
+                "a function's gradient failed; its own message says why");
+    torch::autograd::variable_list gradients;
+    for (auto *tensor : owned) gradients.push_back(tensor == nullptr ? at::Tensor() : take(tensor));
+    gradients.emplace_back(); // the state has none
+    return gradients;
+  }
+};
+
 } // namespace
 
 extern "C" {
+
+// Applies the function to the inputs; `output` is a new tensor that the caller owns. The state is
+// dropped in any case, when the graph no longer needs it.
+char *op_apply(const void *callbacks, void *state, at::Tensor *const *inputs, int64_t count,
+               at::Tensor **output) {
+  auto holder =
+      c10::make_intrusive<State>(static_cast<const Callbacks *>(callbacks), state);
+  return guarded([&] {
+    *output = new at::Tensor(RustFunction::apply(at::TensorList(list(inputs, count)), holder));
+  });
+}
 
 void op_free(char *text) { std::free(text); }
 
