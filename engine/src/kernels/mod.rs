@@ -1,6 +1,7 @@
-//! Attention over pages and passes over logits, on the CPU.
+//! Matrix products, attention over pages and passes over logits, on the CPU.
 //!
 //! # Layout
+//! - [`matmul`]: matrix products of f32, forward and backward.
 //! - [`attention`]: every query row over the pages of its sequence.
 //! - [`pages`]: the pages' layout; writing and copying them.
 //! - [`rows`]: passes over one row of logits.
@@ -10,6 +11,7 @@
 
 pub mod attention;
 pub mod disjoint;
+pub mod matmul;
 pub mod pages;
 pub mod rows;
 pub mod simd;

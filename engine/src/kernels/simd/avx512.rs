@@ -100,4 +100,38 @@ impl Simd for Avx512 {
     fn largest(self, v: Self::V) -> f32 {
         unsafe { _mm512_reduce_max_ps(v) }
     }
+
+    #[inline(always)]
+    fn transpose(self, block: [Self::V; LANES]) -> [Self::V; LANES] {
+        let mut pairs = block;
+        let mut quads = block;
+        let mut out = block;
+        unsafe {
+            for i in 0..LANES / 2 {
+                let (a, b) = (block[2 * i], block[2 * i + 1]);
+                pairs[2 * i] = _mm512_unpacklo_ps(a, b);
+                pairs[2 * i + 1] = _mm512_unpackhi_ps(a, b);
+            }
+            // Quarter `q` of quads[4 * i + j] is column 4 * q + j of the rows from 4 * i on.
+            for i in 0..LANES / 4 {
+                for half in 0..2 {
+                    let a = _mm512_castps_pd(pairs[4 * i + half]);
+                    let b = _mm512_castps_pd(pairs[4 * i + half + 2]);
+                    quads[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                    quads[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                }
+            }
+            for j in 0..LANES / 4 {
+                let even = _mm512_shuffle_f32x4::<0x88>(quads[j], quads[j + 4]);
+                let even_below = _mm512_shuffle_f32x4::<0x88>(quads[j + 8], quads[j + 12]);
+                let odd = _mm512_shuffle_f32x4::<0xdd>(quads[j], quads[j + 4]);
+                let odd_below = _mm512_shuffle_f32x4::<0xdd>(quads[j + 8], quads[j + 12]);
+                out[j] = _mm512_shuffle_f32x4::<0x88>(even, even_below);
+                out[j + 4] = _mm512_shuffle_f32x4::<0x88>(odd, odd_below);
+                out[j + 8] = _mm512_shuffle_f32x4::<0xdd>(even, even_below);
+                out[j + 12] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_below);
+            }
+        }
+        out
+    }
 }

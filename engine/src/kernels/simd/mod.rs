@@ -22,6 +22,14 @@ pub const LANES: usize = 16;
 #[repr(C, align(64))]
 pub struct Line(pub [f32; LANES]);
 
+impl Line {
+    /// Lines as the floats in them.
+    pub fn flatten(lines: &[Self]) -> &[f32] {
+        // SAFETY: a line is sixteen floats and nothing else: its size is its alignment.
+        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * LANES) }
+    }
+}
+
 /// Asks for memory that will be read soon, without waiting for it.
 #[inline(always)]
 pub fn prefetch(memory: &[f32]) {
@@ -33,6 +41,19 @@ pub fn prefetch(memory: &[f32]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = memory;
+}
+
+/// Asks for the line around an address, which need not be one of ours.
+#[inline(always)]
+pub fn prefetch_address(address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 has SSE, and a prefetch reads nothing, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Arithmetic on sixteen lanes. Holding a value proves that the machine has the instructions.
@@ -79,6 +100,13 @@ pub trait Simd: Copy {
 
     /// The largest lane; any where one is NaN.
     fn largest(self, v: Self::V) -> f32;
+
+    /// Lane `j` of vector `i` becomes lane `i` of vector `j`.
+    #[inline(always)]
+    fn transpose(self, block: [Self::V; LANES]) -> [Self::V; LANES] {
+        let from = block.map(|v| self.to_array(v));
+        std::array::from_fn(|i| self.load(&std::array::from_fn(|j| from[j][i])))
+    }
 }
 
 /// Code that runs on one of the instruction sets.

@@ -1,0 +1,113 @@
+//! Products of f32 matrices, on libtorch's threads.
+//!
+//! One operand of a product lies across the lanes of vectors, the other one is broadcast:
+//! a tile is a few broadcast rows times up to four vectors of lanes, in registers. In the
+//! forward product the lanes are the rows of the batch and the weights are broadcast straight
+//! from where they lie: they are never packed, copied or transposed, and a batch of one row to
+//! sixteen runs at the speed at which memory delivers the weights.
+//!
+//! Every result is summed over the depth in order, from first to last, by one chain of fused
+//! multiply-adds, whatever the shape of its tile and however the work is split. So a row of the
+//! forward product is bitwise the same whatever other rows are in the batch.
+//!
+//! # Layout
+//! - `product`: the operands, and the loops over blocks that fit the caches.
+//! - `plan`: how large those blocks are, and what a thread takes at a time.
+//! - `pack`: operands rearranged as tiles read them.
+//! - `tile`: the inner loop, on registers.
+//! - `blocks`: results in and out of tiles; squares of sixteen by sixteen.
+
+mod blocks;
+mod pack;
+mod plan;
+mod product;
+mod tile;
+
+use super::simd::Level;
+use product::{Operand, Output, Product, Start};
+
+/// `c[m, n] = a[m, k] * b[n, k]^T`, plus `bias[n]` in every row if there is one: the output of
+/// a linear layer with the weight `b`. Row `i` of `c` depends on row `i` of `a` alone, bitwise.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn nt(a: &[f32], b: &[f32], bias: Option<&[f32]>, c: &mut [f32], [m, n, k]: [usize; 3]) {
+    nt_at(Level::best(), [a, b], bias, c, [m, n, k]);
+}
+
+/// `c[m, n] = a[m, k] * b[k, n]`: the gradient by the input of a linear layer, with the
+/// gradient `a` by its output and its weight `b`. Row `i` of `c` depends on row `i` of `a` alone.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn nn(a: &[f32], b: &[f32], c: &mut [f32], [m, n, k]: [usize; 3]) {
+    nn_at(Level::best(), [a, b], c, [m, n, k]);
+}
+
+/// `c[m, n] = a[k, m]^T * b[k, n]`, added to what `c` holds if `accumulate`: the gradient by the
+/// weight of a linear layer, with the gradient `a` by its output and its input `b`.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn tn(a: &[f32], b: &[f32], accumulate: bool, c: &mut [f32], [m, n, k]: [usize; 3]) {
+    tn_at(Level::best(), [a, b], accumulate, c, [m, n, k]);
+}
+
+fn nt_at(
+    level: Level,
+    [a, b]: [&[f32]; 2],
+    bias: Option<&[f32]>,
+    c: &mut [f32],
+    [m, n, k]: [usize; 3],
+) {
+    check([a, b, c], [[m, k], [n, k], [m, n]]);
+    assert!(bias.is_none_or(|bias| bias.len() == n), "the bias must be [{n}]");
+    Product {
+        lanes: Operand { data: a, stride: k, depth_inner: true },
+        rows: Operand { data: b, stride: k, depth_inner: true },
+        shape: [m, n, k],
+        output: Output::LaneByRow,
+        start: bias.map_or(Start::Zero, Start::Bias),
+    }
+    .run(level, c);
+}
+
+fn nn_at(level: Level, [a, b]: [&[f32]; 2], c: &mut [f32], [m, n, k]: [usize; 3]) {
+    check([a, b, c], [[m, k], [k, n], [m, n]]);
+    Product {
+        lanes: Operand { data: b, stride: n, depth_inner: false },
+        rows: Operand { data: a, stride: k, depth_inner: true },
+        shape: [n, m, k],
+        output: Output::RowByLane,
+        start: Start::Zero,
+    }
+    .run(level, c);
+}
+
+fn tn_at(
+    level: Level,
+    [a, b]: [&[f32]; 2],
+    accumulate: bool,
+    c: &mut [f32],
+    [m, n, k]: [usize; 3],
+) {
+    check([a, b, c], [[k, m], [k, n], [m, n]]);
+    Product {
+        lanes: Operand { data: b, stride: n, depth_inner: false },
+        rows: Operand { data: a, stride: m, depth_inner: false },
+        shape: [n, m, k],
+        output: Output::RowByLane,
+        start: if accumulate { Start::Present } else { Start::Zero },
+    }
+    .run(level, c);
+}
+
+fn check(matrices: [&[f32]; 3], shapes: [[usize; 2]; 3]) {
+    for ((name, matrix), [rows, columns]) in ["a", "b", "c"].iter().zip(matrices).zip(shapes) {
+        let len = rows.checked_mul(columns);
+        assert_eq!(Some(matrix.len()), len, "{name} must be [{rows}, {columns}]");
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,90 @@
+//! The inner loop: a few broadcast rows times a panel of lanes, on registers.
+
+use crate::kernels::simd::{LANES, Line, Simd, prefetch_address};
+
+/// Most vectors in a panel.
+pub(super) const fn widest<S: Simd>() -> usize {
+    if S::WIDE { 4 } else { 1 }
+}
+
+/// Some rows of the broadcast operand; row `i` starts at `data[i * stride]`, its numbers lie
+/// side by side.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) stride: usize,
+}
+
+/// Adds to `sums[r][lane]` the products of row `r` and the panel's lanes, in tiles of `R` rows.
+/// A panel is `W` vectors for each step of the depth.
+#[inline(always)]
+pub(super) fn multiply<S: Simd, const W: usize, const R: usize>(
+    s: S,
+    panel: &[[Line; W]],
+    rows: Rows,
+    sums: &mut [[Line; W]],
+) {
+    let (tiles, rest) = sums.as_chunks_mut::<R>();
+    let mut first = 0;
+    for tile in tiles {
+        multiply_tile(s, panel, rows.from(first), tile);
+        first += R;
+    }
+    let (fours, rest) = rest.as_chunks_mut::<4>();
+    for tile in fours {
+        multiply_tile(s, panel, rows.from(first), tile);
+        first += 4;
+    }
+    for row in rest {
+        multiply_tile(s, panel, rows.from(first), std::array::from_mut(row));
+        first += 1;
+    }
+}
+
+impl Rows<'_> {
+    #[inline(always)]
+    fn from(self, row: usize) -> Self {
+        Self { data: &self.data[row * self.stride..], stride: self.stride }
+    }
+}
+
+#[inline(always)]
+fn multiply_tile<S: Simd, const W: usize, const R: usize>(
+    s: S,
+    panel: &[[Line; W]],
+    Rows { data, stride }: Rows,
+    sums: &mut [[Line; W]; R],
+) {
+    assert!(data.len() >= (R - 1) * stride + panel.len(), "rows end inside of a tile");
+    let mut acc = [[s.splat(0.0); W]; R];
+    for r in 0..R {
+        for w in 0..W {
+            acc[r][w] = s.load(&sums[r][w].0);
+        }
+    }
+    let mut at = data.as_ptr();
+    for steps in panel.chunks(LANES) {
+        for r in 0..R {
+            prefetch_address(at.wrapping_add((R + r) * stride));
+        }
+        for lanes in steps {
+            let mut line = [s.splat(0.0); W];
+            for w in 0..W {
+                line[w] = s.load(&lanes[w].0);
+            }
+            for r in 0..R {
+                // SAFETY: row `r` has as many numbers as the panel has steps, as asserted.
+                let x = s.splat(unsafe { *at.add(r * stride) });
+                for w in 0..W {
+                    acc[r][w] = s.mul_add(x, line[w], acc[r][w]);
+                }
+            }
+            at = at.wrapping_add(1);
+        }
+    }
+    for r in 0..R {
+        for w in 0..W {
+            s.store(acc[r][w], &mut sums[r][w].0);
+        }
+    }
+}
