@@ -11,7 +11,8 @@
 //! - [`block_manager`]: blocks, reference counts, prefix hashes. No tensors.
 //! - [`kv_cache`]: the paged K and V tensors.
 //! - [`model`]: configuration, loading, the decoder that engine and trainer share.
-//! - [`kernels`]: attention over pages.
+//! - [`ops`]: the decoder's operations, with gradients. [`kernels`]: what they and attention over
+//!   pages are computed with.
 //! - [`logits`]: logits to log-prob, entropy, discriminator, baseline.
 //! - [`sampler`]: logits to the next token.
 //! - [`weights`]: the shared policy: names, version, exclusive update between two steps.
@@ -26,6 +27,7 @@ pub mod kernels;
 pub mod kv_cache;
 pub mod logits;
 pub mod model;
+pub mod ops;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;

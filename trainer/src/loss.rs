@@ -4,9 +4,10 @@ use crate::batch::MicroBatch;
 use onpolicy_engine::{
     logits::{batch_stats, logprob_gradient},
     model::{attention::Attention, decoder::Decoder},
+    ops::linear::{accumulate_weight_gradient, input_gradient, linear},
     torch::{
         TorchError,
-        autograd::{backward, set_grad},
+        autograd::backward,
         slices::{floats, floats_mut},
     },
 };
@@ -124,9 +125,9 @@ pub fn accumulate_gradient(
             let (mut logits, stats) = head.forward(&chunk, &micro.targets[start..start + len]);
             let slopes = token_slopes(micro, start, &stats, settings, &mut sums);
             head.backward(&mut logits, &micro.targets[start..start + len], &slopes);
-            gradient.copy_(&logits.matmul(&head.weight));
-            head.accumulate(&logits, &chunk)
-        })?;
+            gradient.copy_(&input_gradient(&logits, &head.weight));
+            accumulate_weight_gradient(&head.leaf, &logits, &chunk);
+        });
     }
     backward(&rows, &hidden_gradient)?;
     Ok(sums)
@@ -172,7 +173,7 @@ impl Head {
     }
 
     fn forward(&self, hidden: &Tensor, targets: &[u32]) -> (Tensor, Vec<TokenStats>) {
-        let logits = hidden.linear(&self.weight, None::<&Tensor>);
+        let logits = linear(hidden, &self.weight, None);
         let stats = batch_stats(floats(&logits), self.vocab, targets, self.inverse_temperature);
         (logits, stats)
     }
@@ -181,17 +182,6 @@ impl Head {
     fn backward(&self, logits: &mut Tensor, targets: &[u32], slopes: &[f32]) {
         let temperature = self.inverse_temperature;
         logprob_gradient(floats_mut(logits), self.vocab, targets, slopes, temperature);
-    }
-
-    /// Adds `logits_gradient^T hidden` to the head's gradient.
-    fn accumulate(&self, logits_gradient: &Tensor, hidden: &Tensor) -> Result<(), TorchError> {
-        let transposed = logits_gradient.transpose(0, 1);
-        let mut sum = self.leaf.grad();
-        if sum.defined() {
-            let _ = sum.addmm_(&transposed, hidden);
-            return Ok(());
-        }
-        set_grad(&self.leaf, &transposed.matmul(hidden))
     }
 }
 

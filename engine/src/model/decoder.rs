@@ -5,7 +5,7 @@ use super::{
     config::ModelConfig,
     rope::{Rope, Rotation},
 };
-use crate::weights::Weights;
+use crate::{ops::linear::linear, weights::Weights};
 use tch::Tensor;
 
 /// `y = x W^T + b`.
@@ -16,7 +16,7 @@ struct Linear {
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        linear(x, &self.weight, self.bias.as_ref())
     }
 }
 
@@ -135,7 +135,7 @@ impl Decoder {
 
     /// Logits `[N, vocab]` of hidden states `[N, hidden]`.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear(&self.head, None::<&Tensor>)
+        linear(hidden, &self.head, None)
     }
 }
 

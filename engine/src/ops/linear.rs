@@ -1,0 +1,133 @@
+//! `y = x W^T + b` with matrix products of our own, read from the weight where the optimizer
+//! writes it.
+
+use super::may_record;
+use crate::{
+    kernels::matmul,
+    torch::{
+        autograd::set_grad,
+        function::{Function, apply},
+        slices::{floats, floats_mut},
+    },
+};
+use tch::{Device, Kind, Tensor};
+
+/// `x W^T + b`: `x` `[M, K]`, `weight` `[N, K]`, `bias` `[N]`; `[M, N]`. The gradient by the weight
+/// is added to its `grad` during the backward pass, not afterwards.
+///
+/// # Panics
+/// If a shape does not fit, or a tensor is not f32 on the CPU.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let x = x.contiguous();
+    if !may_record(&[&x, weight]) {
+        return forward(&x, weight, bias);
+    }
+    let inputs: Vec<&Tensor> = [&x, weight].into_iter().chain(bias).collect();
+    apply(Linear, &inputs).unwrap_or_else(|error| panic!("linear: {error}"))
+}
+
+/// Adds `gradient^T x` (`gradient` `[M, N]`, `x` `[M, K]`) to the `grad` of the leaf `weight`.
+///
+/// # Panics
+/// As [`linear`].
+pub fn accumulate_weight_gradient(weight: &Tensor, gradient: &Tensor, x: &Tensor) {
+    let [m, n, k] = shape(x, weight);
+    let mut sum = weight.grad();
+    let accumulate = sum.defined();
+    if !accumulate {
+        sum = Tensor::empty(weight.size(), (Kind::Float, Device::Cpu));
+    }
+    matmul::tn(floats(gradient), floats(x), accumulate, floats_mut(&mut sum), [n, k, m]);
+    if !accumulate {
+        set_grad(weight, &sum).unwrap_or_else(|error| panic!("a weight's gradient: {error}"));
+    }
+}
+
+/// `gradient W`, the gradient by `x`, `[M, K]`.
+///
+/// # Panics
+/// As [`linear`].
+pub fn input_gradient(gradient: &Tensor, weight: &Tensor) -> Tensor {
+    let (n, k) = weight.size2().expect("a weight has two axes");
+    let m = gradient.size()[0];
+    let mut by_x = Tensor::empty([m, k], (Kind::Float, Device::Cpu));
+    let shape = [m as usize, k as usize, n as usize];
+    matmul::nn(floats(gradient), floats(weight), floats_mut(&mut by_x), shape);
+    by_x
+}
+
+fn shape(x: &Tensor, weight: &Tensor) -> [usize; 3] {
+    let (m, k) = x.size2().expect("an input has two axes");
+    let (n, inner) = weight.size2().expect("a weight has two axes");
+    assert_eq!(k, inner, "the input's rows fit the weight");
+    [m, n, k].map(|axis| axis as usize)
+}
+
+fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let [m, n, k] = shape(x, weight);
+    let mut y = Tensor::empty([m as i64, n as i64], (Kind::Float, Device::Cpu));
+    matmul::nt(floats(x), floats(weight), bias.map(floats), floats_mut(&mut y), [m, n, k]);
+    y
+}
+
+struct Linear;
+
+impl Function for Linear {
+    fn forward(&self, inputs: &[Tensor]) -> Tensor {
+        forward(&inputs[0], &inputs[1], inputs.get(2))
+    }
+
+    fn backward(&self, inputs: &[Tensor], gradient: &Tensor) -> Vec<Option<Tensor>> {
+        let (x, weight, gradient) = (&inputs[0], &inputs[1], gradient.contiguous());
+        if weight.requires_grad() {
+            accumulate_weight_gradient(weight, &gradient, x);
+        }
+        let by_x = x.requires_grad().then(|| input_gradient(&gradient, weight));
+        let by_bias = inputs.get(2).map(|bias| {
+            bias.requires_grad()
+                .then(|| gradient.sum_dim_intlist([0i64].as_slice(), false, Kind::Float))
+        });
+        [by_x, None].into_iter().chain(by_bias).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(shape: [i64; 2]) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, Device::Cpu))
+    }
+
+    fn assert_same(got: &Tensor, want: &Tensor, what: &str) {
+        let error = (got - want).abs().max().double_value(&[]);
+        let size = want.abs().max().double_value(&[]);
+        assert!(error <= 1e-5 * size, "{what}: off by {error:e} of {size:e}");
+    }
+
+    #[test]
+    fn values_and_gradients_are_those_of_libtorch() {
+        tch::manual_seed(1);
+        for (m, n, k) in [(1, 3, 5), (7, 33, 20), (70, 48, 112), (130, 65, 31)] {
+            let leaf = |t: &Tensor| t.copy().detach().set_requires_grad(true);
+            let (x, w, b) = (random([m, k]), random([n, k]), random([1, n]).squeeze());
+            let ours = [leaf(&x), leaf(&w), leaf(&b.view([n]))];
+            let theirs = [leaf(&x), leaf(&w), leaf(&b.view([n]))];
+            let gradient = random([m, n]);
+            // Twice, so that the second backward pass adds to what the first left.
+            for _ in 0..2 {
+                let y = linear(&ours[0], &ours[1], Some(&ours[2]));
+                let z = theirs[0].linear(&theirs[1], Some(&theirs[2]));
+                assert_same(&y, &z, "output");
+                crate::torch::autograd::backward(&y, &gradient).unwrap();
+                crate::torch::autograd::backward(&z, &gradient).unwrap();
+            }
+            for (ours, theirs) in ours.iter().zip(&theirs) {
+                assert_same(&ours.grad(), &theirs.grad(), "gradient");
+            }
+            let plain = tch::no_grad(|| linear(&x, &w, None));
+            assert_same(&plain, &x.linear(&w, None::<&Tensor>), "output without a graph");
+            assert!(!plain.requires_grad());
+        }
+    }
+}
