@@ -4,7 +4,10 @@ use crate::batch::MicroBatch;
 use onpolicy_engine::{
     logits::{batch_stats, logprob_gradient},
     model::{attention::Attention, decoder::Decoder},
-    ops::linear::{accumulate_weight_gradient, input_gradient, linear},
+    ops::{
+        embedding::accumulate_embedding_gradient,
+        linear::{accumulate_weight_gradient, input_gradient, linear},
+    },
     torch::{
         TorchError,
         autograd::backward,
@@ -112,7 +115,9 @@ pub fn accumulate_gradient(
     micro: &MicroBatch,
     settings: &LossSettings,
 ) -> Result<LossSums, TorchError> {
-    let rows = predicting_rows(decoder, micro);
+    let tokens = micro.pack.tokens();
+    let embedded = tch::no_grad(|| decoder.embed(&tokens)).set_requires_grad(true);
+    let rows = predicting_rows(decoder, micro, embedded.shallow_clone());
     let hidden = rows.detach();
     let hidden_gradient = hidden.zeros_like();
     let head = Head::new(decoder, settings.temperature);
@@ -130,13 +135,14 @@ pub fn accumulate_gradient(
         });
     }
     backward(&rows, &hidden_gradient)?;
+    accumulate_embedding_gradient(decoder.embedding(), &tokens, &embedded.grad())?;
     Ok(sums)
 }
 
 /// Statistics of every response token of `micro` under the weights as they are now.
 pub fn token_stats(decoder: &Decoder, micro: &MicroBatch, temperature: f32) -> Vec<TokenStats> {
     tch::no_grad(|| {
-        let hidden = predicting_rows(decoder, micro);
+        let hidden = predicting_rows(decoder, micro, decoder.embed(&micro.pack.tokens()));
         let head = Head::new(decoder, temperature);
         let chunks = micro.targets.chunks(HEAD_ROWS).enumerate();
         let stats = chunks.flat_map(|(number, targets)| {
@@ -148,9 +154,9 @@ pub fn token_stats(decoder: &Decoder, micro: &MicroBatch, temperature: f32) -> V
 }
 
 /// Hidden states of the rows that predict a response token, `[tokens, hidden]`.
-fn predicting_rows(decoder: &Decoder, micro: &MicroBatch) -> Tensor {
-    let pack = &micro.pack;
-    let hidden = decoder.hidden(&pack.tokens(), &pack.positions(), &mut Attention::Causal(pack));
+fn predicting_rows(decoder: &Decoder, micro: &MicroBatch, embedded: Tensor) -> Tensor {
+    let positions = micro.pack.positions();
+    let hidden = decoder.hidden_of(embedded, &positions, &mut Attention::Causal(&micro.pack));
     hidden.index_select(0, &Tensor::from_slice(&micro.rows))
 }
 

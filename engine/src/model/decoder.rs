@@ -120,12 +120,31 @@ impl Decoder {
         positions: &Tensor,
         attention: &mut Attention<'_>,
     ) -> Tensor {
+        self.hidden_of(self.embed(tokens), positions, attention)
+    }
+
+    /// Rows of the embedding, `[N, hidden]`.
+    pub fn embed(&self, tokens: &Tensor) -> Tensor {
+        self.embedding.index_select(0, tokens)
+    }
+
+    /// As [`Decoder::hidden`], from embedded tokens `x`.
+    pub fn hidden_of(
+        &self,
+        mut x: Tensor,
+        positions: &Tensor,
+        attention: &mut Attention<'_>,
+    ) -> Tensor {
         let rotation = self.rope.at(positions);
-        let mut x = Tensor::embedding(&self.embedding, tokens, -1, false, false);
         for layer in &self.layers {
             x = layer.forward(&x, &rotation, attention);
         }
         self.norm.forward(&x)
+    }
+
+    /// The embedding, `[vocab, hidden]`.
+    pub fn embedding(&self) -> &Tensor {
+        &self.embedding
     }
 
     /// Weight of the output head, `[vocab, hidden]`; the embedding itself where they are tied.

@@ -1,6 +1,7 @@
 //! The decoder's operations: kernels of our own behind tensors, with gradients where they are
 //! recorded.
 
+pub mod embedding;
 pub mod linear;
 
 use tch::Tensor;

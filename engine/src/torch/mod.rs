@@ -3,6 +3,7 @@
 
 pub mod autograd;
 pub mod function;
+pub mod memory;
 pub mod optim;
 pub mod parallel;
 pub mod slices;
@@ -19,6 +20,7 @@ type RawTensor = *const torch_sys::C_tensor;
 
 unsafe extern "C" {
     fn op_free(text: *mut c_char);
+    fn op_keep_freed_memory() -> bool;
     fn op_parallel(
         workers: i64,
         body: unsafe extern "C" fn(*mut c_void, i64),

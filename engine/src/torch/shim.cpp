@@ -4,6 +4,11 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/torch.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -108,6 +113,16 @@ char *op_apply(const void *callbacks, void *state, at::Tensor *const *inputs, in
 }
 
 void op_free(char *text) { std::free(text); }
+
+// Freed memory stays with the process instead of going back to the system. False: not done here.
+bool op_keep_freed_memory() {
+#if defined(__GLIBC__)
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, INT_MAX) == 1 &&
+         mallopt(M_TOP_PAD, 64 << 20) == 1;
+#else
+  return false;
+#endif
+}
 
 // Calls body(context, worker) on each of libtorch's intra-op threads that take part, at most `workers`.
 char *op_parallel(int64_t workers, void (*body)(void *, int64_t), void *context) {

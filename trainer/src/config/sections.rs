@@ -206,7 +206,7 @@ impl Default for Train {
             dual_clip: 3.0,
             advantage: Advantage::Grpo,
             updates_per_batch: 1,
-            micro_batch_tokens: 2048,
+            micro_batch_tokens: 512,
         }
     }
 }
