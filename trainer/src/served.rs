@@ -1,12 +1,9 @@
 //! A model that is loaded, served by an engine, and ready to be trained: one storage, two handles.
 
-use crate::{
-    config::{Config, OnUpdate},
-    error::TrainError,
-};
+use crate::{config::Config, error::TrainError};
 use onpolicy_engine::{
     chat::ChatTokenizer,
-    engine::{self, EngineConfig, EngineHandle, Model},
+    engine::{EngineConfig, EngineHandle, Model},
     model::{
         config::ModelConfig,
         decoder::Decoder,
@@ -58,10 +55,6 @@ fn engine_config(config: &Config) -> EngineConfig {
         max_model_len: engine.max_model_len,
         max_waiting: engine.max_waiting,
         prefix_cache: engine.prefix_cache,
-        on_update: match engine.on_update {
-            OnUpdate::Keep => engine::OnUpdate::Keep,
-            OnUpdate::Recompute => engine::OnUpdate::Recompute,
-            OnUpdate::Drain => engine::OnUpdate::Drain,
-        },
+        on_update: engine.on_update,
     }
 }

@@ -1,6 +1,7 @@
 //! The sections of the configuration: keys, types, defaults.
 
 use crate::advantage::Advantage;
+pub use onpolicy_engine::engine::OnUpdate;
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -47,19 +48,6 @@ pub struct Engine {
     pub prefix_cache: bool,
     /// What running samples do when the weights change.
     pub on_update: OnUpdate,
-}
-
-/// What running samples do when the weights change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnUpdate {
-    /// Go on with the KV they have.
-    #[default]
-    Keep,
-    /// Compute their KV again with the new weights.
-    Recompute,
-    /// Finish first; the update waits for them.
-    Drain,
 }
 
 impl Default for Engine {
