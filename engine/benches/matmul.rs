@@ -8,6 +8,8 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 /// `[n, k]` of the layers: o and q, k and v, gate and up, down, head.
 const LAYERS: [[usize; 2]; 5] = [[576, 576], [192, 576], [1536, 576], [576, 1536], [49_152, 576]];
+/// Of larger models.
+const LARGER: [[usize; 2]; 4] = [[4864, 896], [896, 4864], [5632, 2048], [2048, 5632]];
 /// Numbers that the weights take together: more than the caches hold, as in a decode step.
 const COLD: usize = 28 << 20;
 /// Seconds for one line.
@@ -25,7 +27,12 @@ fn main() {
             }
         }
     }
-    for [n, k] in LAYERS {
+    for m in [1, 64, 256, 1700] {
+        for [n, k] in LARGER {
+            forward(&part, [m, n, k]);
+        }
+    }
+    for [n, k] in LAYERS.into_iter().chain(LARGER) {
         let m = if n < 49_152 { 1700 } else { 256 };
         by_input(&part, [m, k, n]);
         by_weight(&part, [n, k, m]);
