@@ -268,7 +268,7 @@ fn naming_another_plugin_starts_from_its_defaults() {
     };
     assert_eq!(options(&["gate.name=none"]), ("none".into(), "{}".into()));
     let same = options(&["gate.name=clip_v", "gate.mu=8"]);
-    assert_eq!(same, ("clip_v".into(), r#"{"mu":8,"max_frac":0.1}"#.into()));
+    assert_eq!(same, ("clip_v".into(), r#"{"max_frac":0.1,"mu":8}"#.into()));
     let other = options(&["gate.name=clip_b", "gate.mu=2"]);
     assert_eq!(other, ("clip_b".into(), r#"{"mu":2}"#.into()));
 }
