@@ -6,7 +6,7 @@ MODEL ?= $(CACHE)/models/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 .PHONY: quickstart test setup build fmt lint doc
 
 quickstart: setup          ## train the real model on one-digit sums, served the whole time
-	cargo run --release --quiet -- train --config examples/quickstart.toml --model $(MODEL) $(ARGS)
+	cargo run --release -- train --config examples/quickstart.toml --model $(MODEL) $(ARGS)
 
 test: setup                ## everything that CI checks
 	scripts/test

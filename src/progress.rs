@@ -37,7 +37,7 @@ impl Bar {
             }
             RunEvent::Progress(Progress::Token) => {
                 self.tokens += 1;
-                if self.tokens % 16 == 0 {
+                if self.tokens.is_multiple_of(16) {
                     self.bar.set_message(format!("rollout: {} tokens", self.tokens));
                 }
             }

@@ -10,6 +10,15 @@ pub struct TrainGroup {
     pub prompt: Vec<u32>,
     /// The samples; every one has at least one token.
     pub samples: Vec<TrainSample>,
+    /// False if all advantages are 0. Such a group counts in every mean over the batch, but its
+    /// gradient is 0, so it is not run through the model.
+    pub teaches: bool,
+}
+
+impl TrainGroup {
+    fn tokens(&self) -> usize {
+        self.samples.iter().map(|sample| sample.tokens.len()).sum()
+    }
 }
 
 /// One sample with what the engine reported when it was drawn.
@@ -100,29 +109,32 @@ impl TrainBatch {
 
     /// Splits the batch into `parts` mini-batches of whole groups, as even as they come, each cut
     /// into packs of about `max_rows` rows. A group that is larger is cut between samples, and its
-    /// prompt repeated. Empty mini-batches are left out.
-    pub fn mini_batches(&self, parts: usize, max_rows: usize) -> Vec<Vec<MicroBatch>> {
+    /// prompt repeated. Mini-batches that teach nothing are left out.
+    pub fn mini_batches(&self, parts: usize, max_rows: usize) -> Vec<MiniBatch> {
         let count = self.groups.len();
         let bounds = (0..parts).map(|part| part * count / parts..(part + 1) * count / parts);
         let mut token = 0;
-        bounds
-            .filter(|groups| !groups.is_empty())
-            .map(|groups| self.packs(groups, max_rows, &mut token))
-            .collect()
+        let mini_batches = bounds.map(|groups| {
+            let first = token;
+            let micro_batches = self.packs(groups, max_rows, &mut token);
+            MiniBatch { micro_batches, kept: kept(&self.keep[first..token]) }
+        });
+        mini_batches.filter(|mini_batch| !mini_batch.micro_batches.is_empty()).collect()
     }
 
-    /// Up to `count` samples, taken round by round from all groups, as one pack.
+    /// About `count` samples, the first few of each group that teaches, as one pack.
     pub fn probe(&self, count: usize) -> MicroBatch {
         let mut probe = MicroBatch::default();
-        let per_group = count.div_ceil(self.groups.len().max(1));
+        let teaching = self.groups.iter().filter(|group| group.teaches).count();
+        let per_group = count.div_ceil(teaching.max(1));
         let (mut token, mut taken) = (0, 0);
         for group in &self.groups {
             let samples = &group.samples[..per_group.min(group.samples.len())];
-            if taken < count && !samples.is_empty() {
+            if taken < count && group.teaches {
                 probe.push(self, &group.prompt, samples, &mut token.clone());
                 taken += samples.len();
             }
-            token += group.samples.iter().map(|sample| sample.tokens.len()).sum::<usize>();
+            token += group.tokens();
         }
         probe
     }
@@ -135,6 +147,10 @@ impl TrainBatch {
     ) -> Vec<MicroBatch> {
         let (mut done, mut open) = (Vec::new(), MicroBatch::default());
         for group in &self.groups[groups] {
+            if !group.teaches {
+                *token += group.tokens();
+                continue;
+            }
             let mut samples = &group.samples[..];
             while !samples.is_empty() {
                 let mut fit = fitting(group.prompt.len(), samples, max_rows, open.pack.len());
@@ -218,11 +234,19 @@ impl MicroBatch {
             *token = tokens.end;
         }
     }
+}
 
-    /// Tokens that stay in the loss.
-    pub fn kept(&self) -> usize {
-        self.keep.iter().filter(|keep| **keep).count()
-    }
+/// What one update is computed from.
+#[derive(Debug)]
+pub struct MiniBatch {
+    /// Packs of the groups that teach something.
+    pub micro_batches: Vec<MicroBatch>,
+    /// Tokens that stay in the loss, those of the other groups too: the mean's denominator.
+    pub kept: usize,
+}
+
+fn kept(keep: &[bool]) -> usize {
+    keep.iter().filter(|keep| **keep).count()
 }
 
 #[cfg(test)]
@@ -253,43 +277,52 @@ mod tests {
             TrainGroup {
                 prompt: vec![1, 2, 3],
                 samples: vec![sample(&[10, 11, 12], 1.0), sample(&[13], -1.0)],
+                teaches: true,
             },
-            TrainGroup { prompt: vec![4, 5], samples: vec![sample(&[20, 21], 0.5)] },
+            TrainGroup {
+                prompt: vec![6],
+                samples: vec![sample(&[30, 31, 32, 33], 0.0)],
+                teaches: false,
+            },
+            TrainGroup { prompt: vec![4, 5], samples: vec![sample(&[20, 21], 0.5)], teaches: true },
         ];
         TrainBatch::new(groups, &DropEvery(3))
     }
 
     #[test]
     fn a_prompt_stands_once_and_every_token_knows_its_row() {
-        let micro = &batch().mini_batches(1, 100)[0];
-        assert_eq!(micro.len(), 1);
-        let micro = &micro[0];
+        let mini_batch = &batch().mini_batches(1, 100)[0];
+        assert_eq!(mini_batch.micro_batches.len(), 1);
+        let micro = &mini_batch.micro_batches[0];
         // Rows: 1 2 3 | 10 11 | (13 needs none) || 4 5 | 20
         assert_eq!(micro.pack.len(), 8);
         assert_eq!(micro.targets, [10, 11, 12, 13, 20, 21]);
         assert_eq!(micro.rows, [2, 3, 4, 2, 6, 7]);
         assert_eq!(micro.advantage, [1.0, 1.0, 1.0, -1.0, 0.5, 0.5]);
-        assert_eq!(micro.keep, [false, true, true, false, true, true]);
+        assert_eq!(micro.keep, [false, true, true, false, true, false]);
         assert_eq!(micro.old_logprob[3], -1.625);
         assert_eq!(Vec::<i64>::try_from(micro.pack.positions()).unwrap(), [0, 1, 2, 3, 4, 0, 1, 2]);
-        assert_eq!(micro.kept(), 4);
+        // Three of these and three of the group that teaches nothing.
+        assert_eq!(mini_batch.kept, 6);
     }
 
     #[test]
     fn packs_respect_the_row_limit_and_lose_no_token() {
         for max_rows in 1..10 {
             let parts = batch().mini_batches(1, max_rows);
-            let tokens: Vec<u32> = parts[0].iter().flat_map(|m| m.targets.clone()).collect();
+            let micros = &parts[0].micro_batches;
+            let tokens: Vec<u32> = micros.iter().flat_map(|m| m.targets.clone()).collect();
             assert_eq!(tokens, [10, 11, 12, 13, 20, 21], "max_rows {max_rows}");
-            let keep: Vec<bool> = parts[0].iter().flat_map(|m| m.keep.clone()).collect();
-            assert_eq!(keep, [false, true, true, false, true, true], "max_rows {max_rows}");
-            for micro in &parts[0] {
+            let keep: Vec<bool> = micros.iter().flat_map(|m| m.keep.clone()).collect();
+            assert_eq!(keep, [false, true, true, false, true, false], "max_rows {max_rows}");
+            for micro in micros {
                 assert!(micro.pack.len() <= max_rows.max(5), "max_rows {max_rows}");
             }
         }
-        assert_eq!(batch().mini_batches(1, 5)[0].len(), 2);
+        let packs = |max_rows| batch().mini_batches(1, max_rows)[0].micro_batches.len();
+        assert_eq!(packs(5), 2);
         // The first group alone is too large: it is cut between its samples.
-        assert_eq!(batch().mini_batches(1, 4)[0].len(), 3);
+        assert_eq!(packs(4), 3);
     }
 
     #[test]
@@ -304,8 +337,11 @@ mod tests {
     fn mini_batches_hold_whole_groups() {
         let parts = batch().mini_batches(2, 100);
         assert_eq!(parts.len(), 2);
-        assert_eq!(parts[1][0].targets, [20, 21]);
-        assert_eq!(parts[1][0].keep, [true, true]);
-        assert_eq!(batch().mini_batches(5, 100).len(), 2);
+        assert_eq!(parts[1].micro_batches[0].targets, [20, 21]);
+        assert_eq!(parts[1].micro_batches[0].keep, [true, false]);
+        assert_eq!((parts[0].kept, parts[1].kept), (2, 4));
+        // The group that teaches nothing makes no mini-batch of its own.
+        assert_eq!(batch().mini_batches(3, 100).len(), 2);
+        assert_eq!(batch().mini_batches(7, 100).len(), 2);
     }
 }

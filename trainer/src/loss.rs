@@ -59,12 +59,10 @@ impl PpoClip {
 /// What the loss of some tokens came to. Sums, so that micro-batches add up.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct LossSums {
-    /// Sum of the objective over kept tokens.
+    /// Sum of the objective over kept tokens; the loss is minus its mean.
     pub objective: f64,
     /// Kept tokens whose objective was clipped.
     pub clipped: usize,
-    /// Kept tokens.
-    pub kept: usize,
     /// All response tokens.
     pub tokens: usize,
     /// Sum of the importance ratios of all tokens.
@@ -80,16 +78,10 @@ impl LossSums {
     pub fn add(&mut self, other: &Self) {
         self.objective += other.objective;
         self.clipped += other.clipped;
-        self.kept += other.kept;
         self.tokens += other.tokens;
         self.ratio += other.ratio;
         self.ratio_deviation = self.ratio_deviation.max(other.ratio_deviation);
         self.kl += other.kl;
-    }
-
-    /// The loss: minus the mean objective over kept tokens.
-    pub fn loss(&self) -> f64 {
-        -self.objective / self.kept.max(1) as f64
     }
 }
 
@@ -214,7 +206,6 @@ fn token_slopes(
         let objective = settings.clip.objective(ratio, micro.advantage[token]);
         sums.objective += f64::from(objective.value);
         sums.clipped += usize::from(objective.clipped);
-        sums.kept += 1;
         -objective.slope * mean
     };
     stats.iter().enumerate().map(slope).collect()

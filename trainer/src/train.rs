@@ -2,9 +2,9 @@
 //! update, metrics.
 
 use crate::{
-    batch::{MicroBatch, TrainBatch, TrainGroup, TrainSample},
+    batch::{TrainBatch, TrainGroup, TrainSample},
     config::Config,
-    entropy::{EntropyReport, score_gaps},
+    entropy::EntropyReport,
     error::TrainError,
     loss::{LossSettings, LossSums, PpoClip, accumulate_gradient, token_stats},
     metrics::{Seconds, StepMetrics, memory},
@@ -118,20 +118,18 @@ impl Trainer {
         let batch = TrainBatch::new(self.train_groups(&groups), self.parts.gate.as_ref());
         let train = &self.config.train;
         let mini_batches = batch.mini_batches(train.updates_per_batch, train.micro_batch_tokens);
-        let rows = mini_batches.iter().flatten().map(|micro| micro.pack.len()).sum();
+        let packs = mini_batches.iter().flat_map(|mini_batch| &mini_batch.micro_batches);
+        let rows = packs.map(|micro| micro.pack.len()).sum();
         let mut update = Update { lr: self.learning_rate(), ..Update::default() };
         let mut done = 0;
         for mini_batch in &mini_batches {
-            let kept = mini_batch.iter().map(MicroBatch::kept).sum();
-            if kept == 0 {
-                continue;
-            }
-            for micro in mini_batch {
-                let sums = accumulate_gradient(&self.decoder, micro, &self.loss_settings(kept))?;
-                update.sums.add(&sums);
+            let settings = self.loss_settings(mini_batch.kept);
+            for micro in &mini_batch.micro_batches {
+                update.sums.add(&accumulate_gradient(&self.decoder, micro, &settings)?);
                 done += micro.pack.len();
                 progress(Progress::Rows(done, rows));
             }
+            update.kept += mini_batch.kept;
             update.train += clock.lap();
             progress(Progress::Phase("update"));
             self.update(&mut update)?;
@@ -175,10 +173,8 @@ impl Trainer {
         }
     }
 
-    /// Groups whose rewards differ, with advantages. The others teach nothing and are not run
-    /// through the model.
+    /// All groups with their advantages.
     fn train_groups(&self, groups: &[Scored]) -> Vec<TrainGroup> {
-        let mixed = groups.iter().filter(|group| group.is_mixed());
         let group = |scored: &Scored| {
             let advantages = self.config.train.advantage.of(&scored.rewards);
             let samples = scored.rollout.samples.iter().zip(advantages);
@@ -186,9 +182,10 @@ impl Trainer {
             TrainGroup {
                 prompt: scored.rollout.prompt.clone(),
                 samples: samples.map(|(s, advantage)| TrainSample::new(s, advantage)).collect(),
+                teaches: scored.is_mixed(),
             }
         };
-        mixed.map(group).collect()
+        groups.iter().map(group).collect()
     }
 
     fn loss_settings(&self, kept: usize) -> LossSettings {
@@ -239,7 +236,7 @@ impl Trainer {
             .iter()
             .flat_map(|group| group.rewards.iter().map(|&reward| f64::from(reward)))
             .collect();
-        let tokens = AllTokens::of(&rollouts);
+        let tokens: usize = rollouts.iter().map(|rollout| rollout.new_tokens()).sum();
         let gate =
             EntropyReport::new(&report.batch.tokens(), report.batch.keep(), None, report.update.lr);
         let update = report.update;
@@ -249,6 +246,7 @@ impl Trainer {
             .map(|rollout| (0..rollout.samples.len()).filter(|&i| rollout.truncated(i)).count())
             .sum::<usize>();
         let over_samples = |count: usize| count as f64 / samples.max(1) as f64;
+        let over_kept = |sum: f64| sum / update.kept.max(1) as f64;
         let over_tokens = |sum: f64| sum / update.sums.tokens.max(1) as f64;
         StepMetrics {
             step: self.step,
@@ -260,27 +258,27 @@ impl Trainer {
             groups_failed: report.failed,
             samples,
             prompt_tokens: rollouts.iter().map(|rollout| rollout.prompt.len()).sum(),
-            completion_tokens: tokens.count,
-            completion_len_mean: over_samples(tokens.count),
+            completion_tokens: tokens,
+            completion_len_mean: over_samples(tokens),
             truncated_fraction: over_samples(truncated),
-            entropy: tokens.entropy,
+            entropy: gate.entropy,
             entropy_predicted: gate.predicted_change,
             entropy_measured: report.measured,
             score_mean: gate.score_mean,
             score_std: gate.score_std,
-            score_gap_mean: tokens.score_gap,
+            score_gap_mean: gate.gap_mean,
             dropped_fraction: gate.dropped,
             dropped_positive: gate.dropped_positive,
             dropped_negative: gate.dropped_negative,
-            loss: update.sums.loss(),
-            clip_fraction: update.sums.clipped as f64 / update.sums.kept.max(1) as f64,
+            loss: -over_kept(update.sums.objective),
+            clip_fraction: over_kept(update.sums.clipped as f64),
             grad_norm: update.grad_norm,
             lr: update.lr,
             ratio_mean: over_tokens(update.sums.ratio),
             ratio_max_deviation: update.sums.ratio_deviation,
             approx_kl: over_tokens(update.sums.kl),
             seconds,
-            tokens_per_second: tokens.count as f64 / seconds.rollout.max(1e-9),
+            tokens_per_second: tokens as f64 / seconds.rollout.max(1e-9),
             peak_memory_mb: memory::peak_mb().unwrap_or(f64::NAN),
             elapsed_seconds: 0.0,
         }
@@ -299,6 +297,8 @@ fn lost() -> TrainError {
 struct Update {
     lr: f64,
     sums: LossSums,
+    /// Tokens that stayed in the loss, over all updates.
+    kept: usize,
     grad_norm: f64,
     updates: usize,
     train: f64,
@@ -312,41 +312,6 @@ struct Report<'a> {
     batch: &'a TrainBatch,
     update: &'a Update,
     measured: Option<f64>,
-}
-
-/// Means over all generated tokens of a step, those of groups without spread too.
-struct AllTokens {
-    count: usize,
-    entropy: f64,
-    score_gap: f64,
-}
-
-impl AllTokens {
-    fn of(rollouts: &[&Rollout]) -> Self {
-        let tokens = rollouts.iter().flat_map(|rollout| &rollout.samples);
-        let sample = tokens.map(|sample| TrainSample::new(sample, 0.0));
-        let mut all = TrainSample::default();
-        for sample in sample {
-            all.logprob.extend(sample.logprob);
-            all.entropy.extend(sample.entropy);
-            all.baseline.extend(sample.baseline);
-        }
-        let count = all.logprob.len();
-        let zeros = vec![0.0; count];
-        let batch = onpolicy_plugin_api::TokenBatch {
-            logprob: &all.logprob,
-            entropy: &all.entropy,
-            baseline: &all.baseline,
-            advantage: &zeros,
-            sample: &vec![0; count],
-        };
-        let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>();
-        Self {
-            count,
-            entropy: mean(&wide(&all.entropy)),
-            score_gap: mean(&wide(&score_gaps(&batch))),
-        }
-    }
 }
 
 fn mean(values: &[f64]) -> f64 {

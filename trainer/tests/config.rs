@@ -257,3 +257,18 @@ fn a_file_is_read() {
     assert!(missing.starts_with("cannot read the configuration /nowhere/a.toml"), "{missing}");
     assert!(Config::load(None, &["model.path=a".into()]).is_ok());
 }
+
+#[test]
+fn naming_another_plugin_starts_from_its_defaults() {
+    let text = "[model]\npath = 'm'\n[gate]\nname = 'clip_v'\nmu = 7.5\nmax_frac = 0.1";
+    let options = |flags: &[&str]| {
+        let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
+        let gate = Config::parse(text, &flags).unwrap().gate;
+        (gate.name, serde_json::Value::Object(gate.options).to_string())
+    };
+    assert_eq!(options(&["gate.name=none"]), ("none".into(), "{}".into()));
+    let same = options(&["gate.name=clip_v", "gate.mu=8"]);
+    assert_eq!(same, ("clip_v".into(), r#"{"max_frac":0.1,"mu":8}"#.into()));
+    let other = options(&["gate.name=clip_b", "gate.mu=2"]);
+    assert_eq!(other, ("clip_b".into(), r#"{"mu":2}"#.into()));
+}

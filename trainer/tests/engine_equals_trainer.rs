@@ -50,12 +50,13 @@ fn the_engines_numbers_are_the_trainers() {
         let groups = requests.into_iter().zip(&groups).map(|(request, group)| TrainGroup {
             prompt: request.prompt,
             samples: group.samples.iter().map(|s| TrainSample::new(s, 0.0)).collect(),
+            teaches: true,
         });
         let batch = TrainBatch::new(groups.collect(), &KeepAll {});
         let decoder = served.decoder();
         let (mut differences, mut worst) = ([0.0f64; 3], 0.0f64);
         let mut tokens = 0;
-        for micro in batch.mini_batches(1, 2048).iter().flatten() {
+        for micro in &batch.mini_batches(1, 2048)[0].micro_batches {
             for stats in token_stats(&decoder, micro, temperature) {
                 let engine = batch.tokens();
                 let pairs = [

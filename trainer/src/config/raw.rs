@@ -8,11 +8,15 @@ const SECTIONS: &[&str] = &[
     "model", "engine", "server", "task", "verifier", "gate", "rollout", "train", "eval", "output",
 ];
 
+/// Keys that name a plug-in.
+const PLUGINS: [&str; 3] = ["task.name", "verifier.name", "gate.name"];
+
 pub(super) fn read(text: &str) -> Result<Table, ConfigError> {
     text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax(e.to_string().trim().into()))
 }
 
-/// Sets one key to the value of a flag `section.key=value`.
+/// Sets one key to the value of a flag `section.key=value`. Naming another plug-in starts from that
+/// plug-in's defaults: the options of the one before go.
 pub(super) fn lay_over(table: &mut Table, flag: &str) -> Result<(), ConfigError> {
     let wrong = |reason: &str| ConfigError::Flag { flag: flag.into(), reason: reason.into() };
     let (path, value) = flag.split_once('=').ok_or_else(|| wrong("write section.key=value"))?;
@@ -27,7 +31,12 @@ pub(super) fn lay_over(table: &mut Table, flag: &str) -> Result<(), ConfigError>
         let next = place.entry(key).or_insert_with(|| Value::Table(Table::new()));
         place = next.as_table_mut().ok_or_else(|| wrong(&format!("'{key}' is not a section")))?;
     }
-    place.insert(last.into(), flag_value(value));
+    let value = flag_value(value);
+    if last == "name" && PLUGINS.contains(&path) && place.get("name") != Some(&value) {
+        // The options beside the old name are those of another plug-in.
+        place.clear();
+    }
+    place.insert(last.into(), value);
     Ok(())
 }
 

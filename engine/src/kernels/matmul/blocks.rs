@@ -1,4 +1,4 @@
-//! Squares of sixteen by sixteen, and lines that may be cut short by an edge.
+//! Squares of sixteen by sixteen numbers, and lines that an edge cuts short.
 
 use crate::kernels::simd::{LANES, Simd};
 

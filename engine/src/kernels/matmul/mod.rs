@@ -11,16 +11,20 @@
 //! forward product is bitwise the same whatever other rows are in the batch.
 //!
 //! # Layout
-//! - `product`: the operands, and the loops over blocks that fit the caches.
-//! - `plan`: how large those blocks are, and what a thread takes at a time.
+//! - `product`: the operands, and the run over all threads.
+//! - `plan`: how a product is cut into pieces and blocks, and which thread takes what.
+//! - `piece`: the loops over blocks that fit the caches.
 //! - `pack`: operands rearranged as tiles read them.
 //! - `tile`: the inner loop, on registers.
-//! - `blocks`: results in and out of tiles; squares of sixteen by sixteen.
+//! - `sums`: results from and to the output.
+//! - `blocks`: squares of sixteen by sixteen numbers, and lines that an edge cuts short.
 
 mod blocks;
 mod pack;
+mod piece;
 mod plan;
 mod product;
+mod sums;
 mod tile;
 
 use super::simd::Level;

@@ -100,15 +100,15 @@ pub(super) fn pack_rows<S: Simd>(
     packed: &mut [Line],
 ) {
     let lines = row_lines(depth.len());
-    for (i, row) in rows.clone().step_by(LANES).enumerate() {
-        let packed = &mut packed[i * LANES * lines..];
-        let count = LANES.min(rows.end - row);
-        for (line, k) in depth.clone().step_by(LANES).enumerate() {
+    for (line, k) in depth.clone().step_by(LANES).enumerate() {
+        for row in rows.clone().step_by(LANES) {
             let from = &operand.data[k * operand.stride + row..];
+            let count = LANES.min(rows.end - row);
             let shape = [LANES.min(depth.end - k), count];
             let block = s.transpose(load_block(s, from, operand.stride, shape));
-            for (row, v) in block.into_iter().enumerate().take(count) {
-                s.store(v, &mut packed[row * lines + line].0);
+            let packed = packed[(row - rows.start) * lines + line..].iter_mut().step_by(lines);
+            for (packed, v) in packed.zip(block).take(count) {
+                s.store(v, &mut packed.0);
             }
         }
     }

@@ -8,16 +8,20 @@ use crate::torch::parallel;
 
 /// Rows that share the results of a panel in the first-level cache; a multiple of every tile's.
 pub(super) const GROUP: usize = 48;
-/// Numbers of a packed block of lanes, which stays in the second-level cache.
-const BLOCK_NUMBERS: usize = 160 * 1024;
-/// Depth of a block: a tile's rows of it stay in the first-level cache.
-const DEPTH: usize = 768;
-/// The same for a single panel, which reads every row only once anyway.
-const PANEL_DEPTH: usize = 2048;
-/// Lanes of a single panel.
-const PANEL: usize = 64;
-/// Pieces of work for each thread, if there is enough.
-const PIECES: usize = 6;
+/// Numbers of a packed block of lanes: it stays in the second-level cache.
+const BLOCK: usize = 192 * 1024;
+/// Numbers that a thread packs at most to keep them from piece to piece.
+const KEPT: usize = 512 * 1024;
+/// Most of the depth that is not cut, if the rows need no packing; more for few lanes.
+const UNCUT: usize = 2048;
+/// Blocks of a depth that is cut, for rows that need no packing, and for those that do.
+const CUT: [usize; 2] = [1024, 768];
+/// Fewest lanes that a block is made for because of `BLOCK`, and to have enough pieces.
+const LANES_LEAST: [usize; 2] = [64, 96];
+/// Pieces for each thread, if there is enough work; fewer if each packs its own lanes.
+const PIECES: [usize; 2] = [6, 4];
+/// Rows of a piece that make packing its own lanes cheap.
+const ROWS_LEAST: usize = 384;
 /// What a core computes, and reads, in a microsecond: only to tell whether threads are worth it.
 const FLOPS: usize = 200_000;
 const NUMBERS: usize = 5_000;
@@ -31,27 +35,46 @@ pub(super) struct Plan {
     shape: [usize; 3],
     /// The same of a piece: a block of lanes, a chunk of rows, a block of the depth.
     piece: [usize; 3],
+    /// Whether a thread packs a block of lanes over the whole depth, and keeps it from piece to
+    /// piece; otherwise it packs a block of the depth at a time, for each piece anew.
+    pub(super) whole: bool,
     /// Threads that take part.
-    pub(super) workers: usize,
+    workers: usize,
 }
 
 impl Plan {
-    pub(super) fn new([lanes, rows, depth]: [usize; 3], threads: usize) -> Self {
-        let most = if lanes <= PANEL { PANEL_DEPTH } else { DEPTH };
+    /// For `[lanes, rows, depth]`. If the rows are not `direct`, they are packed for each block
+    /// of lanes.
+    pub(super) fn new(shape: [usize; 3], direct: bool, threads: usize) -> Self {
+        let [lanes, rows, depth] = shape;
+        let workers = if microseconds(shape) < WORTHWHILE { 1 } else { threads };
+        let uncut = UNCUT.max(BLOCK / lanes.next_multiple_of(LANES).max(LANES));
+        let most = match direct {
+            true if depth <= uncut => uncut,
+            true => CUT[0],
+            false => CUT[1],
+        };
         let deep = even(depth, most, LANES);
-        let block = even(lanes, (BLOCK_NUMBERS / deep).max(PANEL), LANES);
-        let computing = lanes * rows * depth / (FLOPS / 2);
-        let reading = (lanes + rows) * depth / NUMBERS;
-        let workers = if computing.max(reading) < WORTHWHILE { 1 } else { threads };
-        let chunks =
-            (workers * PIECES).div_ceil(lanes.div_ceil(block).max(1)).next_multiple_of(workers);
-        let chunk = even(rows, rows.div_ceil(chunks).max(GROUP), GROUP);
-        Self { shape: [lanes, rows, depth], piece: [block, chunk, deep], workers }
+        let most = (BLOCK / deep).max(LANES_LEAST[0]);
+        let block = even(lanes, most, LANES);
+        if deep >= depth || block * depth <= KEPT {
+            let pieces = workers * PIECES[0];
+            let chunks = pieces.div_ceil(lanes.div_ceil(block).max(1)).next_multiple_of(workers);
+            let chunk = even(rows, rows / chunks, GROUP);
+            return Self { shape, piece: [block, chunk, deep], whole: true, workers };
+        }
+        let pieces = workers * PIECES[1];
+        let blocks = pieces.div_ceil((rows / ROWS_LEAST).max(1));
+        let block = even(lanes, most.min((lanes / blocks).max(LANES_LEAST[1])), LANES);
+        let chunks = pieces.div_ceil(lanes.div_ceil(block).max(1)).next_multiple_of(workers);
+        let chunk = even(rows, (rows / chunks).max(ROWS_LEAST), GROUP);
+        Self { shape, piece: [block, chunk, deep], whole: false, workers }
     }
 
-    /// Blocks of the depth, in order.
+    /// Blocks of the depth, in order: at least one, which may be empty.
     pub(super) fn depths(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        ranges(0..self.shape[2], self.piece[2])
+        let depth = self.shape[2];
+        ranges(0..depth.max(1), self.piece[2]).map(move |block| block.start..depth.min(block.end))
     }
 
     /// Chunks of rows of one block of lanes.
@@ -69,6 +92,11 @@ impl Plan {
         let at = [index / self.chunks() * self.piece[0], index % self.chunks() * self.piece[1]];
         [0, 1].map(|i| at[i]..self.shape[i].min(at[i] + self.piece[i]))
     }
+}
+
+/// About how long a product takes on one thread.
+fn microseconds([lanes, rows, depth]: [usize; 3]) -> usize {
+    (2 * lanes * rows * depth / FLOPS).max((lanes + rows) * depth / NUMBERS)
 }
 
 /// The smallest multiple of `unit` that cuts `total` into as few parts as `most` does.
@@ -116,5 +144,56 @@ impl<'a> Shares<'a> {
             let index = self.taken[owner].fetch_add(1, Ordering::Relaxed);
             (index < len).then(|| self.plan.piece(start + index))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The pieces that two workers get when the first takes `turns` for each one of the second.
+    fn pieces(plan: &Plan, turns: usize) -> Vec<[Range<usize>; 2]> {
+        let shares = Shares::new(plan);
+        let order = (0..).map(|i| usize::from(i % (turns + 1) == turns) % plan.workers);
+        let taken = order.map_while(|worker| shares.take(worker));
+        taken.collect()
+    }
+
+    #[test]
+    fn pieces_cover_every_result_once() {
+        for shape in [[1, 49_152, 576], [1700, 576, 576], [576, 256, 49_152], [100, 9, 3000]] {
+            for (direct, turns) in [(true, 1), (true, 5), (false, 1), (false, 50)] {
+                let plan = Plan::new(shape, direct, 2);
+                let [lanes, rows, depth] = shape;
+                let mut hits = vec![0u8; lanes.div_ceil(LANES) * rows];
+                for [piece_lanes, piece_rows] in pieces(&plan, turns) {
+                    assert!(piece_lanes.start.is_multiple_of(LANES) && piece_lanes.end <= lanes);
+                    for vector in piece_lanes.step_by(LANES).map(|lane| lane / LANES) {
+                        piece_rows.clone().for_each(|row| hits[vector * rows + row] += 1);
+                    }
+                }
+                assert!(hits.iter().all(|&hits| hits == 1), "{shape:?}: {plan:?}");
+                assert_eq!(plan.depths().map(|block| block.len()).sum::<usize>(), depth);
+            }
+        }
+    }
+
+    #[test]
+    fn large_products_have_pieces_for_everyone() {
+        for shape in [[1, 576, 576], [64, 192, 576], [1700, 576, 1536], [576, 256, 49_152]] {
+            for direct in [true, false] {
+                let plan = Plan::new(shape, direct, 2);
+                assert!(plan.workers == 2 && plan.pieces() >= 4, "{shape:?}: {plan:?}");
+                assert!(plan.piece[0] * plan.piece[2] <= BLOCK, "{shape:?}: {plan:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn small_products_stay_on_one_thread() {
+        assert_eq!(Plan::new([4, 64, 64], true, 2).workers, 1);
+        assert_eq!(Plan::new([0, 64, 64], true, 2).pieces(), 0);
+        assert_eq!(Plan::new([0, 64, 1 << 20], true, 2).pieces(), 0);
+        assert_eq!(Plan::new([64, 0, 64], true, 2).pieces(), 0);
     }
 }

@@ -20,11 +20,12 @@ pub(super) struct Rows<'a> {
 #[inline(always)]
 pub(super) fn multiply<S: Simd, const W: usize, const R: usize>(
     s: S,
-    panel: &[[Line; W]],
+    panel: &[Line],
     rows: Rows,
-    sums: &mut [[Line; W]],
+    sums: &mut [Line],
 ) {
-    let (tiles, rest) = sums.as_chunks_mut::<R>();
+    let panel = panel.as_chunks::<W>().0;
+    let (tiles, rest) = sums.as_chunks_mut::<W>().0.as_chunks_mut::<R>();
     let mut first = 0;
     for tile in tiles {
         multiply_tile(s, panel, rows.from(first), tile);
@@ -72,11 +73,11 @@ fn multiply_tile<S: Simd, const W: usize, const R: usize>(
             for w in 0..W {
                 line[w] = s.load(&lanes[w].0);
             }
-            for r in 0..R {
+            for (r, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: row `r` has as many numbers as the panel has steps, as asserted.
                 let x = s.splat(unsafe { *at.add(r * stride) });
                 for w in 0..W {
-                    acc[r][w] = s.mul_add(x, line[w], acc[r][w]);
+                    acc[w] = s.mul_add(x, line[w], acc[w]);
                 }
             }
             at = at.wrapping_add(1);
