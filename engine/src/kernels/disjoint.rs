@@ -53,6 +53,9 @@ pub fn for_each_chunk<T: Send>(
     });
 }
 
+/// Work on chunk `i` of two slices.
+pub type PairWork<'a, T, U> = dyn Fn(usize, &mut [T], &mut [U]) + Sync + 'a;
+
 /// Calls `work(i, chunk i of a, chunk i of b)` for every chunk of two slices, each given with the
 /// size of its chunks (the last may be shorter).
 ///
@@ -61,7 +64,7 @@ pub fn for_each_chunk<T: Send>(
 pub fn for_each_pair<T: Send, U: Send>(
     a: (&mut [T], usize),
     b: (&mut [U], usize),
-    work: &(dyn Fn(usize, &mut [T], &mut [U]) + Sync),
+    work: &PairWork<'_, T, U>,
 ) {
     let ((a, a_size), (b, b_size)) = (a, b);
     let b_len = b.len();
