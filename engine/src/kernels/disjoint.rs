@@ -53,6 +53,31 @@ pub fn for_each_chunk<T: Send>(
     });
 }
 
+/// Work on chunk `i` of two slices.
+pub type PairWork<'a, T, U> = dyn Fn(usize, &mut [T], &mut [U]) + Sync + 'a;
+
+/// Calls `work(i, chunk i of a, chunk i of b)` for every chunk of two slices, each given with the
+/// size of its chunks (the last may be shorter).
+///
+/// # Panics
+/// If a size is 0, or one slice has more chunks than the other.
+pub fn for_each_pair<T: Send, U: Send>(
+    a: (&mut [T], usize),
+    b: (&mut [U], usize),
+    work: &PairWork<'_, T, U>,
+) {
+    let ((a, a_size), (b, b_size)) = (a, b);
+    let b_len = b.len();
+    assert_eq!(a.len().div_ceil(a_size), b_len.div_ceil(b_size), "as many chunks in both");
+    let b = Shared::new(b);
+    for_each_chunk(a, a_size, &|i, a| {
+        let start = i * b_size;
+        // SAFETY: `for_each_chunk` hands out each `i` once, and chunks do not overlap.
+        let b = unsafe { b.part(start, b_size.min(b_len - start)) };
+        work(i, a, b);
+    });
+}
+
 /// `make(i)` for every `i < items`, in order.
 pub fn map<T: Send>(items: usize, make: &(dyn Fn(usize) -> T + Sync)) -> Vec<T> {
     let mut made: Vec<Option<T>> = std::iter::repeat_with(|| None).take(items).collect();
@@ -85,6 +110,22 @@ mod tests {
         for_each_chunk(&mut data, 10, &|i, chunk| chunk.iter_mut().for_each(|x| *x += i + 1));
         let want: Vec<usize> = (0..103).map(|i| i / 10 + 1).collect();
         assert_eq!(data, want);
+    }
+
+    #[test]
+    fn pairs_of_chunks_cover_both_slices_once() {
+        let (mut a, mut b) = (vec![0usize; 103], vec![0usize; 22]);
+        for_each_pair((&mut a, 10), (&mut b, 2), &|i, a, b| {
+            a.iter_mut().chain(b).for_each(|x| *x += i + 1);
+        });
+        assert_eq!(a, (0..103).map(|i| i / 10 + 1).collect::<Vec<_>>());
+        assert_eq!(b, (0..22).map(|i| i / 2 + 1).collect::<Vec<_>>());
+    }
+
+    #[test]
+    #[should_panic(expected = "as many chunks in both")]
+    fn pairs_are_whole() {
+        for_each_pair((&mut [0; 4], 2), (&mut [0; 4], 1), &|_, _, _| {});
     }
 
     #[test]

@@ -1,9 +1,11 @@
-//! Matrix products, attention over pages and passes over logits, on the CPU.
+//! Matrix products, attention over pages, element-wise operations and passes over logits, on the
+//! CPU.
 //!
 //! # Layout
 //! - [`matmul`]: matrix products of f32, forward and backward.
 //! - [`attention`]: every query row over the pages of its sequence.
 //! - [`pages`]: the pages' layout; writing and copying them.
+//! - [`elementwise`]: norm, gate and rotary embedding, forward and backward.
 //! - [`rows`]: passes over one row of logits.
 //! - `tiles`: the inner loops of attention, on registers.
 //! - [`simd`]: sixteen lanes of f32 on AVX-512, AVX2 or anything, chosen at run time.
@@ -11,6 +13,7 @@
 
 pub mod attention;
 pub mod disjoint;
+pub mod elementwise;
 pub mod matmul;
 pub mod pages;
 pub mod rows;

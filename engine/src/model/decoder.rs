@@ -5,7 +5,10 @@ use super::{
     config::ModelConfig,
     rope::{Rope, Rotation},
 };
-use crate::{ops::linear::linear, weights::Weights};
+use crate::{
+    ops::{linear::linear, rms_norm::rms_norm, swiglu::swiglu},
+    weights::Weights,
+};
 use tch::Tensor;
 
 /// `y = x W^T + b`.
@@ -28,7 +31,7 @@ struct RmsNorm {
 
 impl RmsNorm {
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.rms_norm(self.weight.size(), Some(&self.weight), self.eps)
+        rms_norm(x, &self.weight, self.eps)
     }
 }
 
@@ -64,7 +67,7 @@ struct Mlp {
 
 impl Mlp {
     fn forward(&self, x: &Tensor) -> Tensor {
-        self.down.forward(&(self.gate.forward(x).silu() * self.up.forward(x)))
+        self.down.forward(&swiglu(&self.gate.forward(x), &self.up.forward(x)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Rotary position embedding.
 
 use super::config::ModelConfig;
+use crate::ops::rope::rotate;
 use tch::{Kind, Tensor};
 
 /// Inverse frequencies and the attention factor of a model.
@@ -10,7 +11,7 @@ pub struct Rope {
     factor: f64,
 }
 
-/// Cosines and sines of one batch, `[N, 1, head_dim]` each, to be used by every layer.
+/// Cosines and sines of one batch, `[N, head_dim / 2]` each, to be used by every layer.
 pub struct Rotation {
     cos: Tensor,
     sin: Tensor,
@@ -28,7 +29,6 @@ impl Rope {
     /// The rotation for rows at `positions` (`[N]`, i64).
     pub fn at(&self, positions: &Tensor) -> Rotation {
         let angles = positions.to_kind(Kind::Float).unsqueeze(1) * &self.inverse_frequencies;
-        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1);
         Rotation { cos: angles.cos() * self.factor, sin: angles.sin() * self.factor }
     }
 }
@@ -36,8 +36,6 @@ impl Rope {
 impl Rotation {
     /// Rotates `x`, `[N, heads, head_dim]`, halves against each other.
     pub fn apply(&self, x: &Tensor) -> Tensor {
-        let halves = x.chunk(2, -1);
-        let turned = Tensor::cat(&[&(-&halves[1]), &halves[0]], -1);
-        x * &self.cos + turned * &self.sin
+        rotate(x, &self.cos, &self.sin)
     }
 }

@@ -3,11 +3,16 @@
 
 pub mod embedding;
 pub mod linear;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+#[cfg(test)]
+mod testing;
 
+use crate::torch::autograd::recording;
 use tch::Tensor;
 
-/// True if a function of these inputs may need a graph. (Where recording is switched off, libtorch
-/// itself makes none.)
+/// True if a function of these inputs needs a graph.
 fn may_record(inputs: &[&Tensor]) -> bool {
-    inputs.iter().any(|input| input.requires_grad())
+    recording() && inputs.iter().any(|input| input.requires_grad())
 }

@@ -1,7 +1,13 @@
 //! Backward passes that tch does not bind.
 
-use super::{TorchError, check, op_backward, op_set_grad, pointers};
+use super::{TorchError, check, op_backward, op_recording, op_set_grad, pointers};
 use tch::Tensor;
+
+/// Whether operations on this thread are recorded for a backward pass: not inside `tch::no_grad`.
+pub fn recording() -> bool {
+    // SAFETY: reads a flag of the thread.
+    unsafe { op_recording() }
+}
 
 /// Adds the gradient of `sum(output * gradient)` to the `grad` of every leaf that `output` was
 /// computed from.
@@ -34,6 +40,13 @@ mod tests {
         assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [2.0, 40.0, 600.0]);
         set_grad(&x, &Tensor::from_slice(&[7f32, 8.0, 9.0])).unwrap();
         assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [7.0, 8.0, 9.0]);
+    }
+
+    #[test]
+    fn nothing_is_recorded_inside_no_grad() {
+        assert!(recording());
+        assert!(!tch::no_grad(recording));
+        assert!(recording());
     }
 
     #[test]

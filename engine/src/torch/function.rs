@@ -11,6 +11,10 @@ use torch_sys::C_tensor;
 
 /// A function of some tensors with a gradient of its own.
 pub trait Function: Send + Sync + 'static {
+    /// Bit `i` is set where `backward` reads input `i`. The others are not kept for it, and
+    /// undefined there.
+    const READS: u64 = u64::MAX;
+
     /// The output. Runs without a graph.
     fn forward(&self, inputs: &[Tensor]) -> Tensor;
 
@@ -55,11 +59,12 @@ struct Callbacks {
         *mut *mut C_tensor,
     ) -> bool,
     drop: unsafe extern "C" fn(*mut c_void),
+    reads: u64,
 }
 
 impl Callbacks {
     const fn of<F: Function>() -> Self {
-        Self { forward: forward::<F>, backward: backward::<F>, drop: drop::<F> }
+        Self { forward: forward::<F>, backward: backward::<F>, drop: drop::<F>, reads: F::READS }
     }
 }
 
@@ -172,6 +177,30 @@ mod tests {
         let y = tch::no_grad(|| apply(SquareTimes::new(&alive), &[&a, &a]).unwrap());
         assert!(!y.requires_grad());
         assert_eq!(alive.load(Ordering::Relaxed), 0);
+    }
+
+    struct Scale;
+
+    impl Function for Scale {
+        const READS: u64 = 0b10;
+
+        fn forward(&self, inputs: &[Tensor]) -> Tensor {
+            &inputs[0] * &inputs[1]
+        }
+
+        fn backward(&self, inputs: &[Tensor], gradient: &Tensor) -> Vec<Option<Tensor>> {
+            assert!(!inputs[0].defined());
+            vec![Some(gradient * &inputs[1]), None]
+        }
+    }
+
+    #[test]
+    fn inputs_that_are_not_read_are_not_kept() {
+        let x = Tensor::from_slice(&[2f32, 3.0]).set_requires_grad(true);
+        let y = apply(Scale, &[&x, &Tensor::from_slice(&[5f32, 7.0])]).unwrap();
+        assert_eq!(Vec::<f32>::try_from(&y).unwrap(), [10.0, 21.0]);
+        y.sum(tch::Kind::Float).backward();
+        assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [5.0, 7.0]);
     }
 
     struct Panics;

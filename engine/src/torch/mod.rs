@@ -38,6 +38,7 @@ unsafe extern "C" {
         count: i64,
         output: *mut *mut torch_sys::C_tensor,
     ) -> *mut c_char;
+    fn op_recording() -> bool;
     fn op_set_grad(tensor: RawTensor, gradient: RawTensor) -> *mut c_char;
     fn op_total_norm(tensors: *const RawTensor, count: i64, norm: *mut f64) -> *mut c_char;
     fn op_adamw(

@@ -48,6 +48,8 @@ struct Callbacks {
   bool (*backward)(void *state, at::Tensor *const *inputs, int64_t count, at::Tensor *gradient,
                    at::Tensor **gradients);
   void (*drop)(void *state);
+  // Bit i: `backward` reads input i. The others are not kept for it, and undefined there.
+  uint64_t reads;
 };
 
 struct State : torch::CustomClassHolder {
@@ -73,10 +75,13 @@ at::Tensor take(at::Tensor *owned) {
 struct RustFunction : torch::autograd::Function<RustFunction> {
   static at::Tensor forward(torch::autograd::AutogradContext *ctx, at::TensorList inputs,
                             const c10::intrusive_ptr<State> &state) {
-    std::vector<at::Tensor> saved = inputs.vec();
-    ctx->save_for_backward(saved);
+    std::vector<at::Tensor> all = inputs.vec(), saved = all;
+    for (size_t i = 0; i < saved.size(); ++i) {
+      if ((state->callbacks->reads >> i & 1) == 0) saved[i].reset();
+    }
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["state"] = c10::IValue::make_capsule(state);
-    auto raw = pointers(saved);
+    auto raw = pointers(all);
     return take(state->callbacks->forward(state->state, raw.data(), raw.size()));
   }
 
@@ -139,6 +144,9 @@ char *op_backward(at::Tensor *const *outputs, at::Tensor *const *gradients, int6
     torch::autograd::backward(list(outputs, count), list(gradients, count));
   });
 }
+
+// Whether operations on this thread are recorded for a backward pass.
+bool op_recording() { return at::GradMode::is_enabled(); }
 
 // Makes `gradient` the accumulated gradient of the leaf `tensor`.
 char *op_set_grad(at::Tensor *tensor, at::Tensor *gradient) {

@@ -62,6 +62,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes(|i| a[i] / b[i])
+    }
+
+    #[inline(always)]
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // A fused operation that the target lacks would be a slow call.
         if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {

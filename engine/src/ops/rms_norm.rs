@@ -1,0 +1,83 @@
+//! Root-mean-square norm over the last axis.
+
+use super::may_record;
+use crate::{
+    kernels::elementwise::norm::RmsNorm as Kernel,
+    torch::{
+        function::{Function, apply},
+        slices::{floats, floats_mut},
+    },
+};
+use tch::Tensor;
+
+/// `x / sqrt(mean(x^2) + eps) * weight`, the mean over the last axis: `x` `[.., H]`, `weight`
+/// `[H]`; the shape of `x`. A row's result does not depend on the other rows.
+///
+/// # Panics
+/// If a shape does not fit, or a tensor is not f32 on the CPU.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    assert_eq!(x.size().last(), Some(&(weight.numel() as i64)), "rows as long as the weight");
+    let (norm, x, weight) = (RmsNorm { eps }, x.contiguous(), weight.contiguous());
+    if !may_record(&[&x, &weight]) {
+        return norm.forward(&[x, weight]);
+    }
+    apply(norm, &[&x, &weight]).unwrap_or_else(|error| panic!("rms_norm: {error}"))
+}
+
+struct RmsNorm {
+    eps: f64,
+}
+
+impl RmsNorm {
+    fn kernel<'a>(&self, inputs: &'a [Tensor]) -> Kernel<'a> {
+        Kernel { x: floats(&inputs[0]), weight: floats(&inputs[1]), eps: self.eps }
+    }
+}
+
+impl Function for RmsNorm {
+    fn forward(&self, inputs: &[Tensor]) -> Tensor {
+        let mut y = inputs[0].empty_like();
+        self.kernel(inputs).forward(floats_mut(&mut y));
+        y
+    }
+
+    fn backward(&self, inputs: &[Tensor], gradient: &Tensor) -> Vec<Option<Tensor>> {
+        let gradient = gradient.contiguous();
+        let (mut by_x, mut by_weight) = (inputs[0].empty_like(), inputs[1].empty_like());
+        let (x_slice, weight_slice) = (floats_mut(&mut by_x), floats_mut(&mut by_weight));
+        self.kernel(inputs).backward(floats(&gradient), x_slice, weight_slice);
+        vec![Some(by_x), Some(by_weight)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{check, random};
+    use super::*;
+
+    #[test]
+    fn values_and_gradients_are_those_of_libtorch() {
+        tch::manual_seed(1);
+        for width in (1..=70).chain([576, 1536]) {
+            // A short row has next to no gradient but through eps.
+            let eps = if width < 8 { 0.5 } else { 1e-5 };
+            for shape in [vec![1, width], vec![37, width], vec![5, 3, width]] {
+                check(
+                    &[random(&shape), random(&[width])],
+                    &|inputs| rms_norm(&inputs[0], &inputs[1], eps),
+                    &|inputs| inputs[0].rms_norm([width], Some(&inputs[1]), eps),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_transposed_input_and_many_rows() {
+        tch::manual_seed(2);
+        check(
+            &[random(&[576, 300]), random(&[576])],
+            &|inputs| rms_norm(&inputs[0].tr(), &inputs[1], 1e-6),
+            &|inputs| inputs[0].tr().rms_norm([576], Some(&inputs[1]), 1e-6),
+        );
+    }
+}

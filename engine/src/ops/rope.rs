@@ -1,0 +1,106 @@
+//! Rotary position embedding, applied.
+
+use super::may_record;
+use crate::{
+    kernels::elementwise::rotary::Rotary,
+    torch::{
+        function::{Function, apply},
+        slices::{floats, floats_mut},
+    },
+};
+use tch::Tensor;
+
+/// Turns the halves of every head against each other: `x` `[N, heads, head_dim]`, `cos` and `sin`
+/// `[N, head_dim / 2]`, which get no gradient; the shape of `x`. `x` is not kept for the backward
+/// pass.
+///
+/// # Panics
+/// If a shape does not fit, or a tensor is not f32 on the CPU.
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let (rows, _, head_dim) = x.size3().expect("x has three axes");
+    for angles in [cos, sin] {
+        assert!(
+            head_dim % 2 == 0 && angles.size() == [rows, head_dim / 2],
+            "half a head of angles"
+        );
+    }
+    let (x, cos, sin) = (x.contiguous(), cos.contiguous(), sin.contiguous());
+    if !may_record(&[&x]) {
+        return Rotate.forward(&[x, cos, sin]);
+    }
+    apply(Rotate, &[&x, &cos, &sin]).unwrap_or_else(|error| panic!("rotate: {error}"))
+}
+
+struct Rotate;
+
+/// The angles in `inputs`, for rows shaped as those of `x`.
+fn rotary<'a>(inputs: &'a [Tensor], x: &Tensor) -> Rotary<'a> {
+    let (_, heads, head_dim) = x.size3().expect("x has three axes");
+    let (half, width) = (head_dim as usize / 2, (heads * head_dim) as usize);
+    Rotary { cos: floats(&inputs[1]), sin: floats(&inputs[2]), half, width }
+}
+
+impl Function for Rotate {
+    const READS: u64 = 0b110;
+
+    fn forward(&self, inputs: &[Tensor]) -> Tensor {
+        let x = &inputs[0];
+        let mut y = x.empty_like();
+        rotary(inputs, x).forward(floats(x), floats_mut(&mut y));
+        y
+    }
+
+    fn backward(&self, inputs: &[Tensor], gradient: &Tensor) -> Vec<Option<Tensor>> {
+        let gradient = gradient.contiguous();
+        let mut by_x = gradient.empty_like();
+        rotary(inputs, &gradient).backward(floats(&gradient), floats_mut(&mut by_x));
+        vec![Some(by_x), None, None]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{check, random};
+    use super::*;
+
+    fn theirs(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+        let twice = |angles: &Tensor| Tensor::cat(&[angles, angles], -1).unsqueeze(1);
+        let halves = x.chunk(2, -1);
+        let turned = Tensor::cat(&[&(-&halves[1]), &halves[0]], -1);
+        x * twice(cos) + turned * twice(sin)
+    }
+
+    #[test]
+    fn values_and_gradients_are_those_of_libtorch() {
+        tch::manual_seed(1);
+        for half in (1..=35).chain([64, 128]) {
+            for (rows, heads) in [(1, 1), (7, 3), (70, 9)] {
+                let angles = random(&[rows, half]) * 3.0;
+                let (cos, sin) = (angles.cos(), angles.sin());
+                check(
+                    &[random(&[rows, heads, 2 * half])],
+                    &|inputs| rotate(&inputs[0], &cos, &sin),
+                    &|inputs| theirs(&inputs[0], &cos, &sin),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_transposed_input() {
+        tch::manual_seed(2);
+        let angles = random(&[20, 8]);
+        let (cos, sin) = (angles.cos(), angles.sin());
+        check(
+            &[random(&[3, 20, 16])],
+            &|inputs| rotate(&inputs[0].transpose(0, 1), &cos, &sin),
+            &|inputs| theirs(&inputs[0].transpose(0, 1), &cos, &sin),
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "half a head of angles")]
+    fn angles_must_fit() {
+        let _ = rotate(&random(&[2, 1, 8]), &random(&[2, 8]), &random(&[2, 8]));
+    }
+}

@@ -1,0 +1,80 @@
+//! The gate of the MLP.
+
+use super::may_record;
+use crate::{
+    kernels::elementwise::gate::SwiGlu as Kernel,
+    torch::{
+        function::{Function, apply},
+        slices::{floats, floats_mut},
+    },
+};
+use tch::Tensor;
+
+/// `silu(gate) * up`, element by element: both of one shape, which is the result's.
+///
+/// # Panics
+/// If the shapes differ, or a tensor is not f32 on the CPU.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    assert_eq!(gate.size(), up.size(), "gate and up of one shape");
+    let (gate, up) = (gate.contiguous(), up.contiguous());
+    if !may_record(&[&gate, &up]) {
+        return SwiGlu.forward(&[gate, up]);
+    }
+    apply(SwiGlu, &[&gate, &up]).unwrap_or_else(|error| panic!("swiglu: {error}"))
+}
+
+struct SwiGlu;
+
+fn kernel(inputs: &[Tensor]) -> Kernel<'_> {
+    Kernel { gate: floats(&inputs[0]), up: floats(&inputs[1]) }
+}
+
+impl Function for SwiGlu {
+    fn forward(&self, inputs: &[Tensor]) -> Tensor {
+        let mut y = inputs[0].empty_like();
+        kernel(inputs).forward(floats_mut(&mut y));
+        y
+    }
+
+    fn backward(&self, inputs: &[Tensor], gradient: &Tensor) -> Vec<Option<Tensor>> {
+        let gradient = gradient.contiguous();
+        let (mut by_gate, mut by_up) = (inputs[0].empty_like(), inputs[1].empty_like());
+        let (gate_slice, up_slice) = (floats_mut(&mut by_gate), floats_mut(&mut by_up));
+        kernel(inputs).backward(floats(&gradient), gate_slice, up_slice);
+        vec![Some(by_gate), Some(by_up)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{check, random};
+    use super::*;
+
+    #[test]
+    fn values_and_gradients_are_those_of_libtorch() {
+        tch::manual_seed(1);
+        let theirs = |inputs: &[Tensor]| inputs[0].silu() * &inputs[1];
+        for width in (1..=70).chain([576, 1536]) {
+            for shape in [vec![1, width], vec![37, width], vec![5, 3, width]] {
+                let inputs = [random(&shape) * 5.0, random(&shape)];
+                check(&inputs, &|inputs| swiglu(&inputs[0], &inputs[1]), &theirs);
+            }
+        }
+    }
+
+    #[test]
+    fn a_transposed_input() {
+        tch::manual_seed(2);
+        check(
+            &[random(&[40, 30]), random(&[30, 40])],
+            &|inputs| swiglu(&inputs[0].tr(), &inputs[1]),
+            &|inputs| inputs[0].tr().silu() * &inputs[1],
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "gate and up of one shape")]
+    fn shapes_must_agree() {
+        let _ = swiglu(&random(&[2, 3]), &random(&[3, 2]));
+    }
+}

@@ -1,0 +1,39 @@
+//! Comparing an operation with libtorch's own.
+
+use crate::torch::autograd::backward;
+use tch::{Device, Kind, Tensor};
+
+type Operation<'a> = &'a dyn Fn(&[Tensor]) -> Tensor;
+
+/// Normally distributed numbers.
+pub(super) fn random(shape: &[i64]) -> Tensor {
+    Tensor::randn(shape, (Kind::Float, Device::Cpu))
+}
+
+/// Asserts that two operations agree on values and gradients, twice with the gradients added up,
+/// and that ours makes no graph where none is recorded.
+pub(super) fn check(inputs: &[Tensor], ours: Operation<'_>, theirs: Operation<'_>) {
+    let leaves = || -> Vec<Tensor> {
+        inputs.iter().map(|x| x.detach().copy().set_requires_grad(true)).collect()
+    };
+    let (our_leaves, their_leaves) = (leaves(), leaves());
+    let gradient = random(&ours(inputs).size());
+    for _ in 0..2 {
+        let (got, want) = (ours(&our_leaves), theirs(&their_leaves));
+        assert_same(&got, &want, "output");
+        backward(&got, &gradient).unwrap();
+        backward(&want, &gradient).unwrap();
+    }
+    for (got, want) in our_leaves.iter().zip(&their_leaves) {
+        assert_same(&got.grad(), &want.grad(), "gradient");
+    }
+    let plain = tch::no_grad(|| ours(&our_leaves));
+    assert!(!plain.requires_grad() && plain.equal(&ours(&our_leaves)));
+}
+
+fn assert_same(got: &Tensor, want: &Tensor, what: &str) {
+    assert_eq!(got.size(), want.size(), "{what}");
+    let error = (got - want).abs().max().double_value(&[]);
+    let size = want.abs().max().double_value(&[]);
+    assert!(error <= 1e-5 * size, "{what} {:?}: off by {error:e} of {size:e}", got.size());
+}
