@@ -69,6 +69,9 @@ pub struct Train {
     /// Port of the HTTP endpoint; 0 takes a free one (server.port)
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
+    /// Print where the engine's time goes, by phase of a step (engine.profile)
+    #[arg(long)]
+    profile: bool,
     /// Go on from the newest checkpoint in the output folder
     #[arg(long)]
     pub resume: bool,
@@ -82,6 +85,7 @@ impl Train {
             ("train.steps", self.steps.map(|n| n.to_string())),
             ("train.seed", self.seed.map(|n| n.to_string())),
             ("server.port", self.port.map(|n| n.to_string())),
+            ("engine.profile", self.profile.then(|| "true".into())),
         ])
     }
 }
@@ -97,6 +101,9 @@ pub struct Serve {
     /// Port to listen on; 0 takes a free one (server.port)
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
+    /// Print where the engine's time goes, by phase of a step (engine.profile)
+    #[arg(long)]
+    profile: bool,
 }
 
 impl Serve {
@@ -105,6 +112,7 @@ impl Serve {
         self.source.load(&[
             ("server.host", self.host.as_ref().map(|host| format!("{host:?}"))),
             ("server.port", self.port.map(|n| n.to_string())),
+            ("engine.profile", self.profile.then(|| "true".into())),
         ])
     }
 }

@@ -3,6 +3,7 @@
 
 mod cli;
 mod commands;
+mod profile;
 mod progress;
 mod server;
 

@@ -66,10 +66,11 @@ impl Server {
         format!("http://{}", self.address)
     }
 
-    /// Waits until `stop` is set.
-    pub fn wait_for(&self, stop: &AtomicBool) {
+    /// Waits until `stop` is set; calls `tick` now and then.
+    pub fn wait_for(&self, stop: &AtomicBool, mut tick: impl FnMut()) {
         while !stop.load(Ordering::Relaxed) && !self.thread.is_finished() {
             std::thread::sleep(STOP_POLL);
+            tick();
         }
     }
 

@@ -15,6 +15,7 @@
 //!   pages are computed with.
 //! - [`logits`]: logits to log-prob, entropy, discriminator, baseline.
 //! - [`sampler`]: logits to the next token.
+//! - [`profile`]: where the engine's time goes, by phase of a step.
 //! - [`weights`]: the shared policy: names, version, exclusive update between two steps.
 //! - [`torch`]: what tch does not bind.
 
@@ -28,6 +29,7 @@ pub mod kv_cache;
 pub mod logits;
 pub mod model;
 pub mod ops;
+pub mod profile;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;

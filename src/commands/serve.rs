@@ -1,6 +1,6 @@
 //! `onpolicy serve`
 
-use crate::{cli, server};
+use crate::{cli, profile::Printer, server};
 use onpolicy_trainer::served::Served;
 use std::sync::atomic::AtomicBool;
 
@@ -15,8 +15,10 @@ pub fn run(arguments: &cli::Serve) -> Result<(), anyhow::Error> {
     println!("serving on {}/v1 (Ctrl-C stops it)", server.url());
     let stop: &'static AtomicBool = Box::leak(Box::default());
     server::stop_on_signal(stop, "finishing what runs")?;
-    server.wait_for(stop);
+    let mut profile = Printer::new(&served.engine);
+    server.wait_for(stop, || profile.tick());
     server.stop();
+    profile.print();
     served.engine.shutdown();
     Ok(())
 }

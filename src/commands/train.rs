@@ -1,6 +1,6 @@
 //! `onpolicy train`
 
-use crate::{cli, progress::Bar, server};
+use crate::{cli, profile::Printer, progress::Bar, server};
 use onpolicy_plugin_api::Plugins;
 use onpolicy_trainer::{config::Config, run};
 use std::sync::atomic::AtomicBool;
@@ -20,10 +20,12 @@ pub fn run(
 
     let stop: &'static AtomicBool = Box::leak(Box::default());
     server::stop_on_signal(stop, "finishing the step and saving a checkpoint")?;
+    let mut profile = Printer::new(&run.served().engine);
     let mut bar = Bar::new(&config, run.steps_done());
     let outcome = run.train(stop, &mut |event| bar.show(&event));
     bar.finish();
     let summary = outcome?;
+    profile.print();
     println!("\n{summary}");
     println!("run folder: {}", config.output.dir);
     println!("  curves.png, curves.svg   reward, entropy, dropped tokens, time");

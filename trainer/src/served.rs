@@ -56,5 +56,6 @@ fn engine_config(config: &Config) -> EngineConfig {
         max_waiting: engine.max_waiting,
         prefix_cache: engine.prefix_cache,
         on_update: engine.on_update,
+        profile: engine.profile,
     }
 }

@@ -8,6 +8,7 @@ mod worker;
 use crate::{
     kv_cache::KvCache,
     model::config::ModelConfig,
+    profile::{self, Profile},
     scheduler::{Scheduler, SchedulerConfig},
     weights::{Version, Weights},
 };
@@ -52,6 +53,8 @@ pub struct EngineConfig {
     pub prefix_cache: bool,
     /// What running samples do when the weights change.
     pub on_update: OnUpdate,
+    /// Time the phases of each step, for [`EngineHandle::profile`].
+    pub profile: bool,
 }
 
 impl Default for EngineConfig {
@@ -64,6 +67,7 @@ impl Default for EngineConfig {
             max_waiting: 1024,
             prefix_cache: true,
             on_update: OnUpdate::Keep,
+            profile: false,
         }
     }
 }
@@ -181,6 +185,9 @@ impl EngineHandle {
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
+                if config.profile {
+                    profile::start();
+                }
                 let runner = runner::Runner::new(&model.config, &model.weights, blocks);
                 Worker::new(runner, scheduler, worker_shared, config.on_update).run(&inbox);
             })
@@ -239,6 +246,17 @@ impl EngineHandle {
     pub fn stats(&self) -> Result<EngineStats, EngineError> {
         let (reply, answer) = mpsc::sync_channel(1);
         self.inner.commands.send(Command::Stats { reply }).map_err(|_| EngineError::Stopped)?;
+        answer.recv().map_err(|_| EngineError::Stopped)
+    }
+
+    /// Where the engine's time has gone so far; none if [`EngineConfig::profile`] is off. Blocks
+    /// until the step in progress is done.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`].
+    pub fn profile(&self) -> Result<Option<Profile>, EngineError> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.inner.commands.send(Command::Profile { reply }).map_err(|_| EngineError::Stopped)?;
         answer.recv().map_err(|_| EngineError::Stopped)
     }
 

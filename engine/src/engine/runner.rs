@@ -10,6 +10,7 @@ use crate::{
         config::ModelConfig,
         decoder::Decoder,
     },
+    profile::{Phase, timed},
     scheduler::{Chunk, Scheduler, Step},
     torch::slices::floats,
     weights::Weights,
@@ -58,6 +59,10 @@ impl Runner {
 
     /// Runs the chunks of `step` through the decoder; their K and V are in the pages afterwards.
     pub fn forward(&mut self, step: &Step, scheduler: &Scheduler) -> StepOutput {
+        timed(Phase::Gather, || self.run(step, scheduler))
+    }
+
+    fn run(&mut self, step: &Step, scheduler: &Scheduler) -> StepOutput {
         for &(from, to) in &step.copies {
             self.cache.copy(from, to);
         }

@@ -6,6 +6,7 @@ use super::{
     runner::{Runner, StepOutput, predicted_prompt},
 };
 use crate::{
+    profile::{self, Phase, Profile, timed},
     sampler::{Draw, Drawn, sample},
     scheduler::{NewRequest, Scheduler, Step},
     sequence::SeqId,
@@ -45,6 +46,8 @@ pub enum Command {
     SetVersion { version: u64, reply: SyncSender<()> },
     /// Say how things stand.
     Stats { reply: SyncSender<EngineStats> },
+    /// Say where the time has gone.
+    Profile { reply: SyncSender<Option<Profile>> },
     /// Fail everything and end.
     Stop,
 }
@@ -81,14 +84,14 @@ impl Worker {
     /// Works until told to stop, or until every handle is gone.
     pub fn run(mut self, inbox: &Receiver<Command>) {
         self.publish();
-        while self.take_commands(inbox) {
-            self.drop_abandoned();
-            self.apply_updates();
+        while timed(Phase::Schedule, || self.take_commands(inbox)) {
+            timed(Phase::Schedule, || self.drop_abandoned());
+            timed(Phase::Update, || self.apply_updates());
             let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
             if let Err(panic) = step {
                 self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
             }
-            self.publish();
+            timed(Phase::Delivery, || self.publish());
         }
         self.fail_all(&EngineError::Stopped);
         for (_, reply) in self.updates.drain(..) {
@@ -100,7 +103,7 @@ impl Worker {
     /// Takes what has been sent; waits if there is nothing to do. False: stop.
     fn take_commands(&mut self, inbox: &Receiver<Command>) -> bool {
         if self.scheduler.is_idle() && self.updates.is_empty() {
-            let Ok(command) = inbox.recv() else { return false };
+            let Ok(command) = timed(Phase::Idle, || inbox.recv()) else { return false };
             if !self.take(command) {
                 return false;
             }
@@ -131,6 +134,9 @@ impl Worker {
             }
             Command::Stats { reply } => {
                 let _ = reply.send(self.stats());
+            }
+            Command::Profile { reply } => {
+                let _ = reply.send(profile::read());
             }
             Command::Stop => return false,
         }
@@ -218,16 +224,17 @@ impl Worker {
 
     fn step(&mut self) {
         let started = Instant::now();
-        let step = self.scheduler.schedule();
+        let step = timed(Phase::Schedule, || self.scheduler.schedule());
         if step.is_empty() {
             return;
         }
         let output = self.runner.forward(&step, &self.scheduler);
-        self.collect_prompt_logprobs(&step, &output);
-        self.scheduler.computed(&step);
-        let sampled = self.sample(&step, &output);
-        self.deliver(sampled);
+        timed(Phase::Sampling, || self.collect_prompt_logprobs(&step, &output));
+        timed(Phase::Schedule, || self.scheduler.computed(&step));
+        let sampled = timed(Phase::Sampling, || self.sample(&step, &output));
+        timed(Phase::Delivery, || self.deliver(sampled));
         self.steps += 1;
+        profile::count_step(step.num_tokens());
         metrics::counter!("onpolicy_step_tokens_total").increment(step.num_tokens() as u64);
         metrics::histogram!("onpolicy_step_seconds").record(started.elapsed());
     }

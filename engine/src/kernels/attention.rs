@@ -1,21 +1,23 @@
 //! Attention of query rows over the pages of their sequences.
 //!
-//! The work is cut into items: one KV head of a span's row tile, with all query heads of that KV
-//! head. An item walks over the tokens in chunks and keeps, per query row, a running maximum, a
+//! The work is cut into items (see `items`): one KV head of some rows, with all query heads of that
+//! KV head. An item walks over the tokens in chunks and keeps, per query row, a running maximum, a
 //! running sum and the weighted values so far (the online softmax of arXiv 1805.02867), so that no
-//! row of scores is ever whole. Chunks lie at fixed positions of the sequence: a row's
-//! output is bitwise the same whatever else is in the batch and however a prompt is cut.
+//! row of scores is ever whole. Rows of several sequences that begin with the same blocks, as the
+//! samples of a group do, first walk over these blocks together, then each over its own. Chunks lie
+//! at fixed positions of the sequence, and every row meets them in order: its output is bitwise the
+//! same whatever else is in the batch, however a prompt is cut, and whatever is shared.
+
+mod items;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
+use self::items::{Item, items};
 use super::disjoint::{Shared, drain};
 pub use super::pages::{BLOCK, Pages, PagesMut, copy_block, write_pages};
 use super::simd::{Kernel, LANES, Level, Line, Simd, prefetch};
 use super::tiles::{self, CHUNK, CHUNK_BLOCKS, MAX_ROWS, Running, Scores, Values};
-
-/// Query rows (positions times heads of the group) that one item aims at.
-const ITEM_ROWS: usize = 8 * MAX_ROWS;
 
 /// Query rows of one sequence, at consecutive positions.
 #[derive(Debug, Clone)]
@@ -101,39 +103,10 @@ fn check_spans(spans: &[Span], num_blocks: usize) -> usize {
     rows
 }
 
-/// One KV head, for some consecutive rows of a span.
-struct Item<'a> {
-    blocks: &'a [u32],
-    head: usize,
-    rows: Range<usize>,
-    /// Position of the first row.
-    position: usize,
-}
-
-/// The batch's items, the longest ones first.
-fn items<'a>(batch: &Batch<'a>) -> Vec<Item<'a>> {
-    let tile = (ITEM_ROWS / batch.group.max(1)).max(1);
-    let mut items = Vec::new();
-    for span in batch.spans {
-        for start in span.rows.clone().step_by(tile) {
-            let rows = start..span.rows.end.min(start + tile);
-            let position = span.first_position + start - span.rows.start;
-            items.extend((0..batch.pages.kv_heads).map(|head| Item {
-                blocks: span.blocks,
-                head,
-                rows: rows.clone(),
-                position,
-            }));
-        }
-    }
-    let cost = |item: &Item| item.rows.len() * (item.position + item.rows.len()).min(batch.window);
-    items.sort_by_key(|item| std::cmp::Reverse(cost(item)));
-    items
-}
-
 fn attend(level: Level, batch: &Batch, out: &mut [f32]) {
     assert_eq!(out.len(), batch.q.len(), "out has the shape of q");
-    let items = items(batch);
+    let parts = items::cut(batch);
+    let items = items(batch, &parts);
     let out = Shared::new(out);
     drain(items.len(), &|i| {
         SCRATCH.with_borrow_mut(|scratch| {
@@ -145,10 +118,10 @@ fn attend(level: Level, batch: &Batch, out: &mut [f32]) {
 
 /// What an item works on; kept from item to item by each thread.
 struct Scratch {
-    /// The scaled queries: per tile of `M` rows `[head_dim][M]`.
+    /// The scaled queries of the stretch in work: per tile of `M` rows `[head_dim][M]`.
     queries: Vec<f32>,
     scores: [Scores; MAX_ROWS],
-    /// One per tile.
+    /// One per row.
     running: Vec<Running>,
     /// Weighted values: per row `head_dim` floats in whole lines.
     sums: Vec<Line>,
@@ -166,20 +139,25 @@ thread_local! {
 }
 
 impl Scratch {
-    /// Makes room for an item and packs its queries.
+    /// Makes room for an item's rows, none of which has seen a token.
     fn start(&mut self, batch: &Batch, item: &Item) {
-        let dim = batch.pages.head_dim;
-        let rows = item.rows.len() * batch.group;
+        let rows = item.rows().len() * batch.group;
         self.running.clear();
-        self.running.resize(tiles_of(rows).len(), Running::START);
+        self.running.resize(rows, Running::START);
         self.sums.clear();
-        self.sums.resize(rows * dim.div_ceil(LANES), Line([0.0; LANES]));
-        self.queries.resize(rows * dim, 0.0);
+        self.sums.resize(rows * batch.pages.head_dim.div_ceil(LANES), Line([0.0; LANES]));
+        self.queries.resize(rows * batch.pages.head_dim, 0.0);
+    }
+
+    /// Packs the queries of a stretch's rows.
+    fn pack(&mut self, stretch: &Stretch) {
+        let (batch, item) = (stretch.batch, stretch.item);
+        let dim = batch.pages.head_dim;
         let scale = 1.0 / (dim as f32).sqrt();
-        for tile in tiles_of(rows) {
+        for tile in tiles_of(&stretch.rows) {
             let packed = &mut self.queries[tile.start * dim..tile.end * dim];
             for (m, row) in tile.clone().enumerate() {
-                let group = batch.group_rows(item.rows.start + row / batch.group, item.head);
+                let group = batch.group_rows(item.rows().start + row / batch.group, item.head);
                 let query = &batch.q[group][row % batch.group * dim..][..dim];
                 let packed = packed[m..].iter_mut().step_by(tile.len());
                 packed.zip(query).for_each(|(packed, x)| *packed = x * scale);
@@ -191,11 +169,8 @@ impl Scratch {
     fn write(&self, batch: &Batch, item: &Item, out: &Shared<f32>) {
         let dim = batch.pages.head_dim;
         let sums = self.sums.chunks_exact(dim.div_ceil(LANES));
-        let totals = tiles_of(item.rows.len() * batch.group)
-            .zip(&self.running)
-            .flat_map(|(tile, running)| (0..tile.len()).map(|m| running.sum(m)));
-        let mut rows = sums.zip(totals.map(|total| 1.0 / total));
-        for row in item.rows.clone() {
+        let mut rows = sums.zip(self.running.iter().map(|running| 1.0 / running.sum()));
+        for row in item.rows() {
             let group = batch.group_rows(row, item.head);
             // SAFETY: each row and head belongs to one item, and each item is run once.
             let out = unsafe { out.part(group.start, group.len()) };
@@ -208,9 +183,10 @@ impl Scratch {
 }
 
 /// Cuts rows into tiles of at most [`MAX_ROWS`], about equal ones.
-fn tiles_of(rows: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
+fn tiles_of(rows: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+    let (first, rows) = (rows.start, rows.len());
     let count = rows.div_ceil(MAX_ROWS);
-    (0..count).map(move |i| i * rows / count..(i + 1) * rows / count)
+    (0..count).map(move |i| first + i * rows / count..first + (i + 1) * rows / count)
 }
 
 /// Runs one item up to the division by the sums.
@@ -227,13 +203,67 @@ impl Kernel for Attend<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { batch, item, scratch } = self;
         scratch.start(batch, item);
-        let end = item.position + item.rows.len();
-        let first = (item.position + 1).saturating_sub(batch.window);
+        let mut stretch = Stretch::shared(batch, item);
+        if item.shared > 0 {
+            stretch.attend(s, scratch);
+        }
+        for member in item.members {
+            stretch = stretch.of(member);
+            stretch.attend(s, scratch);
+        }
+    }
+}
+
+/// Some rows of an item, and the tokens of one block table that they walk over.
+struct Stretch<'a> {
+    batch: &'a Batch<'a>,
+    item: &'a Item<'a>,
+    /// Rows of the item, each query head on its own.
+    rows: Range<usize>,
+    blocks: &'a [u32],
+    tokens: Range<usize>,
+    /// Position of the first row; none if every row sees every token.
+    position: Option<usize>,
+}
+
+impl<'a> Stretch<'a> {
+    /// All rows, over the tokens that the item's members share.
+    fn shared(batch: &'a Batch, item: &'a Item) -> Self {
+        Self {
+            batch,
+            item,
+            rows: 0..item.rows().len() * batch.group,
+            blocks: item.members[0].blocks,
+            tokens: 0..item.shared,
+            position: None,
+        }
+    }
+
+    /// The rows of `member`, over the tokens that it does not share.
+    fn of(&self, member: &'a Span) -> Self {
+        let (batch, item) = (self.batch, self.item);
+        let first = (member.first_position + 1).saturating_sub(batch.window).max(item.shared);
+        let start = item.rows().start;
+        Self {
+            batch,
+            item,
+            rows: (member.rows.start - start) * batch.group
+                ..(member.rows.end - start) * batch.group,
+            blocks: member.blocks,
+            tokens: first..member.first_position + member.rows.len(),
+            position: Some(member.first_position),
+        }
+    }
+
+    #[inline(always)]
+    fn attend<S: Simd>(&self, s: S, scratch: &mut Scratch) {
+        scratch.pack(self);
+        let Range { start: first, end } = self.tokens;
         for start in (first - first % CHUNK..end).step_by(CHUNK) {
             let tokens = first.saturating_sub(start)..CHUNK.min(end - start);
-            let chunk = Chunk::new(batch, item, start, tokens);
-            for tile in tiles_of(item.rows.len() * batch.group).enumerate() {
-                match tile.1.len() {
+            let chunk = Chunk::new(self, start, tokens);
+            for tile in tiles_of(&self.rows) {
+                match tile.len() {
                     1 => chunk.attend::<S, 1>(s, tile, scratch),
                     2 => chunk.attend::<S, 2>(s, tile, scratch),
                     3 => chunk.attend::<S, 3>(s, tile, scratch),
@@ -246,13 +276,12 @@ impl Kernel for Attend<'_> {
     }
 }
 
-/// Some tokens of an item's sequence.
+/// Some tokens of a stretch.
 struct Chunk<'a> {
-    batch: &'a Batch<'a>,
-    item: &'a Item<'a>,
+    stretch: &'a Stretch<'a>,
     /// Position of the first token.
     start: usize,
-    /// Tokens that some row of the item sees.
+    /// Tokens that some row of the stretch sees.
     tokens: Range<usize>,
     keys: [&'a [[f32; BLOCK]]; CHUNK_BLOCKS],
     values: [&'a [f32]; CHUNK_BLOCKS],
@@ -260,61 +289,61 @@ struct Chunk<'a> {
 
 impl<'a> Chunk<'a> {
     #[inline(always)]
-    fn new(batch: &'a Batch, item: &'a Item, start: usize, tokens: Range<usize>) -> Self {
+    fn new(stretch: &'a Stretch, start: usize, tokens: Range<usize>) -> Self {
+        let (pages, head) = (stretch.batch.pages, stretch.item.head);
         let mut keys: [&[[f32; BLOCK]]; CHUNK_BLOCKS] = [&[]; CHUNK_BLOCKS];
         let mut values: [&[f32]; CHUNK_BLOCKS] = [&[]; CHUNK_BLOCKS];
         for b in tokens.start / BLOCK..tokens.end.div_ceil(BLOCK) {
-            let block = item.blocks[start / BLOCK + b];
-            keys[b] = batch.pages.keys_of(block, item.head);
-            values[b] = batch.pages.values_of(block, item.head);
+            let block = stretch.blocks[start / BLOCK + b];
+            keys[b] = pages.keys_of(block, head);
+            values[b] = pages.values_of(block, head);
         }
-        Self { batch, item, start, tokens, keys, values }
+        Self { stretch, start, tokens, keys, values }
     }
 
     /// Blocks of the next chunk. Their keys and values are asked for while this one is worked on:
     /// blocks are scattered, and the hardware sees no pattern across them.
     #[inline(always)]
     fn next_blocks(&self) -> &'a [u32] {
-        let end = (self.item.position + self.item.rows.len()).div_ceil(BLOCK);
+        let end = self.stretch.tokens.end.div_ceil(BLOCK);
         let next = self.start / BLOCK + CHUNK_BLOCKS;
-        &self.item.blocks[next.min(end)..(next + CHUNK_BLOCKS).min(end)]
+        &self.stretch.blocks[next.min(end)..(next + CHUNK_BLOCKS).min(end)]
     }
 
     /// The tokens that the item's row `row` sees.
     #[inline(always)]
     fn visible(&self, row: usize) -> Range<usize> {
-        let end = self.item.position + row / self.batch.group + 1;
-        let first = end.saturating_sub(self.batch.window);
+        let Some(position) = self.stretch.position else { return 0..CHUNK };
+        let batch = self.stretch.batch;
+        let end = position + (row - self.stretch.rows.start) / batch.group + 1;
+        let first = end.saturating_sub(batch.window);
         first.saturating_sub(self.start)..end.saturating_sub(self.start).min(CHUNK)
     }
 
-    /// Takes the chunk into account in the item's tile `index`, which is the `M` rows `tile`.
+    /// Takes the chunk into account in the item's `M` rows `tile`.
     #[inline(always)]
-    fn attend<S: Simd, const M: usize>(
-        &self,
-        s: S,
-        (index, tile): (usize, Range<usize>),
-        scratch: &mut Scratch,
-    ) {
-        let pages = self.batch.pages;
+    fn attend<S: Simd, const M: usize>(&self, s: S, tile: Range<usize>, scratch: &mut Scratch) {
+        let (pages, head) = (self.stretch.batch.pages, self.stretch.item.head);
         let dim = pages.head_dim;
         let queries = &scratch.queries[tile.start * dim..tile.end * dim];
         let blocks = self.tokens.start / BLOCK..self.tokens.end.div_ceil(BLOCK);
         let scores = (&mut scratch.scores[..], blocks.start);
-        if index == 0 {
+        let first_tile = tile.start == self.stretch.rows.start;
+        if first_tile {
             for &block in self.next_blocks() {
-                prefetch(pages.keys_of(block, self.item.head).as_flattened());
+                prefetch(pages.keys_of(block, head).as_flattened());
             }
         }
         tiles::score(s, queries.as_chunks::<M>().0, &self.keys[blocks], scores);
-        for (m, scores) in scratch.scores[..M].iter_mut().enumerate() {
-            hide(scores, self.visible(tile.start + m));
+        for (scores, row) in scratch.scores[..M].iter_mut().zip(tile.clone()) {
+            hide(scores, self.visible(row));
         }
-        let factors = scratch.running[index].weigh::<S, M>(s, &mut scratch.scores[..M]);
+        let running = &mut scratch.running[tile.clone()];
+        let factors = tiles::weigh::<S, M>(s, &mut scratch.scores[..M], running);
         let values = Values { blocks: &self.values, tokens: self.tokens.clone(), head_dim: dim };
-        if index == 0 {
+        if first_tile {
             for &block in self.next_blocks() {
-                prefetch(pages.values_of(block, self.item.head));
+                prefetch(pages.values_of(block, head));
             }
         }
         let lines = dim.div_ceil(LANES);

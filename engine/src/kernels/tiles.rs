@@ -86,53 +86,58 @@ fn score_blocks<S: Simd, const M: usize, const B: usize>(
     }
 }
 
-/// What a tile of query rows keeps from chunk to chunk.
+/// What a query row keeps from chunk to chunk.
 #[derive(Clone, Copy)]
 pub(super) struct Running {
-    /// Lane `m` is the largest score of row `m` so far.
-    max: Line,
-    /// The sum of row `m`'s weights relative to it, still spread over lanes.
-    sums: [Line; MAX_ROWS],
+    /// The sum of the row's weights relative to its maximum, still spread over lanes.
+    sum: Line,
+    /// The largest score so far.
+    max: f32,
 }
 
 impl Running {
     /// No token seen. The maximum is finite, so that a row that sees none of a chunk's tokens
     /// (all scores are minus infinity) gets weights of 0.
-    pub(super) const START: Self =
-        Self { max: Line([f32::MIN; LANES]), sums: [Line([0.0; LANES]); MAX_ROWS] };
+    pub(super) const START: Self = Self { sum: Line([0.0; LANES]), max: f32::MIN };
 
-    /// Turns a chunk's scores into weights relative to the new maximum; lane `m` of the result is
-    /// the factor for what row `m` summed under the old one.
-    #[inline(always)]
-    pub(super) fn weigh<S: Simd, const M: usize>(&mut self, s: S, scores: &mut [Scores]) -> Line {
-        let mut largest = [f32::NEG_INFINITY; LANES];
-        for m in 0..M {
-            let v = load_scores(s, &scores[m]);
-            largest[m] = s.largest(s.max(s.max(v[0], v[1]), s.max(v[2], v[3])));
-        }
-        let old = s.load(&self.max.0);
-        let max = s.max(s.load(&largest), old);
-        s.store(max, &mut self.max.0);
-        let mut factors = Line([0.0; LANES]);
-        s.store(exp(s, s.sub(old, max)), &mut factors.0);
-        for (m, scores) in scores[..M].iter_mut().enumerate() {
-            let max = s.splat(self.max.0[m]);
-            let mut v = load_scores(s, scores);
-            for b in 0..CHUNK_BLOCKS {
-                v[b] = exp(s, s.sub(v[b], max));
-                s.store(v[b], &mut scores[b].0);
-            }
-            let sum = s.add(s.add(v[0], v[1]), s.add(v[2], v[3]));
-            let old = s.load(&self.sums[m].0);
-            s.store(s.mul_add(old, s.splat(factors.0[m]), sum), &mut self.sums[m].0);
-        }
-        factors
+    /// The sum of the row's weights.
+    pub(super) fn sum(&self) -> f32 {
+        self.sum.0.iter().sum()
     }
+}
 
-    /// The sum of row `m`'s weights.
-    pub(super) fn sum(&self, m: usize) -> f32 {
-        self.sums[m].0.iter().sum()
+/// Turns a chunk's scores of `M` rows into weights relative to the new maxima; lane `m` of the
+/// result is the factor for what row `m` summed under the old one.
+#[inline(always)]
+pub(super) fn weigh<S: Simd, const M: usize>(
+    s: S,
+    scores: &mut [Scores],
+    running: &mut [Running],
+) -> Line {
+    let (mut largest, mut old) = ([f32::NEG_INFINITY; LANES], [0.0; LANES]);
+    for m in 0..M {
+        let v = load_scores(s, &scores[m]);
+        largest[m] = s.largest(s.max(s.max(v[0], v[1]), s.max(v[2], v[3])));
+        old[m] = running[m].max;
     }
+    let old = s.load(&old);
+    let max = s.max(s.load(&largest), old);
+    let mut factors = Line([0.0; LANES]);
+    s.store(exp(s, s.sub(old, max)), &mut factors.0);
+    let max = s.to_array(max);
+    for (m, (scores, running)) in scores[..M].iter_mut().zip(running).enumerate() {
+        running.max = max[m];
+        let max = s.splat(max[m]);
+        let mut v = load_scores(s, scores);
+        for b in 0..CHUNK_BLOCKS {
+            v[b] = exp(s, s.sub(v[b], max));
+            s.store(v[b], &mut scores[b].0);
+        }
+        let sum = s.add(s.add(v[0], v[1]), s.add(v[2], v[3]));
+        let old = s.load(&running.sum.0);
+        s.store(s.mul_add(old, s.splat(factors.0[m]), sum), &mut running.sum.0);
+    }
+    factors
 }
 
 #[inline(always)]

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     ops::{linear::linear, rms_norm::rms_norm, swiglu::swiglu},
+    profile::{Phase, timed},
     weights::Weights,
 };
 use tch::Tensor;
@@ -19,7 +20,7 @@ struct Linear {
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Tensor {
-        linear(x, &self.weight, self.bias.as_ref())
+        timed(Phase::Linear, || linear(x, &self.weight, self.bias.as_ref()))
     }
 }
 
@@ -55,7 +56,8 @@ impl SelfAttention {
         let q = rotation.apply(&heads(&self.q, &self.q_norm));
         let k = rotation.apply(&heads(&self.k, &self.k_norm));
         let v = heads(&self.v, &None);
-        self.o.forward(&attention.attend(&q, &k, &v, self.shape))
+        let attended = timed(Phase::Attention, || attention.attend(&q, &k, &v, self.shape));
+        self.o.forward(&attended)
     }
 }
 
@@ -138,11 +140,13 @@ impl Decoder {
         positions: &Tensor,
         attention: &mut Attention<'_>,
     ) -> Tensor {
-        let rotation = self.rope.at(positions);
-        for layer in &self.layers {
-            x = layer.forward(&x, &rotation, attention);
-        }
-        self.norm.forward(&x)
+        timed(Phase::Elementwise, || {
+            let rotation = self.rope.at(positions);
+            for layer in &self.layers {
+                x = layer.forward(&x, &rotation, attention);
+            }
+            self.norm.forward(&x)
+        })
     }
 
     /// The embedding, `[vocab, hidden]`.
@@ -157,7 +161,7 @@ impl Decoder {
 
     /// Logits `[N, vocab]` of hidden states `[N, hidden]`.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        linear(hidden, &self.head, None)
+        timed(Phase::Head, || linear(hidden, &self.head, None))
     }
 }
 

@@ -48,6 +48,8 @@ pub struct Engine {
     pub prefix_cache: bool,
     /// What running samples do when the weights change.
     pub on_update: OnUpdate,
+    /// Print where the engine's time goes, by phase of a step.
+    pub profile: bool,
 }
 
 impl Default for Engine {
@@ -60,6 +62,7 @@ impl Default for Engine {
             max_waiting: 1024,
             prefix_cache: true,
             on_update: OnUpdate::Keep,
+            profile: false,
         }
     }
 }

@@ -59,6 +59,32 @@ impl Case {
         Self { heads, kv_heads, dim, keys, values, sequences, q }
     }
 
+    /// Lets every sequence begin with the first one's first `blocks` blocks.
+    fn share(&mut self, blocks: usize) {
+        let len = blocks * BLOCK * self.kv_heads * self.dim;
+        let (first, others) = self.sequences.split_first_mut().expect("there is a sequence");
+        for other in others {
+            other.blocks[..blocks].copy_from_slice(&first.blocks[..blocks]);
+            other.k[..len].copy_from_slice(&first.k[..len]);
+            other.v[..len].copy_from_slice(&first.v[..len]);
+        }
+    }
+
+    /// The output of each sequence when it is alone in the batch, one after the other.
+    fn run_alone(&self, level: Level, window: Option<usize>) -> Vec<f32> {
+        let pages = self.pages();
+        let mut out = Vec::new();
+        for sequence in &self.sequences {
+            let q = &self.q[out.len()..][..sequence.rows * self.heads * self.dim];
+            let first_position = sequence.len - sequence.rows;
+            let span = Span { rows: 0..sequence.rows, first_position, blocks: &sequence.blocks };
+            let mut alone = vec![f32::NAN; q.len()];
+            attend(level, &Batch::new(q, &pages, &[span], window), &mut alone);
+            out.extend(alone);
+        }
+        out
+    }
+
     fn pages(&self) -> Pages<'_> {
         Pages {
             keys: &self.keys,
@@ -68,15 +94,19 @@ impl Case {
         }
     }
 
-    fn run(&self, level: Level, window: Option<usize>) -> Vec<f32> {
-        let mut spans = Vec::new();
+    fn spans(&self) -> Vec<Span<'_>> {
         let mut row = 0;
-        for sequence in &self.sequences {
+        let spans = self.sequences.iter().map(|sequence| {
             let rows = row..row + sequence.rows;
             row = rows.end;
             let first_position = sequence.len - sequence.rows;
-            spans.push(Span { rows, first_position, blocks: &sequence.blocks });
-        }
+            Span { rows, first_position, blocks: &sequence.blocks }
+        });
+        spans.collect()
+    }
+
+    fn run(&self, level: Level, window: Option<usize>) -> Vec<f32> {
+        let spans = self.spans();
         let mut out = vec![f32::NAN; self.q.len()];
         let pages = self.pages();
         attend(level, &Batch::new(&self.q, &pages, &spans, window), &mut out);
@@ -210,6 +240,42 @@ fn a_row_is_bitwise_the_same_alone_and_in_any_tile() {
             }
         }
     }
+}
+
+/// Common blocks are read once for all samples of a group; no bit of the result may tell.
+#[test]
+fn shared_blocks_change_nothing() {
+    let group = |len: usize, samples: usize| (0..samples).map(move |i| (len + i % 7, 1));
+    let mut lengths: Vec<(usize, usize)> = group(330, 40).collect();
+    lengths.extend([(340, 9), (325, 5), (400, 80), (321, 1)]);
+    for (i, heads) in HEADS.into_iter().enumerate() {
+        for (dim, blocks) in [(64, 20), (80, 9), (24, 3)] {
+            let mut case = Case::new(i as u64, heads, dim, &lengths);
+            case.share(blocks);
+            for window in [None, Some(100), Some(335)] {
+                case.check(window);
+                for level in Level::available() {
+                    assert_eq!(case.run(level, window), case.run_alone(level, window), "{level:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn samples_of_a_group_become_one_item() {
+    let mut case = Case::new(1, (9, 3), 64, &[(330, 1); 16]);
+    case.share(20);
+    let pages = case.pages();
+    let spans: Vec<Span> = case.spans();
+    let batch = Batch::new(&case.q, &pages, &spans, None);
+    let parts = items::cut(&batch);
+    let shapes = |batch: &Batch| -> Vec<(usize, usize)> {
+        items(batch, &parts).iter().map(|item| (item.members.len(), item.shared)).collect()
+    };
+    assert_eq!(shapes(&batch), [(16, 320); 3]);
+    let windowed = Batch::new(&case.q, &pages, &spans, Some(300));
+    assert_eq!(shapes(&windowed), [(1, 0); 48]);
 }
 
 #[test]
