@@ -6,7 +6,11 @@ use super::{
     rope::{Rope, Rotation},
 };
 use crate::{
-    ops::{linear::linear, rms_norm::rms_norm, swiglu::swiglu},
+    ops::{
+        linear::{linear, linear_each},
+        rms_norm::{add_rms_norm, rms_norm},
+        swiglu::swiglu,
+    },
     profile::{Phase, timed},
     weights::Weights,
 };
@@ -24,6 +28,12 @@ impl Linear {
     }
 }
 
+/// [`Linear::forward`] of several layers with the same input.
+fn forward_each<const N: usize>(layers: [&Linear; N], x: &Tensor) -> [Tensor; N] {
+    let layers = layers.map(|layer| (&layer.weight, layer.bias.as_ref()));
+    timed(Phase::Linear, || linear_each(x, layers))
+}
+
 /// Root-mean-square norm over the last axis.
 struct RmsNorm {
     weight: Tensor,
@@ -33,6 +43,11 @@ struct RmsNorm {
 impl RmsNorm {
     fn forward(&self, x: &Tensor) -> Tensor {
         rms_norm(x, &self.weight, self.eps)
+    }
+
+    /// `x + y`, and the norm of it.
+    fn forward_sum(&self, x: &Tensor, y: &Tensor) -> (Tensor, Tensor) {
+        add_rms_norm(x, y, &self.weight, self.eps)
     }
 }
 
@@ -49,13 +64,13 @@ struct SelfAttention {
 
 impl SelfAttention {
     fn forward(&self, x: &Tensor, rotation: &Rotation, attention: &mut Attention<'_>) -> Tensor {
-        let heads = |linear: &Linear, norm: &Option<RmsNorm>| {
-            let y = linear.forward(x).view([x.size()[0], -1, self.head_dim]);
-            norm.as_ref().map_or_else(|| y.shallow_clone(), |norm| norm.forward(&y))
+        let [q, k, v] = forward_each([&self.q, &self.k, &self.v], x)
+            .map(|rows| rows.view([x.size()[0], -1, self.head_dim]));
+        let turned = |rows: Tensor, norm: &Option<RmsNorm>| match norm {
+            Some(norm) => rotation.apply(&norm.forward(&rows)),
+            None => rotation.apply(&rows),
         };
-        let q = rotation.apply(&heads(&self.q, &self.q_norm));
-        let k = rotation.apply(&heads(&self.k, &self.k_norm));
-        let v = heads(&self.v, &None);
+        let (q, k) = (turned(q, &self.q_norm), turned(k, &self.k_norm));
         let attended = timed(Phase::Attention, || attention.attend(&q, &k, &v, self.shape));
         self.o.forward(&attended)
     }
@@ -69,7 +84,8 @@ struct Mlp {
 
 impl Mlp {
     fn forward(&self, x: &Tensor) -> Tensor {
-        self.down.forward(&swiglu(&self.gate.forward(x), &self.up.forward(x)))
+        let [gate, up] = forward_each([&self.gate, &self.up], x);
+        self.down.forward(&swiglu(&gate, &up))
     }
 }
 
@@ -82,8 +98,9 @@ struct Layer {
 
 impl Layer {
     fn forward(&self, x: &Tensor, rotation: &Rotation, attention: &mut Attention<'_>) -> Tensor {
-        let x = x + self.attention.forward(&self.input_norm.forward(x), rotation, attention);
-        &x + self.mlp.forward(&self.post_attention_norm.forward(&x))
+        let attended = self.attention.forward(&self.input_norm.forward(x), rotation, attention);
+        let (x, normed) = self.post_attention_norm.forward_sum(x, &attended);
+        x + self.mlp.forward(&normed)
     }
 }
 

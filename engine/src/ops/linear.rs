@@ -3,7 +3,7 @@
 
 use super::may_record;
 use crate::{
-    kernels::matmul,
+    kernels::matmul::{self, Layer},
     torch::{
         autograd::set_grad,
         function::{Function, apply},
@@ -24,6 +24,30 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     }
     let inputs: Vec<&Tensor> = [&x, weight].into_iter().chain(bias).collect();
     apply(Linear, &inputs).unwrap_or_else(|error| panic!("linear: {error}"))
+}
+
+/// [`linear`] with the same `x` for several weights and biases. Without a graph it is one go over
+/// all threads; the results are the same, bit for bit.
+///
+/// # Panics
+/// As [`linear`].
+pub fn linear_each<const N: usize>(
+    x: &Tensor,
+    layers: [(&Tensor, Option<&Tensor>); N],
+) -> [Tensor; N] {
+    let x = x.contiguous();
+    if layers.iter().any(|(weight, _)| may_record(&[&x, weight])) {
+        return layers.map(|(weight, bias)| linear(&x, weight, bias));
+    }
+    let mut outputs = layers.map(|(weight, _)| output(shape(&x, weight)));
+    let each = layers.into_iter().zip(&mut outputs).map(|((weight, bias), output)| Layer {
+        weight: floats(weight),
+        bias: bias.map(floats),
+        output: floats_mut(output),
+    });
+    let (m, k) = x.size2().expect("an input has two axes");
+    matmul::nt_each(floats(&x), &mut each.collect::<Vec<_>>(), [m as usize, k as usize]);
+    outputs
 }
 
 /// Adds `gradient^T x` (`gradient` `[M, N]`, `x` `[M, K]`) to the `grad` of the leaf `weight`.
@@ -65,9 +89,14 @@ fn shape(x: &Tensor, weight: &Tensor) -> [usize; 3] {
 
 fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let [m, n, k] = shape(x, weight);
-    let mut y = Tensor::empty([m as i64, n as i64], (Kind::Float, Device::Cpu));
+    let mut y = output([m, n, k]);
     matmul::nt(floats(x), floats(weight), bias.map(floats), floats_mut(&mut y), [m, n, k]);
     y
+}
+
+/// Room for the results of a product of this shape.
+fn output([m, n, _]: [usize; 3]) -> Tensor {
+    Tensor::empty([m as i64, n as i64], (Kind::Float, Device::Cpu))
 }
 
 struct Linear;
@@ -128,6 +157,12 @@ mod tests {
             let plain = tch::no_grad(|| linear(&x, &w, None));
             assert_same(&plain, &x.linear(&w, None::<&Tensor>), "output without a graph");
             assert!(!plain.requires_grad());
+            for [y, z] in [
+                tch::no_grad(|| linear_each(&x, [(&w, None), (&w, Some(&b.view([n])))])),
+                linear_each(&ours[0], [(&ours[1], None), (&ours[1], Some(&ours[2]))]),
+            ] {
+                assert!(y.equal(&plain) && z.equal(&linear(&x, &w, Some(&b.view([n])))));
+            }
         }
     }
 }

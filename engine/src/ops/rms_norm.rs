@@ -2,7 +2,7 @@
 
 use super::may_record;
 use crate::{
-    kernels::elementwise::norm::RmsNorm as Kernel,
+    kernels::elementwise::norm::{RmsNorm as Kernel, add_norm},
     torch::{
         function::{Function, apply},
         slices::{floats, floats_mut},
@@ -22,6 +22,25 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
         return norm.forward(&[x, weight]);
     }
     apply(norm, &[&x, &weight]).unwrap_or_else(|error| panic!("rms_norm: {error}"))
+}
+
+/// `x + y`, and [`rms_norm`] of it: the residual stream and what goes on from it, in one pass where
+/// there is no graph.
+///
+/// # Panics
+/// As [`rms_norm`]; or if `y` has another shape than `x`.
+pub fn add_rms_norm(x: &Tensor, y: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    assert_eq!(x.size(), y.size(), "a sum of equal shapes");
+    if may_record(&[x, y, weight]) {
+        let sum = x + y;
+        let normed = rms_norm(&sum, weight, eps);
+        return (sum, normed);
+    }
+    let (x, y, weight) = (x.contiguous(), y.contiguous(), weight.contiguous());
+    let (mut sum, mut normed) = (x.empty_like(), x.empty_like());
+    let terms = [floats(&x), floats(&y)];
+    add_norm(terms, (floats(&weight), eps), [floats_mut(&mut sum), floats_mut(&mut normed)]);
+    (sum, normed)
 }
 
 struct RmsNorm {
@@ -68,6 +87,21 @@ mod tests {
                     &|inputs| inputs[0].rms_norm([width], Some(&inputs[1]), eps),
                 );
             }
+        }
+    }
+
+    #[test]
+    fn a_sum_and_its_norm_are_the_same_in_one_pass() {
+        tch::manual_seed(3);
+        for shape in [[1, 576], [64, 70], [300, 576]] {
+            let [x, y] = [random(&shape), random(&shape)];
+            let weight = random(&shape[1..]);
+            let (sum, normed) = tch::no_grad(|| add_rms_norm(&x, &y, &weight, 1e-5));
+            assert!(sum.equal(&(&x + &y)) && normed.equal(&rms_norm(&sum, &weight, 1e-5)));
+            let x = x.set_requires_grad(true);
+            let (recorded, normed_too) = add_rms_norm(&x, &y, &weight, 1e-5);
+            assert!(recorded.requires_grad() && normed_too.requires_grad());
+            assert!(recorded.equal(&sum) && normed_too.equal(&normed));
         }
     }
 

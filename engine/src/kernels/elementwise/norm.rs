@@ -78,6 +78,55 @@ impl<'a> RmsNorm<'a> {
     }
 }
 
+/// Writes the sum of two terms and its norm, with a weight and eps, into `sum` and `normed`.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn add_norm([x, y]: [&[f32]; 2], (weight, eps): (&[f32], f64), [sum, normed]: [&mut [f32]; 2]) {
+    assert!(y.len() == x.len() && sum.len() == x.len(), "terms and their sum, of one length");
+    let size = RmsNorm { x, weight, eps }.chunk_size();
+    for_each_pair((sum, size), (normed, size), &|i, sum, normed| {
+        let [x, y] = [x, y].map(|term| &term[i * size..][..sum.len()]);
+        Level::best().run(AddNorm { x, y, weight, eps, sum, normed });
+    });
+}
+
+struct AddNorm<'a> {
+    x: &'a [f32],
+    y: &'a [f32],
+    weight: &'a [f32],
+    eps: f64,
+    sum: &'a mut [f32],
+    normed: &'a mut [f32],
+}
+
+impl Kernel for AddNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, y, weight, eps, sum, normed } = self;
+        let width = weight.len();
+        let terms = x.chunks_exact(width).zip(y.chunks_exact(width));
+        let results = sum.chunks_exact_mut(width).zip(normed.chunks_exact_mut(width));
+        for ((x, y), (sum, normed)) in terms.zip(results) {
+            map(s, Add, [x, y], [&mut *sum]);
+            Forward(RmsNorm { x: sum, weight, eps }, normed).run(s);
+        }
+    }
+}
+
+/// Adds two terms.
+#[derive(Clone, Copy)]
+struct Add;
+
+impl Step<2, 1> for Add {
+    #[inline(always)]
+    fn step<S: Simd>(self, s: S, [x, y]: [S::V; 2], _: [S::V; 1]) -> [S::V; 1] {
+        [s.add(x, y)]
+    }
+}
+
 /// The sum of the rows `sums`, into `total`.
 fn add_rows(sums: &[f32], total: &mut [f32]) {
     let mut wide = vec![0.0; total.len()];

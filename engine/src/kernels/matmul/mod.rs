@@ -28,7 +28,7 @@ mod sums;
 mod tile;
 
 use super::simd::Level;
-use product::{Operand, Output, Product, Start};
+use product::{Operand, Output, Product, Start, run_each};
 
 /// `c[m, n] = a[m, k] * b[n, k]^T`, plus `bias[n]` in every row if there is one: the output of
 /// a linear layer with the weight `b`. Row `i` of `c` depends on row `i` of `a` alone, bitwise.
@@ -37,6 +37,24 @@ use product::{Operand, Output, Product, Start};
 /// If a length does not fit.
 pub fn nt(a: &[f32], b: &[f32], bias: Option<&[f32]>, c: &mut [f32], [m, n, k]: [usize; 3]) {
     nt_at(Level::best(), [a, b], bias, c, [m, n, k]);
+}
+
+/// A product of [`nt_each`]: weight `[n, k]`, bias `[n]`, output `[m, n]`.
+pub struct Layer<'a> {
+    /// The weight.
+    pub weight: &'a [f32],
+    /// Added to every row, if there is one.
+    pub bias: Option<&'a [f32]>,
+    /// Where the results go.
+    pub output: &'a mut [f32],
+}
+
+/// As [`nt`] with the same `a`, `[m, k]`, for every layer, in one go.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn nt_each(a: &[f32], layers: &mut [Layer], [m, k]: [usize; 2]) {
+    nt_each_at(Level::best(), a, layers, [m, k]);
 }
 
 /// `c[m, n] = a[m, k] * b[k, n]`: the gradient by the input of a linear layer, with the
@@ -64,6 +82,25 @@ fn nt_at(
     c: &mut [f32],
     [m, n, k]: [usize; 3],
 ) {
+    forward([a, b], bias, c, [m, n, k]).run(level, c);
+}
+
+fn nt_each_at(level: Level, a: &[f32], layers: &mut [Layer], [m, k]: [usize; 2]) {
+    let products = layers.iter().map(|Layer { weight, bias, output }| {
+        forward([a, *weight], *bias, output, [m, output.len() / m.max(1), k])
+    });
+    let products: Vec<Product> = products.collect();
+    let outputs = layers.iter_mut().map(|layer| &mut *layer.output);
+    run_each(level, &mut products.iter().zip(outputs).collect::<Vec<_>>());
+}
+
+/// The product of a linear layer.
+fn forward<'a>(
+    [a, b]: [&'a [f32]; 2],
+    bias: Option<&'a [f32]>,
+    c: &[f32],
+    [m, n, k]: [usize; 3],
+) -> Product<'a> {
     check([a, b, c], [[m, k], [n, k], [m, n]]);
     assert!(bias.is_none_or(|bias| bias.len() == n), "the bias must be [{n}]");
     Product {
@@ -73,7 +110,6 @@ fn nt_at(
         output: Output::LaneByRow,
         start: bias.map_or(Start::Zero, Start::Bias),
     }
-    .run(level, c);
 }
 
 fn nn_at(level: Level, [a, b]: [&[f32]; 2], c: &mut [f32], [m, n, k]: [usize; 3]) {

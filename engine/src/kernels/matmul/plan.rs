@@ -71,6 +71,17 @@ impl Plan {
         Self { shape, piece: [block, chunk, deep], whole: false, workers }
     }
 
+    /// Threads that take part.
+    pub(super) fn workers(&self) -> usize {
+        self.workers
+    }
+
+    /// Whether blocks of the same lanes that were packed whole for `other` are those of this plan.
+    pub(super) fn packs_like(&self, other: &Self) -> bool {
+        let blocks = |plan: &Self| (plan.shape[0], plan.shape[2], plan.piece[0], plan.piece[2]);
+        self.whole && other.whole && blocks(self) == blocks(other)
+    }
+
     /// Blocks of the depth, in order: at least one, which may be empty.
     pub(super) fn depths(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let depth = self.shape[2];
@@ -111,6 +122,15 @@ pub(super) fn ranges(all: Range<usize>, size: usize) -> impl Iterator<Item = Ran
     all.step_by(size).map(move |start| start..end.min(start + size))
 }
 
+/// Runs `work(worker)` on so many threads.
+pub(super) fn run_on(workers: usize, work: &(dyn Fn(usize) + Sync)) {
+    match workers {
+        0 => {}
+        1 => work(0),
+        _ => parallel::for_each(workers, work),
+    }
+}
+
 /// Hands out a plan's pieces. Each worker has a share of neighbouring ones, and helps the others
 /// when it is done with its own.
 pub(super) struct Shares<'a> {
@@ -125,18 +145,10 @@ impl<'a> Shares<'a> {
         Self { plan, taken }
     }
 
-    /// Runs `work(worker)` on every thread.
-    pub(super) fn run(&self, work: &(dyn Fn(usize) + Sync)) {
-        if self.plan.workers == 1 {
-            work(0);
-        } else {
-            parallel::for_each(self.plan.workers, work);
-        }
-    }
-
     /// The lanes and the rows of the next piece for a worker.
     pub(super) fn take(&self, worker: usize) -> Option<[Range<usize>; 2]> {
         let workers = self.plan.workers;
+        let worker = worker % workers;
         let pieces = self.plan.pieces();
         (0..workers).map(|turn| (worker + turn) % workers).find_map(|owner| {
             let start = pieces * owner / workers;

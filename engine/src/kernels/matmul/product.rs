@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use super::piece::{Piece, Scratch};
-use super::plan::{Plan, Shares};
+use super::plan::{Plan, Shares, run_on};
 use crate::kernels::disjoint::Shared;
 use crate::kernels::simd::Level;
 
@@ -47,19 +47,60 @@ pub(super) struct Product<'a> {
 impl Product<'_> {
     /// Computes it on libtorch's threads; `output` holds as many numbers as there are results.
     pub(super) fn run(&self, level: Level, output: &mut [f32]) {
-        let threads = tch::get_num_threads().max(1) as usize;
-        let plan = Plan::new(self.shape, self.rows.depth_inner, threads);
-        let shares = Shares::new(&plan);
-        let output = Shared::new(output);
-        shares.run(&|worker| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                scratch.forget();
-                while let Some([lanes, rows]) = shares.take(worker) {
-                    let (product, plan, output) = (self, &plan, &output);
-                    level.run(Piece { product, plan, output, lanes, rows, scratch: &mut *scratch });
+        run_each(level, &mut [(self, output)]);
+    }
+
+    fn plan(&self, threads: usize) -> Plan {
+        Plan::new(self.shape, self.rows.depth_inner, threads)
+    }
+}
+
+/// Computes products of the same lanes, in one go: a thread that finds no more work in one begins
+/// with the next. Lanes are packed once for all where they are packed whole.
+pub(super) fn run_each(level: Level, products: &mut [(&Product<'_>, &mut [f32])]) {
+    let threads = tch::get_num_threads().max(1) as usize;
+    let plans: Vec<Plan> = products.iter().map(|(product, _)| product.plan(threads)).collect();
+    let parts = products.iter_mut().zip(&plans).map(|((product, output), plan)| Part {
+        product,
+        plan,
+        shares: Shares::new(plan),
+        output: Shared::new(output),
+    });
+    let parts: Vec<Part> = parts.collect();
+    let workers = plans.iter().map(Plan::workers).max().unwrap_or(0);
+    run_on(workers, &|worker| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            for (i, part) in parts.iter().enumerate() {
+                if i == 0 || !part.packs_like(&parts[i - 1]) {
+                    scratch.forget();
                 }
-            });
+                part.run(level, worker, scratch);
+            }
         });
+    });
+}
+
+/// One of several products.
+struct Part<'a> {
+    product: &'a Product<'a>,
+    plan: &'a Plan,
+    shares: Shares<'a>,
+    output: Shared<'a, f32>,
+}
+
+impl Part<'_> {
+    /// Whether what was packed for `other` serves this product too.
+    fn packs_like(&self, other: &Self) -> bool {
+        let same_lanes = std::ptr::eq(self.product.lanes.data, other.product.lanes.data);
+        same_lanes && self.plan.packs_like(other.plan)
+    }
+
+    /// What the worker does of it.
+    fn run(&self, level: Level, worker: usize, scratch: &mut Scratch) {
+        let Self { product, plan, output, .. } = self;
+        while let Some([lanes, rows]) = self.shares.take(worker) {
+            level.run(Piece { product, plan, output, lanes, rows, scratch: &mut *scratch });
+        }
     }
 }
 

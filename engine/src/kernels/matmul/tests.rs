@@ -157,6 +157,28 @@ fn rows_do_not_depend_on_the_batch() {
 }
 
 #[test]
+fn layers_in_one_go_are_the_same() {
+    for (m, k) in [(1, 576), (64, 576), (70, 100), (300, 2500), (5, 0)] {
+        let cases = [576, 192, 7, 0, 1536].map(|n| Case::new(Kind::NtBias, [m, n, k]));
+        let a = &cases[0].a;
+        for level in Level::available() {
+            let mut outputs = cases.each_ref().map(|case| case.before.clone());
+            let layers = cases.iter().zip(&mut outputs).map(|(case, output)| Layer {
+                weight: &case.b,
+                bias: Some(&case.bias),
+                output,
+            });
+            nt_each_at(level, a, &mut layers.collect::<Vec<_>>(), [m, k]);
+            for (case, output) in cases.iter().zip(&outputs) {
+                let mut alone = case.before.clone();
+                nt_at(level, [a, &case.b], Some(&case.bias), &mut alone, case.shape);
+                assert!(*output == alone, "{:?} of {level:?}", case.shape);
+            }
+        }
+    }
+}
+
+#[test]
 fn sums_run_in_order_by_fused_steps() {
     let case = Case::new(Kind::Nt, [70, 50, 2500]);
     for (level, c) in Level::available().into_iter().map(|level| (level, case.compute(level))) {
