@@ -108,10 +108,15 @@ fn attend(level: Level, batch: &Batch, out: &mut [f32]) {
     let parts = items::cut(batch);
     let items = items(batch, &parts);
     let out = Shared::new(out);
-    drain(items.len(), &|i| {
+    let (runs, run) = items::runs(&items);
+    drain(runs, &|i| {
         SCRATCH.with_borrow_mut(|scratch| {
-            level.run(Attend { batch, item: &items[i], scratch: &mut *scratch });
-            scratch.write(batch, &items[i], &out);
+            let mut items = items[i * run..].iter().take(run).peekable();
+            while let Some(item) = items.next() {
+                let next = items.peek().copied();
+                level.run(Attend { batch, item, next, scratch: &mut *scratch });
+                scratch.write(batch, item, &out);
+            }
         });
     });
 }
@@ -193,6 +198,8 @@ fn tiles_of(rows: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> 
 struct Attend<'a> {
     batch: &'a Batch<'a>,
     item: &'a Item<'a>,
+    /// What this thread does afterwards, if that is known.
+    next: Option<&'a Item<'a>>,
     scratch: &'a mut Scratch,
 }
 
@@ -201,18 +208,23 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { batch, item, scratch } = self;
+        let Self { batch, item, next, scratch } = self;
         scratch.start(batch, item);
-        let mut stretch = Stretch::shared(batch, item);
-        if item.shared > 0 {
-            stretch.attend(s, scratch);
-        }
-        for member in item.members {
-            stretch = stretch.of(member);
-            stretch.attend(s, scratch);
+        let (mut index, mut stretch) = (0, Stretch::nth(batch, item, 0));
+        while let Some(current) = stretch {
+            index += 1;
+            stretch = Stretch::nth(batch, item, index);
+            let first_of_next = || next.and_then(|item| Stretch::nth(batch, item, 0));
+            let ahead = stretch.as_ref().map(Stretch::first_chunk);
+            let ahead = ahead.or_else(|| first_of_next().map(|next| next.first_chunk()));
+            current.attend(s, scratch, ahead.unwrap_or((&[], 0)));
         }
     }
 }
+
+/// Blocks of one KV head that are read next: asked for while something else is worked on, because
+/// they are scattered, and the hardware sees no pattern across them.
+type Ahead<'a> = (&'a [u32], usize);
 
 /// Some rows of an item, and the tokens of one block table that they walk over.
 struct Stretch<'a> {
@@ -227,8 +239,17 @@ struct Stretch<'a> {
 }
 
 impl<'a> Stretch<'a> {
+    /// The item's stretch `index`: first what its members share, if anything, then each member's own.
+    fn nth(batch: &'a Batch<'a>, item: &'a Item<'a>, index: usize) -> Option<Self> {
+        let shared = usize::from(item.shared > 0);
+        if index < shared {
+            return Some(Self::shared(batch, item));
+        }
+        item.members.get(index - shared).map(|member| Self::own(batch, item, member))
+    }
+
     /// All rows, over the tokens that the item's members share.
-    fn shared(batch: &'a Batch, item: &'a Item) -> Self {
+    fn shared(batch: &'a Batch<'a>, item: &'a Item<'a>) -> Self {
         Self {
             batch,
             item,
@@ -240,8 +261,7 @@ impl<'a> Stretch<'a> {
     }
 
     /// The rows of `member`, over the tokens that it does not share.
-    fn of(&self, member: &'a Span) -> Self {
-        let (batch, item) = (self.batch, self.item);
+    fn own(batch: &'a Batch<'a>, item: &'a Item<'a>, member: &'a Span<'a>) -> Self {
         let first = (member.first_position + 1).saturating_sub(batch.window).max(item.shared);
         let start = item.rows().start;
         Self {
@@ -255,13 +275,21 @@ impl<'a> Stretch<'a> {
         }
     }
 
+    /// The blocks of its first chunk.
+    fn first_chunk(&self) -> Ahead<'a> {
+        let Range { start, end } = self.tokens;
+        let first = start - start % CHUNK;
+        let blocks = start / BLOCK..end.min(first + CHUNK).div_ceil(BLOCK);
+        (&self.blocks[blocks], self.item.head)
+    }
+
     #[inline(always)]
-    fn attend<S: Simd>(&self, s: S, scratch: &mut Scratch) {
+    fn attend<S: Simd>(&self, s: S, scratch: &mut Scratch, ahead: Ahead<'a>) {
         scratch.pack(self);
         let Range { start: first, end } = self.tokens;
         for start in (first - first % CHUNK..end).step_by(CHUNK) {
             let tokens = first.saturating_sub(start)..CHUNK.min(end - start);
-            let chunk = Chunk::new(self, start, tokens);
+            let chunk = Chunk::new(self, start, tokens, ahead);
             for tile in tiles_of(&self.rows) {
                 match tile.len() {
                     1 => chunk.attend::<S, 1>(s, tile, scratch),
@@ -285,11 +313,13 @@ struct Chunk<'a> {
     tokens: Range<usize>,
     keys: [&'a [[f32; BLOCK]]; CHUNK_BLOCKS],
     values: [&'a [f32]; CHUNK_BLOCKS],
+    /// Blocks of the next chunk.
+    ahead: Ahead<'a>,
 }
 
 impl<'a> Chunk<'a> {
     #[inline(always)]
-    fn new(stretch: &'a Stretch, start: usize, tokens: Range<usize>) -> Self {
+    fn new(stretch: &'a Stretch<'a>, start: usize, tokens: Range<usize>, after: Ahead<'a>) -> Self {
         let (pages, head) = (stretch.batch.pages, stretch.item.head);
         let mut keys: [&[[f32; BLOCK]]; CHUNK_BLOCKS] = [&[]; CHUNK_BLOCKS];
         let mut values: [&[f32]; CHUNK_BLOCKS] = [&[]; CHUNK_BLOCKS];
@@ -298,16 +328,11 @@ impl<'a> Chunk<'a> {
             keys[b] = pages.keys_of(block, head);
             values[b] = pages.values_of(block, head);
         }
-        Self { stretch, start, tokens, keys, values }
-    }
-
-    /// Blocks of the next chunk. Their keys and values are asked for while this one is worked on:
-    /// blocks are scattered, and the hardware sees no pattern across them.
-    #[inline(always)]
-    fn next_blocks(&self) -> &'a [u32] {
-        let end = self.stretch.tokens.end.div_ceil(BLOCK);
-        let next = self.start / BLOCK + CHUNK_BLOCKS;
-        &self.stretch.blocks[next.min(end)..(next + CHUNK_BLOCKS).min(end)]
+        let end = stretch.tokens.end.div_ceil(BLOCK);
+        let next = (start / BLOCK + CHUNK_BLOCKS).min(end);
+        let blocks = &stretch.blocks[next..(next + CHUNK_BLOCKS).min(end)];
+        let ahead = if blocks.is_empty() { after } else { (blocks, head) };
+        Self { stretch, start, tokens, keys, values, ahead }
     }
 
     /// The tokens that the item's row `row` sees.
@@ -323,15 +348,15 @@ impl<'a> Chunk<'a> {
     /// Takes the chunk into account in the item's `M` rows `tile`.
     #[inline(always)]
     fn attend<S: Simd, const M: usize>(&self, s: S, tile: Range<usize>, scratch: &mut Scratch) {
-        let (pages, head) = (self.stretch.batch.pages, self.stretch.item.head);
+        let pages = self.stretch.batch.pages;
         let dim = pages.head_dim;
         let queries = &scratch.queries[tile.start * dim..tile.end * dim];
         let blocks = self.tokens.start / BLOCK..self.tokens.end.div_ceil(BLOCK);
         let scores = (&mut scratch.scores[..], blocks.start);
         let first_tile = tile.start == self.stretch.rows.start;
         if first_tile {
-            for &block in self.next_blocks() {
-                prefetch(pages.keys_of(block, head).as_flattened());
+            for &block in self.ahead.0 {
+                prefetch(pages.keys_of(block, self.ahead.1).as_flattened());
             }
         }
         tiles::score(s, queries.as_chunks::<M>().0, &self.keys[blocks], scores);
@@ -342,8 +367,8 @@ impl<'a> Chunk<'a> {
         let factors = tiles::weigh::<S, M>(s, &mut scratch.scores[..M], running);
         let values = Values { blocks: &self.values, tokens: self.tokens.clone(), head_dim: dim };
         if first_tile {
-            for &block in self.next_blocks() {
-                prefetch(pages.values_of(block, head));
+            for &block in self.ahead.0 {
+                prefetch(pages.values_of(block, self.ahead.1));
             }
         }
         let lines = dim.div_ceil(LANES);

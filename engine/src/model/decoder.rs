@@ -46,8 +46,14 @@ impl RmsNorm {
     }
 
     /// `x + y`, and the norm of it.
-    fn forward_sum(&self, x: &Tensor, y: &Tensor) -> (Tensor, Tensor) {
-        add_rms_norm(x, y, &self.weight, self.eps)
+    fn forward_sum(&self, x: Tensor, y: Option<Tensor>) -> (Tensor, Tensor) {
+        match y {
+            Some(y) => add_rms_norm(&x, &y, &self.weight, self.eps),
+            None => {
+                let normed = rms_norm(&x, &self.weight, self.eps);
+                (x, normed)
+            }
+        }
     }
 }
 
@@ -97,10 +103,18 @@ struct Layer {
 }
 
 impl Layer {
-    fn forward(&self, x: &Tensor, rotation: &Rotation, attention: &mut Attention<'_>) -> Tensor {
-        let attended = self.attention.forward(&self.input_norm.forward(x), rotation, attention);
-        let (x, normed) = self.post_attention_norm.forward_sum(x, &attended);
-        x + self.mlp.forward(&normed)
+    /// From the residual stream `x`, to which `last`, if there is one, has yet to be added, to the
+    /// stream after this layer, again with something yet to be added: the next norm does both.
+    fn forward(
+        &self,
+        (x, last): (Tensor, Option<Tensor>),
+        rotation: &Rotation,
+        attention: &mut Attention<'_>,
+    ) -> (Tensor, Option<Tensor>) {
+        let (x, normed) = self.input_norm.forward_sum(x, last);
+        let attended = self.attention.forward(&normed, rotation, attention);
+        let (x, normed) = self.post_attention_norm.forward_sum(x, Some(attended));
+        (x, Some(self.mlp.forward(&normed)))
     }
 }
 
@@ -153,16 +167,17 @@ impl Decoder {
     /// As [`Decoder::hidden`], from embedded tokens `x`.
     pub fn hidden_of(
         &self,
-        mut x: Tensor,
+        x: Tensor,
         positions: &Tensor,
         attention: &mut Attention<'_>,
     ) -> Tensor {
         timed(Phase::Elementwise, || {
             let rotation = self.rope.at(positions);
+            let mut stream = (x, None);
             for layer in &self.layers {
-                x = layer.forward(&x, &rotation, attention);
+                stream = layer.forward(stream, &rotation, attention);
             }
-            self.norm.forward(&x)
+            self.norm.forward_sum(stream.0, stream.1).1
         })
     }
 

@@ -8,6 +8,11 @@ use super::{BLOCK, Batch, CHUNK, MAX_ROWS, Span};
 /// Query rows (positions times heads of the group) that one item aims at.
 const ITEM_ROWS: usize = 8 * MAX_ROWS;
 
+/// Runs that there should be at least.
+const FEWEST_RUNS: usize = 16;
+/// Items of a run at most.
+const LONGEST_RUN: usize = 6;
+
 /// One KV head, for some consecutive rows of the batch.
 pub(super) struct Item<'a> {
     pub(super) head: usize,
@@ -60,6 +65,13 @@ pub(super) fn items<'a>(batch: &Batch, parts: &'a [Span<'a>]) -> Vec<Item<'a>> {
     }
     items.sort_by_key(|item| std::cmp::Reverse(item.cost(batch.window)));
     items
+}
+
+/// How many runs of how many items a thread takes at a time: it knows then what comes next, and can
+/// ask for it early. Runs are short where items are few, so that all threads end together.
+pub(super) fn runs(items: &[Item]) -> (usize, usize) {
+    let run = (items.len() / FEWEST_RUNS).clamp(1, LONGEST_RUN);
+    (items.len().div_ceil(run), run)
 }
 
 /// How many of the first parts make an item together, and how many tokens they share. A part joins
