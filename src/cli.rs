@@ -26,7 +26,7 @@ pub enum Command {
     /// Draw the curves of a run, or several runs in one picture
     Plot(Plot),
     /// Measure rollouts, training and updates beside what the machine can do
-    Bench(Bench),
+    Bench(Box<Bench>),
 }
 
 /// Where the configuration comes from.

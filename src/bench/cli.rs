@@ -1,6 +1,6 @@
 //! The command line of `onpolicy bench`.
 
-use super::{report::Report, train};
+use super::{plot, report::Report, rollout, step, train, update};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -15,8 +15,16 @@ pub struct Bench {
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub enum Which {
+    /// New tokens a second: in process, over HTTP, and of other servers
+    Rollout(rollout::Arguments),
     /// Forward and backward pass of one batch, without rollouts
     Train(train::Arguments),
+    /// A whole GRPO step: rollout, rewards, training, update
+    Step(step::Arguments),
+    /// The weight swap while samples stream
+    Update(update::Arguments),
+    /// Draw results as bars
+    Plot(plot::Arguments),
 }
 
 /// What all benchmarks take.
@@ -40,6 +48,9 @@ pub struct Common {
     /// Write all results, run by run, to this file; - prints them in place of the table
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Draw the results as bars into this file (.svg or .png)
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
     /// A key of the configuration, as section.key=value (examples/config.toml); may be repeated
     #[arg(short, long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -61,7 +72,10 @@ impl Common {
             }
             None => print!("{report}"),
         }
-        Ok(())
+        match &self.plot {
+            Some(path) => plot::draw(&[(report.bench.clone(), report.clone())], path),
+            None => Ok(()),
+        }
     }
 }
 
