@@ -86,9 +86,28 @@ fn rollouts_in_process_over_http_and_of_another_server() {
     assert!(report["rates"]["read_gbs"].as_f64().expect("a rate") > 0.5);
     assert_eq!(report["versions"]["torch"], "2.11.0");
     assert_eq!(report["model"]["parameters"], PARAMETERS);
+    assert!(!report.to_string().contains("all but the model"));
     let notes = report["notes"].as_array().expect("notes");
     assert!(notes.iter().any(|note| note.as_str().is_some_and(|n| n.ends_with("x other"))));
     assert!(std::fs::read_to_string(picture).expect("a picture").contains("other"));
+}
+
+#[test]
+fn shares_of_the_phases_add_up() {
+    let report = report("rollout", &tiny(), &["--workload", "smoke", "--profile"]);
+    let lines = lines(&report);
+    let of_group = |who: &str| -> f64 {
+        let of = |(line, (name, _, share)): (&Value, &(&str, &str, f64))| {
+            let group = line["group"].as_str().expect("a group");
+            (group.ends_with(who) && *name != "all but the model").then_some(*share)
+        };
+        let all = report["lines"].as_array().expect("lines");
+        all.iter().zip(&lines).filter_map(of).sum()
+    };
+    for who in ["goes in process", "goes HTTP, tokens and log-probs", "goes HTTP, text only"] {
+        let sum = of_group(who);
+        assert!((sum - 100.0).abs() < 5.0, "{who}: {sum} %, {lines:?}");
+    }
 }
 
 #[test]

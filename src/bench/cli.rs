@@ -4,8 +4,21 @@ use super::{plot, report::Report, rollout, step, train, update};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
+/// Shown after the list of benchmarks.
+const EXAMPLES: &str = "\
+Each prints one table: median, smallest and largest of the runs, and beside them what the machine
+needs for the same work at the rates that were measured in the same run.
+
+  onpolicy bench rollout --model PATH --workload W1,W2 --no-sharing --profile
+  onpolicy bench rollout --model PATH --workload W2 --compare vllm=http://127.0.0.1:8100 --no-seed
+  onpolicy bench train --model PATH --no-sharing --json train.json
+  onpolicy bench step --model PATH
+  onpolicy bench update --model PATH --samples 16
+  onpolicy bench plot train.json step.json --out picture.png";
+
 /// `onpolicy bench`.
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Bench {
     /// What to measure.
     #[command(subcommand)]

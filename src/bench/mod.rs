@@ -6,7 +6,8 @@
 //! - `arithmetic`: operations and bytes of the work. `roofline`: the time that they need.
 //! - `report`: every run as data. `table`: as a person reads it. `plot`: as bars.
 //! - `machine`: what it was measured on.
-//! - `rollout`: new tokens a second; `client`: over HTTP; `compare`: which servers to race.
+//! - `rollout`: new tokens a second; `client`: over HTTP; `compare`: which servers to race;
+//!   `phases`: where the time went.
 //! - `train`: forward and backward passes. `step`: a whole GRPO step.
 //! - `update`: the weight swap under load; `stream`: that load.
 
@@ -15,6 +16,7 @@ mod cli;
 mod client;
 mod compare;
 mod machine;
+mod phases;
 mod plot;
 mod report;
 mod rollout;

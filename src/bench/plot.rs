@@ -16,7 +16,7 @@ const INK: RGBColor = RGBColor(40, 40, 40);
 const COLORS: [RGBColor; 3] = [RGBColor(0, 114, 178), RGBColor(230, 159, 0), RGBColor(0, 158, 115)];
 const LIMIT: RGBColor = RGBColor(213, 94, 0);
 /// In pixels: the picture's width, where bars begin, how long the longest is, heights.
-const WIDTH: u32 = 1400;
+const WIDTH: u32 = 1480;
 const LEFT: i32 = 430;
 const LENGTH: f64 = 640.0;
 const ROW: i32 = 40;
@@ -84,19 +84,21 @@ pub fn draw(reports: &[(String, Report)], path: &Path) -> Result<(), anyhow::Err
 
 fn panels(reports: &[(String, Report)]) -> Vec<Panel<'_>> {
     let mut panels: Vec<Panel<'_>> = Vec::new();
-    for (number, (file, report)) in reports.iter().enumerate() {
+    for (number, (_, report)) in reports.iter().enumerate() {
         for line in &report.lines {
             let title = format!("{} - {}", report.bench, line.group);
-            let name = if reports.len() > 1 {
-                format!("{} ({file})", line.name)
-            } else {
-                line.name.clone()
-            };
-            let bar = (name, number, line);
+            let bar = (line.name.clone(), number, line);
             match panels.iter_mut().find(|p| p.title == title && p.unit == line.unit) {
                 Some(panel) => panel.bars.push(bar),
                 None => panels.push(Panel { title, unit: &line.unit, bars: vec![bar] }),
             }
+        }
+    }
+    // Where results of several files meet, each says which it is from.
+    for panel in &mut panels {
+        if panel.bars.iter().any(|bar| bar.1 != panel.bars[0].1) {
+            let bars = panel.bars.iter_mut();
+            bars.for_each(|(name, number, _)| *name += &format!(" ({})", reports[*number].0));
         }
     }
     panels
@@ -191,6 +193,9 @@ mod tests {
         let two = [("a".to_string(), report([1.0, 3.0])), ("b".to_string(), report([2.0, 4.0]))];
         let panels = super::panels(&two);
         assert_eq!(panels.len(), 2);
+        let other = Report { bench: "train".into(), ..report([1.0, 2.0]) };
+        let apart = [two[0].clone(), ("c".to_string(), other)];
+        assert!(super::panels(&apart).iter().all(|panel| !panel.bars[0].0.contains('(')));
         let names: Vec<&str> = panels[0].bars.iter().map(|(name, ..)| name.as_str()).collect();
         assert_eq!(names, ["in process (a)", "HTTP (a)", "in process (b)", "HTTP (b)"]);
     }

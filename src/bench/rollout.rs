@@ -4,6 +4,7 @@ use super::{
     cli::{Common, positive},
     client::{Asks, Server},
     compare::Compare,
+    phases::{self, Timed},
     report::{Line, Report, Unit},
     session::{Round, Session, peak_memory},
     workload::{Prompt, Workload},
@@ -13,7 +14,7 @@ use anyhow::ensure;
 use clap::Args;
 use onpolicy_engine::{
     collect::collect, engine::EngineHandle, http::metrics::PrometheusHandle,
-    model::config::ModelConfig, sampler::stream_of,
+    model::config::ModelConfig, profile::Profile, sampler::stream_of,
 };
 use onpolicy_plugin_api::{Request, SamplingParams};
 use std::time::Instant;
@@ -42,6 +43,9 @@ pub struct Arguments {
     /// Also measure the same number of samples with a prompt of its own for each
     #[arg(long)]
     no_sharing: bool,
+    /// Also show where the time goes, by phase of the engine's steps (engine.profile)
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     compare: Compare,
 }
@@ -59,48 +63,84 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
     let others = arguments.compare.connect()?;
     let metrics = server::record_metrics()?;
     let workloads = arguments.workloads();
-    let sharing = !arguments.no_sharing;
-    let mut session =
-        Session::start(&arguments.common, |model| memory(&workloads, sharing, &model.config))?;
+    let mut session = Session::start(&arguments.common, |checkpoint| {
+        let mut keys = memory(&workloads, !arguments.no_sharing, &checkpoint.config)?;
+        keys.push(format!("engine.profile={}", arguments.profile));
+        Ok(keys)
+    })?;
     let http = serve(&session, metrics)?;
     let mut contestants = arguments.contestants(&session, &http.url())?;
     contestants.extend(others.into_iter().map(Contestant::Other));
-    let mut seconds = vec![vec![Vec::new(); contestants.len()]; workloads.len()];
-    let mut counted = vec![None; contestants.len()];
+    let mut runs: Vec<Vec<Runs>> =
+        workloads.iter().map(|_| contestants.iter().map(|_| Runs::default()).collect()).collect();
     for (turn, round) in session.rounds().enumerate() {
-        for (workload, seconds) in workloads.iter().zip(&mut seconds) {
+        for (workload, runs) in workloads.iter().zip(&mut runs) {
             let prompts = Prompts::new(workload, &session, round)?;
             for place in 0..contestants.len() {
                 // Whoever goes first in one run goes last in the next.
                 let who = (turn + place) % contestants.len();
-                let (time, counts) = contestants[who].rollout(&prompts)?;
-                counted[who] = counted[who].or(counts);
-                if round.counts {
-                    seconds[who].push(time);
-                }
+                runs[who].add(&contestants[who], &prompts, round.counts)?;
             }
         }
     }
     let memory = peak_memory("process");
     http.stop();
-    let mut lines = Vec::new();
     let rates = session.rates();
-    for (workload, seconds) in workloads.iter().zip(&seconds) {
-        for (contestant, seconds) in contestants.iter().zip(seconds) {
+    let (mut lines, mut phases, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    for (workload, runs) in workloads.iter().zip(&runs) {
+        let group = workload.describe();
+        let unit = Unit::PerSecond(workload.all_new_tokens() as f64, "tokens");
+        let line = |(contestant, runs): (&Contestant, &Runs)| {
             let need = rates.need(&session.costs.rollout(workload, contestant.shares()));
-            let unit = Unit::PerSecond(workload.all_new_tokens() as f64, "tokens");
-            let group = workload.describe();
-            lines.push(Line::times(&group, contestant.name(), unit, seconds, Some(need)));
+            Line::times(&group, contestant.name(), unit, &runs.seconds, Some(need))
+        };
+        let of_workload: Vec<Line> = contestants.iter().zip(runs).map(line).collect();
+        notes.extend(ratios(workload, &contestants, &of_workload));
+        lines.extend(of_workload);
+        for (contestant, runs) in contestants.iter().zip(runs) {
+            let group = format!("{group}: where the time goes {}", contestant.name());
+            phases.extend(phases::lines(&group, &runs.timed));
+            notes.extend(runs.counts_otherwise(contestant.name()));
         }
     }
-    let mut notes = ratios(&contestants, &workloads, &lines);
-    notes.extend(contestants.iter().zip(&counted).filter_map(|(who, counts)| {
-        let (theirs, ours) = (*counts)?;
-        (theirs != ours)
-            .then(|| format!("{} counts {theirs} prompt tokens where we count {ours}", who.name()))
-    }));
-    lines.extend(memory);
+    lines.extend(phases.into_iter().chain(memory));
     Ok(session.report("rollout", lines, notes))
+}
+
+/// What one contestant did on one workload.
+#[derive(Default)]
+struct Runs {
+    seconds: Vec<f64>,
+    timed: Vec<Timed>,
+    counts: Counts,
+}
+
+impl Runs {
+    /// Lets the contestant run once more.
+    fn add(
+        &mut self,
+        contestant: &Contestant,
+        prompts: &Prompts<'_>,
+        counts: bool,
+    ) -> Result<(), anyhow::Error> {
+        let before = contestant.profile()?;
+        let (seconds, prompt_tokens) = contestant.rollout(prompts)?;
+        self.counts = self.counts.or(prompt_tokens);
+        if counts {
+            self.seconds.push(seconds);
+            let both = before.zip(contestant.profile()?);
+            let timed =
+                both.map(|(before, after)| Timed { profile: after.since(&before), seconds });
+            self.timed.extend(timed);
+        }
+        Ok(())
+    }
+
+    /// Says so if a server counts other prompt tokens than we do.
+    fn counts_otherwise(&self, name: &str) -> Option<String> {
+        let (theirs, ours) = self.counts.filter(|(theirs, ours)| theirs != ours)?;
+        Some(format!("{name} counts {theirs} prompt tokens where we count {ours}"))
+    }
 }
 
 impl Arguments {
@@ -212,6 +252,16 @@ impl Contestant {
         }
     }
 
+    /// What our engine has done so far, if it keeps a profile.
+    fn profile(&self) -> Result<Option<Profile>, anyhow::Error> {
+        match self {
+            Self::InProcess(engine) | Self::Unshared(engine) | Self::Http(_, engine) => {
+                Ok(engine.profile()?)
+            }
+            Self::Other(_) => Ok(None),
+        }
+    }
+
     fn shares(&self) -> bool {
         !matches!(self, Self::Unshared(_))
     }
@@ -279,25 +329,19 @@ fn in_process(
 }
 
 /// How the contestants' medians stand to each other.
-fn ratios(contestants: &[Contestant], workloads: &[Workload], lines: &[Line]) -> Vec<String> {
-    let mut notes = Vec::new();
-    for (workload, lines) in workloads.iter().zip(lines.chunks(contestants.len())) {
-        let median = |name: &str| Some(lines.iter().find(|line| line.name == name)?.median);
-        let mut say = |fast: &str, slow: &str| {
-            if let Some((fast_median, slow_median)) = median(fast).zip(median(slow)) {
-                let times = fast_median / slow_median;
-                notes.push(format!("{}: {fast} = {times:.2} x {slow}", workload.name));
-            }
-        };
-        say(IN_PROCESS, WITH_LOGPROBS);
-        say(TEXT_ONLY, WITH_LOGPROBS);
-        say(IN_PROCESS, UNSHARED);
-        let ours = if median(WITH_LOGPROBS).is_some() { WITH_LOGPROBS } else { TEXT_ONLY };
-        for contestant in contestants {
-            if let Contestant::Other(server) = contestant {
-                say(ours, &server.name);
-            }
-        }
-    }
-    notes
+fn ratios(workload: &Workload, contestants: &[Contestant], lines: &[Line]) -> Vec<String> {
+    let median = |name: &str| Some(lines.iter().find(|line| line.name == name)?.median);
+    let says = |fast: &str, slow: &str| {
+        let times = median(fast)? / median(slow)?;
+        Some(format!("{}: {fast} = {times:.2} x {slow}", workload.name))
+    };
+    let ours = if median(WITH_LOGPROBS).is_some() { WITH_LOGPROBS } else { TEXT_ONLY };
+    let among_ours = [
+        says(IN_PROCESS, WITH_LOGPROBS),
+        says(TEXT_ONLY, WITH_LOGPROBS),
+        says(IN_PROCESS, UNSHARED),
+    ];
+    let others = contestants.iter().filter(|who| matches!(who, Contestant::Other(_)));
+    let others = others.map(|who| says(ours, who.name()));
+    among_ours.into_iter().chain(others).flatten().collect()
 }

@@ -104,7 +104,7 @@ impl Session {
         self.served.engine.shutdown();
         Report {
             bench: bench.into(),
-            command: std::env::args().collect(),
+            command: command(),
             settings: self.settings,
             machine: self.machine,
             versions: Versions::here(),
@@ -114,6 +114,16 @@ impl Session {
             notes,
         }
     }
+}
+
+/// The command line, without where on this machine things are.
+fn command() -> Vec<String> {
+    let home = std::env::var("HOME").unwrap_or_default();
+    let short = |text: String| {
+        if home.len() > 1 { text.replace(&home, "~") } else { text }
+    };
+    let program = "onpolicy".to_string();
+    std::iter::once(program).chain(std::env::args().skip(1).map(short)).collect()
 }
 
 /// A line about the most memory that the process has held since the runs began; none where the

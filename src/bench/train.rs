@@ -37,7 +37,8 @@ pub struct Arguments {
     /// Tokens of each sample
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
     new_tokens: usize,
-    /// Also measure the same samples with a prompt for each of them, as a padded batch has it
+    /// Also measure the same samples with a prompt for each of them, as a padded batch has it; the
+    /// peak of memory is then that of both
     #[arg(long)]
     no_sharing: bool,
 }
