@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::bench::Bench;
 use clap::{Args, Parser, Subcommand};
 use onpolicy_trainer::config::{Config, ConfigError};
 use std::path::PathBuf;
@@ -24,6 +25,8 @@ pub enum Command {
     Eval(Eval),
     /// Draw the curves of a run, or several runs in one picture
     Plot(Plot),
+    /// Measure rollouts, training and updates beside what the machine can do
+    Bench(Box<Bench>),
 }
 
 /// Where the configuration comes from.

@@ -1,6 +1,7 @@
 //! The command: parse, build, call. A crate that adds plug-ins calls [`main`] with them and is the
 //! same command with more names in it.
 
+mod bench;
 mod cli;
 mod commands;
 mod profile;

@@ -5,7 +5,10 @@ mod plot;
 mod serve;
 mod train;
 
-use crate::cli::{Arguments, Command};
+use crate::{
+    bench,
+    cli::{Arguments, Command},
+};
 use onpolicy_plugin_api::Plugins;
 
 /// Runs the command that the arguments name.
@@ -18,5 +21,6 @@ pub fn run(
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Eval(arguments) => eval::run(&arguments, plugins),
         Command::Plot(arguments) => plot::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
     }
 }

@@ -31,7 +31,15 @@ impl Served {
     /// # Errors
     /// A model that cannot be loaded, or an engine that does not fit.
     pub fn start(path: &str, config: &Config) -> Result<Self, TrainError> {
-        let Checkpoint { name, config: model, tensors, tokenizer, source } = load(path)?;
+        Self::over(load(path)?, config)
+    }
+
+    /// Starts an engine over a model that is loaded already.
+    ///
+    /// # Errors
+    /// An engine that does not fit.
+    pub fn over(checkpoint: Checkpoint, config: &Config) -> Result<Self, TrainError> {
+        let Checkpoint { name, config: model, tensors, tokenizer, source } = checkpoint;
         let policy = Weights::new(tensors);
         let weights = policy.share_trainable();
         let name = config.model.name.clone().unwrap_or(name);

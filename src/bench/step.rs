@@ -1,0 +1,189 @@
+//! `onpolicy bench step`: a whole GRPO step through the trainer, phase by phase.
+
+use super::{
+    cli::{Common, positive},
+    report::{Line, Report, Unit},
+    roofline::Work,
+    session::{Session, peak_memory},
+    train,
+    workload::Workload,
+};
+use anyhow::ensure;
+use clap::Args;
+use onpolicy_engine::model::loading::Checkpoint;
+use onpolicy_plugin_api::{Attempt, Score, Verifier};
+use onpolicy_trainer::{
+    batch::{TrainGroup, TrainSample},
+    config::Config,
+    metrics::Seconds,
+    optimizer::{Optimizer, OptimizerSettings},
+    reward::Scored,
+    run,
+    train::{StepOutcome, Trainer},
+};
+
+/// Longest prompt that memory is set aside for; those of the task have about 40 tokens.
+const PROMPT_TOKENS: usize = 128;
+
+/// `onpolicy bench step`.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    common: Common,
+    /// Problems of the step (of the task that the configuration names; one-digit sums)
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = positive)]
+    prompts: usize,
+    /// Samples of each problem, at least 2
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = positive)]
+    samples: usize,
+    /// Tokens of each sample; none ends before
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
+    new_tokens: usize,
+}
+
+/// Runs the benchmark.
+///
+/// # Errors
+/// A model or configuration that does not work, or a step that fails.
+pub fn run(arguments: &Arguments) -> Result<(), anyhow::Error> {
+    let report = measure(arguments)?;
+    arguments.common.publish(&report)
+}
+
+fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
+    ensure!(arguments.samples > 1, "--samples must be at least 2: one has nothing to beat");
+    let prepare = |checkpoint: &mut Checkpoint| prepare(arguments, checkpoint);
+    let mut session = Session::start(&arguments.common, prepare)?;
+    let mut trainer = trainer(&session)?;
+    let (mut times, mut last) = (Vec::new(), None);
+    for round in session.rounds() {
+        let outcome = trainer.step(&mut |_| {})?;
+        check(arguments, &outcome)?;
+        if round.counts {
+            times.push(outcome.metrics.seconds);
+        }
+        last = Some(outcome);
+    }
+    let last = last.ok_or_else(|| anyhow::anyhow!("no step was taken"))?;
+    let group = format!(
+        "a GRPO step of {} x {} samples of {} tokens, {} prompt tokens in all",
+        arguments.prompts, arguments.samples, arguments.new_tokens, last.metrics.prompt_tokens
+    );
+    let memory = peak_memory(&group);
+    let works = works(&session, arguments, &last);
+    let mut lines = lines(&mut session, &group, &times, &works);
+    lines.extend(memory);
+    Ok(session.report("step", lines, Vec::new()))
+}
+
+/// Checks that the model can do it. No token ends a sample, so that all are of the same length.
+fn prepare(
+    arguments: &Arguments,
+    checkpoint: &mut Checkpoint,
+) -> Result<Vec<String>, anyhow::Error> {
+    let Arguments { prompts, samples, new_tokens, .. } = *arguments;
+    let workload = Workload::custom([prompts, samples, PROMPT_TOKENS, new_tokens]);
+    workload.check(&checkpoint.config)?;
+    checkpoint.config.eos_token_ids.clear();
+    Ok(vec![
+        format!("engine.kv_memory_mb={}", (workload.kv_bytes(&checkpoint.config) >> 20) + 1),
+        format!("engine.max_num_seqs={}", workload.all_samples().max(256)),
+        format!("engine.max_waiting={}", prompts.max(1024)),
+        format!("rollout.prompts_per_step={prompts}"),
+        format!("rollout.group_size={samples}"),
+        format!("rollout.max_new_tokens={new_tokens}"),
+    ])
+}
+
+/// Rewards every second sample, so that every group teaches something.
+struct EverySecond;
+
+impl Verifier for EverySecond {
+    fn verify(&self, attempts: &[Attempt<'_>]) -> Vec<Score> {
+        (0..attempts.len()).map(|index| Score::Reward((index % 2) as f32)).collect()
+    }
+}
+
+fn trainer(session: &Session) -> Result<Trainer, anyhow::Error> {
+    let (served, config) = (&session.served, &session.config);
+    let mut parts = run::parts(config, |plugins| plugins)?;
+    parts.verifier = Box::new(EverySecond);
+    let optimizer = Optimizer::new(&served.weights, optimizer_settings(config));
+    let serving = (served.engine.clone(), served.tokenizer.clone());
+    Ok(Trainer::new(config.clone(), parts, serving, (served.decoder(), optimizer), 0))
+}
+
+/// The optimizer that the configuration describes.
+pub fn optimizer_settings(config: &Config) -> OptimizerSettings {
+    let train = &config.train;
+    OptimizerSettings {
+        betas: (train.betas[0], train.betas[1]),
+        eps: train.eps,
+        weight_decay: train.weight_decay,
+        max_grad_norm: train.max_grad_norm,
+    }
+}
+
+fn check(arguments: &Arguments, outcome: &StepOutcome) -> Result<(), anyhow::Error> {
+    let wanted = arguments.prompts * arguments.samples * arguments.new_tokens;
+    let metrics = &outcome.metrics;
+    ensure!(
+        metrics.completion_tokens == wanted && metrics.groups_mixed == arguments.prompts,
+        "the step made {} tokens in {} groups that teach, where {wanted} and {} were asked for",
+        metrics.completion_tokens,
+        metrics.groups_mixed,
+        arguments.prompts
+    );
+    Ok(())
+}
+
+/// What rollout, training and update take.
+struct Works {
+    rollout: Work,
+    train: Work,
+    update: Work,
+}
+
+fn works(session: &Session, arguments: &Arguments, last: &StepOutcome) -> Works {
+    let Arguments { prompts, samples, new_tokens, .. } = *arguments;
+    let mean = last.metrics.prompt_tokens.div_ceil(prompts);
+    let workload = Workload::custom([prompts, samples, mean, new_tokens]);
+    let groups: Vec<TrainGroup> = last.groups.iter().map(train_group).collect();
+    Works {
+        rollout: session.costs.rollout(&workload, true),
+        train: train::work(&session.costs, &groups, &session.config),
+        update: session.costs.optimizer(),
+    }
+}
+
+fn train_group(scored: &Scored) -> TrainGroup {
+    let samples = scored.rollout.samples.iter();
+    TrainGroup {
+        prompt: scored.rollout.prompt.clone(),
+        samples: samples.map(|sample| TrainSample::new(sample, 0.0)).collect(),
+        teaches: true,
+    }
+}
+
+fn lines(session: &mut Session, group: &str, times: &[Seconds], works: &Works) -> Vec<Line> {
+    let rates = session.rates();
+    let phase = |name: &str, seconds: Vec<f64>| {
+        let work = match name {
+            "rollout" => Some(&works.rollout),
+            "train" => Some(&works.train),
+            "update" => Some(&works.update),
+            _ => None,
+        };
+        Line::times(group, name, Unit::Seconds, &seconds, work.map(|work| rates.need(work)))
+    };
+    let names = Seconds::default().phases().map(|(name, _)| name);
+    let mut lines: Vec<Line> = names
+        .iter()
+        .enumerate()
+        .map(|(index, name)| phase(name, times.iter().map(|t| t.phases()[index].1).collect()))
+        .collect();
+    let all = works.rollout.clone().then(&works.train).then(&works.update);
+    let total: Vec<f64> = times.iter().map(|seconds| seconds.total).collect();
+    lines.push(Line::times(group, "whole step", Unit::Seconds, &total, Some(rates.need(&all))));
+    lines
+}
