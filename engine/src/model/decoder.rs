@@ -149,6 +149,32 @@ impl Decoder {
         })
     }
 
+    /// Number of layers.
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// The rotary embedding of rows at `positions` (`[N]`, i64).
+    pub fn rotation(&self, positions: &Tensor) -> Rotation {
+        self.rope.at(positions)
+    }
+
+    /// Layer `index` alone: `x` and the result are `[N, hidden]`.
+    pub fn layer(
+        &self,
+        index: usize,
+        x: &Tensor,
+        rotation: &Rotation,
+        attention: &mut Attention<'_>,
+    ) -> Tensor {
+        self.layers[index].forward(x, rotation, attention)
+    }
+
+    /// The norm that follows the last layer.
+    pub fn last_norm(&self, x: &Tensor) -> Tensor {
+        self.norm.forward(x)
+    }
+
     /// The embedding, `[vocab, hidden]`.
     pub fn embedding(&self) -> &Tensor {
         &self.embedding
