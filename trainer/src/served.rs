@@ -40,6 +40,11 @@ impl Served {
         Ok(Self { engine, tokenizer, source, weights, config: model })
     }
 
+    /// The model's shape.
+    pub fn model(&self) -> &ModelConfig {
+        &self.config
+    }
+
     /// A decoder for the trainer, over the trainable handles.
     pub fn decoder(&self) -> Decoder {
         Decoder::new(&self.config, &self.weights)
