@@ -2,7 +2,8 @@
 //! each): packed groups, the same with layers that are run again, and padded batches, in turns;
 //! then the optimizer's step. Beside each the rate of matrix products that the machine had in the
 //! same run, and the share of it that was reached.
-//! `cargo bench -p onpolicy-trainer --bench loss [-- PART]` runs the lines that contain PART.
+//! `cargo bench -p onpolicy-trainer --bench loss [-- PART]` runs the lines that contain PART; with
+//! `OMP_NUM_THREADS=1` only the time on a core counts.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -105,10 +106,20 @@ impl Case {
     }
 }
 
+/// Seconds that the work takes; on one thread those that it was on a core, so that other work on
+/// the machine counts less.
 fn timed(work: impl FnOnce()) -> f64 {
-    let started = Instant::now();
+    let (started, on_core) = (Instant::now(), seconds_on_core());
     work();
-    started.elapsed().as_secs_f64()
+    match (tch::get_num_threads(), on_core, seconds_on_core()) {
+        (1, Some(before), Some(after)) => after - before,
+        _ => started.elapsed().as_secs_f64(),
+    }
+}
+
+fn seconds_on_core() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    stat.split_whitespace().next()?.parse::<f64>().ok().map(|nanoseconds| 1e-9 * nanoseconds)
 }
 
 fn median(values: &mut [f64]) -> f64 {

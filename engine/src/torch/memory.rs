@@ -25,12 +25,19 @@ unsafe extern "C" {
         offset: i64,
     ) -> *mut c_void;
     fn munmap(start: *mut c_void, bytes: usize) -> c_int;
+    #[cfg(target_env = "gnu")]
+    fn malloc_trim(pad: usize) -> c_int;
 }
 
-/// From now on freed memory stays with the process. A training step frees and takes gigabytes, and
+/// What is free now goes back to the system; from now on freed memory stays with the process. A training step frees and takes gigabytes, and
 /// the system zeroes every page that it hands out anew, which took half of a step's time on a
 /// virtual machine. False where the C library has no such setting.
 pub fn keep_freed() -> bool {
+    // SAFETY: gives free memory back, which may be done at any time.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        malloc_trim(0)
+    };
     // SAFETY: sets options of the allocator, which may be done at any time.
     unsafe { op_keep_freed_memory() }
 }
