@@ -167,7 +167,7 @@ pub struct Train {
     /// Most tokens of one forward and backward pass; a longer sample has one of its own.
     pub micro_batch_tokens: usize,
     /// Keep only the layers' inputs for the backward pass and run each layer again: a tenth of
-    /// the memory of the activations for about a third more time.
+    /// the memory of the activations for about a quarter more time.
     pub activation_checkpointing: bool,
 }
 
