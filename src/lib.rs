@@ -18,7 +18,6 @@ pub fn main(plugins: impl FnOnce(Plugins) -> Plugins) -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("ONPOLICY_LOG")
         .unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    onpolicy_engine::torch::memory::keep_freed();
     match commands::run(arguments, plugins) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -152,6 +152,16 @@ impl BlockManager {
         Some(next)
     }
 
+    /// Frees the blocks that no table holds, whatever is registered about them. They are the next
+    /// ones to be taken, before any that was never used: a pool touches no more of its memory
+    /// than it needs.
+    pub fn forget_cached(&mut self) {
+        while let Some(block) = self.cached.pop_oldest() {
+            self.prefix.remove(block);
+            self.free.push(block);
+        }
+    }
+
     /// Takes a block that nobody holds; the caller has seen that there is one.
     fn allocate(&mut self) -> u32 {
         let block = self.free.pop().unwrap_or_else(|| {

@@ -4,12 +4,13 @@ use crate::{
     block_manager::BLOCK_SIZE,
     kernels::attention::{Pages, PagesMut, copy_block, write_pages},
     model::config::ModelConfig,
+    torch::memory::Zeroed,
 };
 
 /// K and V pages of one layer.
 struct Layer {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: Zeroed,
+    values: Zeroed,
 }
 
 /// The pages of all layers. A block id names the same page in each.
@@ -32,7 +33,7 @@ impl KvCache {
     /// A cache of `num_blocks` blocks, zeroed (the system hands out its memory as it is used).
     pub fn new(config: &ModelConfig, num_blocks: usize) -> Self {
         let len = num_blocks * Self::page_len(config);
-        let layer = |_| Layer { keys: vec![0.0; len], values: vec![0.0; len] };
+        let layer = |_| Layer { keys: Zeroed::new(len), values: Zeroed::new(len) };
         Self {
             layers: (0..config.num_layers).map(layer).collect(),
             kv_heads: config.num_kv_heads,

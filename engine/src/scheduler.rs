@@ -265,6 +265,7 @@ impl Scheduler {
         if recompute {
             while self.preempt_latest().is_some() {}
         }
+        self.blocks.forget_cached();
         for id in &self.running {
             let sequence = self.sequences.get_mut(id).expect("a running sequence");
             if sequence.computed > 0 {

@@ -2,7 +2,7 @@
 
 use crate::{cli, profile::Printer, progress::Bar, server};
 use onpolicy_plugin_api::Plugins;
-use onpolicy_trainer::{config::Config, run};
+use onpolicy_trainer::{config::Config, metrics::memory, run};
 use std::sync::atomic::AtomicBool;
 
 pub fn run(
@@ -17,6 +17,8 @@ pub fn run(
     let served = run.served();
     let server = server::start(&config, served, metrics)?;
     describe(&config, &run, server.as_ref());
+    let plan = run.memory_plan()?;
+    eprintln!("{plan}");
 
     let stop: &'static AtomicBool = Box::leak(Box::default());
     server::stop_on_signal(stop, "finishing the step and saving a checkpoint")?;
@@ -27,6 +29,9 @@ pub fn run(
     let summary = outcome?;
     profile.print();
     println!("\n{summary}");
+    if let Some(peak) = memory::peak_mb() {
+        println!("memory: {peak:.0} MiB at the most, {:.0} MiB planned", plan.total_mb());
+    }
     println!("run folder: {}", config.output.dir);
     println!("  curves.png, curves.svg   reward, entropy, dropped tokens, time");
     println!("  samples_before.md, samples_after.md, metrics.jsonl, config.toml, summary.txt");

@@ -47,6 +47,13 @@ pub fn serve(model: &Path, arguments: &[&str]) -> Served {
     Served { child, url: url.trim_end_matches("/v1").to_string(), _stdout: stdout }
 }
 
+impl Served {
+    /// Number of the process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
 impl Drop for Served {
     fn drop(&mut self) {
         let _ = self.child.kill();

@@ -21,6 +21,7 @@ pub mod entropy;
 pub mod error;
 pub mod eval;
 pub mod loss;
+pub mod memory_plan;
 pub mod metrics;
 pub mod optimizer;
 pub mod plot;

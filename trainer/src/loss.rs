@@ -3,7 +3,7 @@
 use crate::batch::MicroBatch;
 use onpolicy_engine::{
     logits::{batch_stats, logprob_gradient},
-    model::{attention::Attention, decoder::Decoder},
+    model::{attention::Attention, checkpointing::Checkpoints, decoder::Decoder},
     ops::{
         embedding::accumulate_embedding_gradient,
         linear::{accumulate_weight_gradient, input_gradient, linear},
@@ -18,7 +18,7 @@ use onpolicy_plugin_api::TokenStats;
 use tch::Tensor;
 
 /// Rows of the head that exist at a time; `[rows, vocabulary]` is the largest tensor made.
-const HEAD_ROWS: usize = 256;
+pub const HEAD_ROWS: usize = 256;
 
 /// The clipped objective of PPO (arXiv 1707.06347) with dual clip (arXiv 1912.09729).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -96,6 +96,16 @@ pub struct LossSettings {
     pub kept: usize,
 }
 
+/// What of a forward pass is kept for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activations {
+    /// All that it needs.
+    #[default]
+    Kept,
+    /// The inputs of the layers; each layer is run again.
+    Recomputed,
+}
+
 /// Adds the gradient of the mini-batch's loss that comes from `micro` to the weights' gradients.
 /// The head is computed for response tokens only, in chunks, forward and backward at once: its
 /// gradient is known in closed form, `slope (onehot - softmax) / temperature`.
@@ -107,28 +117,65 @@ pub fn accumulate_gradient(
     micro: &MicroBatch,
     settings: &LossSettings,
 ) -> Result<LossSums, TorchError> {
+    accumulate_gradient_with(decoder, micro, settings, Activations::Kept)
+}
+
+/// As [`accumulate_gradient`], with a choice of what is kept in between.
+///
+/// # Errors
+/// What libtorch refuses.
+pub fn accumulate_gradient_with(
+    decoder: &Decoder,
+    micro: &MicroBatch,
+    settings: &LossSettings,
+    activations: Activations,
+) -> Result<LossSums, TorchError> {
     let tokens = micro.pack.tokens();
-    let embedded = tch::no_grad(|| decoder.embed(&tokens)).set_requires_grad(true);
-    let rows = predicting_rows(decoder, micro, embedded.shallow_clone());
-    let hidden = rows.detach();
-    let hidden_gradient = hidden.zeros_like();
-    let head = Head::new(decoder, settings.temperature);
+    let embedded = tch::no_grad(|| decoder.embed(&tokens));
     let mut sums = LossSums::default();
+    let gradient = match activations {
+        Activations::Kept => {
+            let embedded = embedded.set_requires_grad(true);
+            let rows = predicting_rows(decoder, micro, embedded.shallow_clone());
+            backward(&rows, &head_gradient(decoder, micro, settings, &rows, &mut sums))?;
+            embedded.grad()
+        }
+        Activations::Recomputed => {
+            let checkpoints = Checkpoints::run(decoder, embedded, &micro.pack);
+            let rows = predicting(&checkpoints.hidden(), micro);
+            backward(&rows, &head_gradient(decoder, micro, settings, &rows, &mut sums))?;
+            checkpoints.backward()?
+        }
+    };
+    accumulate_embedding_gradient(decoder.embedding(), &tokens, &gradient)?;
+    Ok(sums)
+}
+
+/// Runs `rows` (`[tokens, hidden]`) through the head and the loss: adds to the head's gradient and
+/// to `sums`, and gives the gradient by `rows`.
+fn head_gradient(
+    decoder: &Decoder,
+    micro: &MicroBatch,
+    settings: &LossSettings,
+    rows: &Tensor,
+    sums: &mut LossSums,
+) -> Tensor {
+    let hidden = rows.detach();
+    let by_hidden = hidden.empty_like();
+    let head = Head::new(decoder, settings.temperature);
     for start in (0..micro.targets.len()).step_by(HEAD_ROWS) {
         let len = HEAD_ROWS.min(micro.targets.len() - start);
         let chunk = hidden.narrow(0, start as i64, len as i64);
-        let mut gradient = hidden_gradient.narrow(0, start as i64, len as i64);
+        let mut gradient = by_hidden.narrow(0, start as i64, len as i64);
         tch::no_grad(|| {
             let (mut logits, stats) = head.forward(&chunk, &micro.targets[start..start + len]);
-            let slopes = token_slopes(micro, start, &stats, settings, &mut sums);
+            let slopes = token_slopes(micro, start, &stats, settings, sums);
             head.backward(&mut logits, &micro.targets[start..start + len], &slopes);
             gradient.copy_(&input_gradient(&logits, &head.weight));
             accumulate_weight_gradient(&head.leaf, &logits, &chunk);
         });
     }
-    backward(&rows, &hidden_gradient)?;
-    accumulate_embedding_gradient(decoder.embedding(), &tokens, &embedded.grad())?;
-    Ok(sums)
+    by_hidden
 }
 
 /// Statistics of every response token of `micro` under the weights as they are now.
@@ -149,6 +196,10 @@ pub fn token_stats(decoder: &Decoder, micro: &MicroBatch, temperature: f32) -> V
 fn predicting_rows(decoder: &Decoder, micro: &MicroBatch, embedded: Tensor) -> Tensor {
     let positions = micro.pack.positions();
     let hidden = decoder.hidden_of(embedded, &positions, &mut Attention::Causal(&micro.pack));
+    predicting(&hidden, micro)
+}
+
+fn predicting(hidden: &Tensor, micro: &MicroBatch) -> Tensor {
     hidden.index_select(0, &Tensor::from_slice(&micro.rows))
 }
 

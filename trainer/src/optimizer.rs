@@ -3,6 +3,7 @@
 use onpolicy_engine::{
     torch::{
         TorchError,
+        autograd::set_grad,
         optim::{AdamW, AdamWState, adamw, total_norm},
     },
     weights::Weights,
@@ -36,7 +37,13 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// An optimizer without history over trainable handles (see [`Weights::share_trainable`]).
+    /// Weights without a gradient get one of zeros: made during a backward pass, gradients would
+    /// lie between its activations and keep their memory from being used again as a whole.
     pub fn new(weights: &Weights, settings: OptimizerSettings) -> Self {
+        for (_, weight) in weights.iter().filter(|(_, weight)| !weight.grad().defined()) {
+            let zeros = weight.detach().zeros_like();
+            set_grad(weight, &zeros).expect("a gradient shaped as its weight");
+        }
         let zeros = || weights.iter().map(|(_, t)| t.detach().zeros_like()).collect();
         Self {
             settings,

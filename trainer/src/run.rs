@@ -6,7 +6,8 @@ use crate::{
     config::Config,
     error::TrainError,
     eval::{EvalReport, EvalSettings, evaluate},
-    metrics::{MetricsLog, StepMetrics, Summary, log},
+    memory_plan::MemoryPlan,
+    metrics::{MetricsLog, StepMetrics, Summary, log, memory},
     optimizer::{Optimizer, OptimizerSettings},
     plot,
     rollout::RolloutSettings,
@@ -14,7 +15,7 @@ use crate::{
     served::Served,
     train::{Parts, Progress, Trainer},
 };
-use onpolicy_engine::sampler::stream_of;
+use onpolicy_engine::{chat::Chat, sampler::stream_of};
 use onpolicy_plugin_api::{Engine, Plugins, Problem};
 use std::{
     fs,
@@ -116,6 +117,24 @@ impl Run {
     /// Steps done; more than 0 at the start of a resumed run.
     pub fn steps_done(&self) -> u64 {
         self.trainer.steps_done()
+    }
+
+    /// How much memory the run will need, judged by the prompts of its next step. To be asked
+    /// before the first one.
+    ///
+    /// # Errors
+    /// A problem that makes no prompt.
+    pub fn memory_plan(&self) -> Result<MemoryPlan, TrainError> {
+        let Served { tokenizer, .. } = &self.served;
+        let count = self.config.rollout.prompts_per_step as u64;
+        let first = self.steps_done() * count;
+        let prompt = |index| {
+            let problem = self.trainer.parts().task.train(index);
+            tokenizer.encode_chat(&Chat::from_messages(&problem.messages)).map(|ids| ids.len())
+        };
+        let prompts = (first..first + count).map(prompt).collect::<Result<Vec<_>, _>>()?;
+        let resident = (memory::resident_mb().unwrap_or(0.0) * 1024.0 * 1024.0) as usize;
+        Ok(MemoryPlan::new(self.served.model(), &self.config, &prompts, resident))
     }
 
     /// Trains to the last step, or until `stop` is set (then the step in progress is finished and

@@ -9,6 +9,7 @@ use onpolicy_engine::{
         decoder::Decoder,
         loading::{Checkpoint, Source, load},
     },
+    torch::memory::keep_freed,
     weights::Weights,
 };
 
@@ -45,7 +46,14 @@ impl Served {
         let name = config.model.name.clone().unwrap_or(name);
         let served = Model { name, config: model.clone(), weights: policy };
         let engine = EngineHandle::start(served, engine_config(config))?;
+        // Not before, so that what loading has left is gone.
+        keep_freed();
         Ok(Self { engine, tokenizer, source, weights, config: model })
+    }
+
+    /// The model's shape.
+    pub fn model(&self) -> &ModelConfig {
+        &self.config
     }
 
     /// A decoder for the trainer, over the trainable handles.

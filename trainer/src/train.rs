@@ -6,7 +6,7 @@ use crate::{
     config::Config,
     entropy::EntropyReport,
     error::TrainError,
-    loss::{LossSettings, LossSums, PpoClip, accumulate_gradient, token_stats},
+    loss::{Activations, LossSettings, LossSums, PpoClip, accumulate_gradient_with, token_stats},
     metrics::{Seconds, StepMetrics, memory},
     optimizer::Optimizer,
     reward::{Scored, score},
@@ -121,11 +121,17 @@ impl Trainer {
         let packs = mini_batches.iter().flat_map(|mini_batch| &mini_batch.micro_batches);
         let rows = packs.map(|micro| micro.pack.len()).sum();
         let mut update = Update { lr: self.learning_rate(), ..Update::default() };
+        let activations = match train.activation_checkpointing {
+            true => Activations::Recomputed,
+            false => Activations::Kept,
+        };
         let mut done = 0;
         for mini_batch in &mini_batches {
             let settings = self.loss_settings(mini_batch.kept);
             for micro in &mini_batch.micro_batches {
-                update.sums.add(&accumulate_gradient(&self.decoder, micro, &settings)?);
+                let decoder = &self.decoder;
+                let sums = accumulate_gradient_with(decoder, micro, &settings, activations)?;
+                update.sums.add(&sums);
                 done += micro.pack.len();
                 progress(Progress::Rows(done, rows));
             }

@@ -154,7 +154,7 @@ fn unknown_keys_are_named_with_the_nearest_known() {
         refusal("train.learning=1"),
         "unknown key 'train.learning'; known are: steps, seed, lr, betas, eps, weight_decay, \
          max_grad_norm, schedule, warmup_steps, min_lr_ratio, clip_low, clip_high, dual_clip, \
-         advantage, updates_per_batch, micro_batch_tokens"
+         advantage, updates_per_batch, micro_batch_tokens, activation_checkpointing"
     );
     assert_eq!(
         refusal("rollout.groupsize=4"),

@@ -188,3 +188,22 @@ fn check_reports_a_wrong_table() {
     let wrong = manager.check([table.as_slice()].into_iter()).unwrap_err();
     assert_eq!(wrong, "block 2: 0 holders, 0 x free, false cached");
 }
+
+#[test]
+fn forgotten_blocks_are_taken_before_unused_ones() {
+    let mut manager = BlockManager::new(8);
+    let tokens = text(&[1, 2, 3]);
+    let mut table = hold(&mut manager, 7, &tokens);
+    let mut kept = hold(&mut manager, 7, &text(&[9]));
+    manager.release_table(&mut table);
+    manager.forget_cached();
+    check(&manager, &[&kept]);
+    assert_eq!((manager.used(), manager.free()), (1, 7));
+    assert!(manager.lookup(7, &tokens, 3).1.is_empty());
+    assert_eq!(manager.lookup(7, &text(&[9]), 1).1, kept);
+    let mut next = hold(&mut manager, 8, &tokens);
+    next.sort_unstable();
+    assert_eq!(next, [0, 1, 2]);
+    manager.release_table(&mut kept);
+    check(&manager, &[&next]);
+}

@@ -45,7 +45,22 @@ pub fn paged_attention(
     spans: &[Span],
     window: Option<usize>,
 ) {
-    attend(Level::best(), &Batch::new(q, pages, spans, window), out);
+    attend(Level::best(), &Batch::new(q, pages, spans, window), out, None);
+}
+
+/// As [`paged_attention`]; the logarithm of the sum of exponentials of every row's scores goes to
+/// the second part of `out`, `[rows, heads]`.
+///
+/// # Panics
+/// As [`paged_attention`].
+pub fn paged_attention_with_sums(
+    q: &[f32],
+    (out, log_sums): (&mut [f32], &mut [f32]),
+    pages: &Pages,
+    spans: &[Span],
+    window: Option<usize>,
+) {
+    attend(Level::best(), &Batch::new(q, pages, spans, window), out, Some(log_sums));
 }
 
 /// The arguments, checked.
@@ -103,11 +118,16 @@ fn check_spans(spans: &[Span], num_blocks: usize) -> usize {
     rows
 }
 
-fn attend(level: Level, batch: &Batch, out: &mut [f32]) {
+fn attend(level: Level, batch: &Batch, out: &mut [f32], log_sums: Option<&mut [f32]>) {
     assert_eq!(out.len(), batch.q.len(), "out has the shape of q");
+    let rows_and_heads = batch.q.len() / batch.pages.head_dim;
+    if let Some(log_sums) = &log_sums {
+        assert_eq!(log_sums.len(), rows_and_heads, "a sum for every row and head");
+    }
     let parts = items::cut(batch);
     let items = items(batch, &parts);
     let out = Shared::new(out);
+    let log_sums = log_sums.map(Shared::new);
     let (runs, run) = items::runs(&items);
     drain(runs, &|i| {
         SCRATCH.with_borrow_mut(|scratch| {
@@ -116,6 +136,9 @@ fn attend(level: Level, batch: &Batch, out: &mut [f32]) {
                 let next = items.peek().copied();
                 level.run(Attend { batch, item, next, scratch: &mut *scratch });
                 scratch.write(batch, item, &out);
+                if let Some(log_sums) = &log_sums {
+                    scratch.write_sums(batch, item, log_sums);
+                }
             }
         });
     });
@@ -185,10 +208,21 @@ impl Scratch {
             }
         }
     }
+
+    /// Writes the logarithms of the item's sums.
+    fn write_sums(&self, batch: &Batch, item: &Item, log_sums: &Shared<f32>) {
+        let mut sums = self.running.iter().map(Running::log_sum);
+        for row in item.rows() {
+            let start = (row * batch.pages.kv_heads + item.head) * batch.group;
+            // SAFETY: each row and head belongs to one item, and each item is run once.
+            let place = unsafe { log_sums.part(start, batch.group) };
+            place.iter_mut().zip(&mut sums).for_each(|(place, sum)| *place = sum);
+        }
+    }
 }
 
 /// Cuts rows into tiles of at most [`MAX_ROWS`], about equal ones.
-fn tiles_of(rows: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+pub(super) fn tiles_of(rows: &Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
     let (first, rows) = (rows.start, rows.len());
     let count = rows.div_ceil(MAX_ROWS);
     (0..count).map(move |i| first + i * rows / count..first + (i + 1) * rows / count)
@@ -379,7 +413,7 @@ impl<'a> Chunk<'a> {
 
 /// Sets all but the visible scores to minus infinity.
 #[inline(always)]
-fn hide(scores: &mut Scores, visible: Range<usize>) {
+pub(super) fn hide(scores: &mut Scores, visible: Range<usize>) {
     if visible == (0..CHUNK) {
         return;
     }

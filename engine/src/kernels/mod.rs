@@ -4,6 +4,7 @@
 //! # Layout
 //! - [`matmul`]: matrix products of f32, forward and backward.
 //! - [`attention`]: every query row over the pages of its sequence.
+//! - [`packed`]: attention within packed groups, forward and backward.
 //! - [`pages`]: the pages' layout; writing and copying them.
 //! - [`elementwise`]: norm, gate and rotary embedding, forward and backward.
 //! - [`rows`]: passes over one row of logits.
@@ -15,6 +16,7 @@ pub mod attention;
 pub mod disjoint;
 pub mod elementwise;
 pub mod matmul;
+pub mod packed;
 pub mod pages;
 pub mod rows;
 pub mod simd;

@@ -15,6 +15,9 @@ pub(super) const CHUNK: usize = CHUNK_BLOCKS * BLOCK;
 /// Most query rows at once: with four vectors each they fill 24 of AVX-512's 32 registers.
 pub(super) const MAX_ROWS: usize = 6;
 
+/// Keys whose sums are in registers at once in [`scatter`]; divides a block.
+const KEYS: usize = 4;
+
 /// One query row's scores of a chunk, later its weights.
 pub(super) type Scores = [Line; CHUNK_BLOCKS];
 
@@ -99,6 +102,11 @@ impl Running {
     /// No token seen. The maximum is finite, so that a row that sees none of a chunk's tokens
     /// (all scores are minus infinity) gets weights of 0.
     pub(super) const START: Self = Self { sum: Line([0.0; LANES]), max: f32::MIN };
+
+    /// The logarithm of the sum of the exponentials of the row's scores.
+    pub(super) fn log_sum(&self) -> f32 {
+        self.max + self.sum().ln()
+    }
 
     /// The sum of the row's weights.
     pub(super) fn sum(&self) -> f32 {
@@ -226,6 +234,70 @@ fn accumulate_lines<S: Simd, const M: usize, const B: usize, const HALF: bool>(
     for m in 0..M {
         for b in 0..B {
             s.store(acc[m][b], &mut sums[m * stride + line + b].0);
+        }
+    }
+}
+
+/// `sums[key] += sum over m of weights[m][key] * row(m)`, for the keys of a chunk that are named;
+/// those around them, up to whole tiles, get what their weights say too. A row of `sums` is
+/// `row(m)`, rounded up to whole lines.
+#[inline(always)]
+pub(super) fn scatter<'a, S: Simd>(
+    s: S,
+    weights: &[Scores],
+    (row, keys): (&impl Fn(usize) -> &'a [f32], std::ops::Range<usize>),
+    sums: &mut [Line],
+) {
+    let head_dim = if weights.is_empty() { return } else { row(0).len() };
+    let stride = head_dim.div_ceil(LANES);
+    for key in (keys.start - keys.start % KEYS..keys.end).step_by(KEYS) {
+        let sums = &mut sums[key * stride..(key + KEYS) * stride];
+        let mut line = 0;
+        if const { vectors::<S>(KEYS) } == 4 {
+            while line + 4 <= head_dim / LANES {
+                scatter_lines::<S, 4, false>(s, (weights, key), row, line, sums);
+                line += 4;
+            }
+        }
+        while line < head_dim / LANES {
+            scatter_lines::<S, 1, false>(s, (weights, key), row, line, sums);
+            line += 1;
+        }
+        if !head_dim.is_multiple_of(LANES) {
+            scatter_lines::<S, 1, true>(s, (weights, key), row, line, sums);
+        }
+    }
+}
+
+#[inline(always)]
+fn scatter_lines<'a, S: Simd, const B: usize, const HALF: bool>(
+    s: S,
+    (weights, key): (&[Scores], usize),
+    row: &impl Fn(usize) -> &'a [f32],
+    line: usize,
+    sums: &mut [Line],
+) {
+    let stride = sums.len() / KEYS;
+    let mut acc = [[s.splat(0.0); B]; KEYS];
+    for k in 0..KEYS {
+        for b in 0..B {
+            acc[k][b] = s.load(&sums[k * stride + line + b].0);
+        }
+    }
+    for (m, weights) in weights.iter().enumerate() {
+        let v = load_lines::<S, B, HALF>(s, &row(m)[line * LANES..]);
+        let weights: &[f32; KEYS] =
+            weights[key / LANES].0[key % LANES..].first_chunk().expect("whole tiles of keys");
+        for k in 0..KEYS {
+            let weight = s.splat(weights[k]);
+            for b in 0..B {
+                acc[k][b] = s.mul_add(weight, v[b], acc[k][b]);
+            }
+        }
+    }
+    for k in 0..KEYS {
+        for b in 0..B {
+            s.store(acc[k][b], &mut sums[k * stride + line + b].0);
         }
     }
 }

@@ -1,11 +1,13 @@
 //! The two ways to attend: over packed groups with gradients, or over pages.
 
+pub use crate::kernels::packed::PackedGroup;
 use crate::{
     kernels::attention::{Span, paged_attention},
     kv_cache::KvCache,
+    ops::packed_attention::packed_attention,
     torch::slices::{floats, floats_mut},
 };
-use std::ops::Range;
+use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 /// How the rows of a batch attend to each other.
@@ -40,7 +42,7 @@ impl Attention<'_> {
     /// rotated; scale is `1 / sqrt(head_dim)`. Returns `[N, heads * head_dim]`.
     pub fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, layer: LayerShape) -> Tensor {
         match self {
-            Attention::Causal(pack) => pack.attend(q, k, v, layer.window),
+            Attention::Causal(pack) => packed_attention([q, k, v], &pack.groups, layer.window),
             Attention::Paged(batch) => batch.attend(q, k, v, layer),
         }
     }
@@ -58,35 +60,13 @@ impl PagedBatch<'_> {
     }
 }
 
-/// One prompt and the tails (response tokens) that continue it, as rows of a pack. The prompt's
-/// rows come first, the tails follow one after the other without gaps.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PackedGroup {
-    /// Rows of the prompt; at least one.
-    pub prompt: Range<usize>,
-    /// Length of each tail in rows; may be 0.
-    pub tails: Vec<usize>,
-}
-
-impl PackedGroup {
-    /// First row of tail `index`.
-    pub fn tail_start(&self, index: usize) -> usize {
-        self.prompt.end + self.tails[..index].iter().sum::<usize>()
-    }
-
-    /// All rows of the group.
-    pub fn rows(&self) -> Range<usize> {
-        self.prompt.start..self.tail_start(self.tails.len())
-    }
-}
-
 /// Groups packed into one batch without padding. A prompt stands once, however many tails it has:
 /// each tail attends to the prompt and to itself.
 #[derive(Debug, Default)]
 pub struct Pack {
     tokens: Vec<i64>,
     positions: Vec<i64>,
-    groups: Vec<PackedGroup>,
+    groups: Arc<Vec<PackedGroup>>,
 }
 
 impl Pack {
@@ -99,7 +79,7 @@ impl Pack {
         };
         append(prompt, 0);
         tails.iter().for_each(|tail| append(tail, prompt.len()));
-        self.groups.push(PackedGroup {
+        Arc::make_mut(&mut self.groups).push(PackedGroup {
             prompt: start..start + prompt.len(),
             tails: tails.iter().map(|tail| tail.len()).collect(),
         });
@@ -126,104 +106,8 @@ impl Pack {
         Tensor::from_slice(&self.positions)
     }
 
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, window: Option<usize>) -> Tensor {
-        let parts: Vec<Tensor> = self
-            .groups
-            .iter()
-            .flat_map(|group| attend_group(&Rows { q, k, v }, group, window))
-            .collect();
-        Tensor::cat(&parts, 0)
+    /// The groups.
+    pub fn groups(&self) -> &Arc<Vec<PackedGroup>> {
+        &self.groups
     }
-}
-
-/// Queries, keys and values of all rows, `[N, heads, head_dim]`.
-struct Rows<'a> {
-    q: &'a Tensor,
-    k: &'a Tensor,
-    v: &'a Tensor,
-}
-
-/// Outputs of the prompt's rows and of the tails' rows, in row order, `[rows, heads * head_dim]`.
-fn attend_group(rows: &Rows<'_>, group: &PackedGroup, window: Option<usize>) -> Vec<Tensor> {
-    let prompt_len = group.prompt.len() as i64;
-    let narrow = |t: &Tensor| t.narrow(0, group.prompt.start as i64, prompt_len).unsqueeze(0);
-    let (prompt_k, prompt_v) = (narrow(rows.k), narrow(rows.v));
-    let mask = causal_mask(prompt_len, prompt_len, window);
-    let mut outputs =
-        vec![grouped_sdpa(&narrow(rows.q), &prompt_k, &prompt_v, &mask).squeeze_dim(0)];
-    let longest = group.tails.iter().copied().max().unwrap_or(0) as i64;
-    if longest > 0 {
-        let samples = group.tails.len() as i64;
-        let (padded, real) = tail_indices(group, longest as usize);
-        let gather = |t: &Tensor| {
-            let (_, heads, head_dim) = t.size3().expect("rows have three axes");
-            t.index_select(0, &padded).view([samples, longest, heads, head_dim])
-        };
-        let with_prompt = |prompt: &Tensor, tail: &Tensor| {
-            let (_, p, heads, head_dim) = prompt.size4().expect("a prompt has four axes");
-            Tensor::cat(&[&prompt.expand([samples, p, heads, head_dim], false), tail], 1)
-        };
-        let k = with_prompt(&prompt_k, &gather(rows.k));
-        let v = with_prompt(&prompt_v, &gather(rows.v));
-        let mask = causal_mask(longest, prompt_len + longest, window);
-        let out = grouped_sdpa(&gather(rows.q), &k, &v, &mask);
-        outputs.push(out.flatten(0, 1).index_select(0, &real));
-    }
-    outputs
-}
-
-/// For tails padded to `longest`: the row that each padded place is filled from (padding repeats
-/// a row; nothing real attends to it), and the padded places that are real.
-fn tail_indices(group: &PackedGroup, longest: usize) -> (Tensor, Tensor) {
-    let (mut padded, mut real) = (Vec::new(), Vec::new());
-    for (sample, &len) in group.tails.iter().enumerate() {
-        let start = group.tail_start(sample);
-        for place in 0..longest {
-            padded.push(if place < len { start + place } else { group.prompt.start } as i64);
-            if place < len {
-                real.push((sample * longest + place) as i64);
-            }
-        }
-    }
-    (Tensor::from_slice(&padded), Tensor::from_slice(&real))
-}
-
-/// `[rows, columns]`, true where row `r` (the last `rows` positions of `columns`) may look.
-fn causal_mask(rows: i64, columns: i64, window: Option<usize>) -> Tensor {
-    let full = Tensor::ones([rows, columns], (Kind::Bool, Device::Cpu));
-    let seen = full.tril(columns - rows);
-    match window {
-        Some(window) => seen.triu(columns - rows - window as i64 + 1),
-        None => seen,
-    }
-}
-
-/// Scaled dot-product attention, `q` `[B, R, heads, d]`, `k` and `v` `[B, C, kv_heads, d]`, `mask`
-/// `[R, C]`; returns `[B, R, heads * d]`. The query heads of one KV head become more rows of it,
-/// so that K and V are never repeated.
-fn grouped_sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Tensor {
-    let (batch, rows, heads, head_dim) = q.size4().expect("q has four axes");
-    let kv_heads = k.size()[2];
-    let per_kv = heads / kv_heads;
-    let q = q.view([batch, rows, kv_heads, per_kv, head_dim]).permute([0, 2, 3, 1, 4]).reshape([
-        batch,
-        kv_heads,
-        per_kv * rows,
-        head_dim,
-    ]);
-    let out = Tensor::scaled_dot_product_attention(
-        &q,
-        &k.transpose(1, 2),
-        &v.transpose(1, 2),
-        Some(mask.repeat([per_kv, 1])),
-        0.0,
-        false,
-        None,
-        false,
-    );
-    out.view([batch, kv_heads, per_kv, rows, head_dim]).permute([0, 3, 1, 2, 4]).reshape([
-        batch,
-        rows,
-        heads * head_dim,
-    ])
 }

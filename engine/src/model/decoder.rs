@@ -110,11 +110,11 @@ impl Layer {
         (x, last): (Tensor, Option<Tensor>),
         rotation: &Rotation,
         attention: &mut Attention<'_>,
-    ) -> (Tensor, Option<Tensor>) {
+    ) -> (Tensor, Tensor) {
         let (x, normed) = self.input_norm.forward_sum(x, last);
         let attended = self.attention.forward(&normed, rotation, attention);
         let (x, normed) = self.post_attention_norm.forward_sum(x, Some(attended));
-        (x, Some(self.mlp.forward(&normed)))
+        (x, self.mlp.forward(&normed))
     }
 }
 
@@ -175,10 +175,39 @@ impl Decoder {
             let rotation = self.rope.at(positions);
             let mut stream = (x, None);
             for layer in &self.layers {
-                stream = layer.forward(stream, &rotation, attention);
+                let (x, last) = layer.forward(stream, &rotation, attention);
+                stream = (x, Some(last));
             }
             self.norm.forward_sum(stream.0, stream.1).1
         })
+    }
+
+    /// Number of layers.
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// The rotary embedding of rows at `positions` (`[N]`, i64).
+    pub fn rotation(&self, positions: &Tensor) -> Rotation {
+        self.rope.at(positions)
+    }
+
+    /// Layer `index` alone: `x` and the result are `[N, hidden]`.
+    pub fn layer(
+        &self,
+        index: usize,
+        x: &Tensor,
+        rotation: &Rotation,
+        attention: &mut Attention<'_>,
+    ) -> Tensor {
+        let stream = (x.shallow_clone(), None);
+        let (x, last) = self.layers[index].forward(stream, rotation, attention);
+        x + last
+    }
+
+    /// The norm that follows the last layer.
+    pub fn last_norm(&self, x: &Tensor) -> Tensor {
+        self.norm.forward(x)
     }
 
     /// The embedding, `[vocab, hidden]`.

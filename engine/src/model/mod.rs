@@ -1,6 +1,7 @@
 //! The model: configuration, loading, and the decoder that engine and trainer share.
 
 pub mod attention;
+pub mod checkpointing;
 pub mod config;
 pub mod decoder;
 pub mod loading;

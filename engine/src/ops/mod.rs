@@ -3,6 +3,7 @@
 
 pub mod embedding;
 pub mod linear;
+pub mod packed_attention;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

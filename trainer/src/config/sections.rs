@@ -166,6 +166,9 @@ pub struct Train {
     pub updates_per_batch: usize,
     /// Most tokens of one forward and backward pass; a longer sample has one of its own.
     pub micro_batch_tokens: usize,
+    /// Keep only the layers' inputs for the backward pass and run each layer again: a tenth of
+    /// the memory of the activations for about a quarter more time.
+    pub activation_checkpointing: bool,
 }
 
 /// How the learning rate goes on after the warm-up.
@@ -198,6 +201,7 @@ impl Default for Train {
             advantage: Advantage::Grpo,
             updates_per_batch: 1,
             micro_batch_tokens: 512,
+            activation_checkpointing: false,
         }
     }
 }

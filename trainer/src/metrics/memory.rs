@@ -3,11 +3,16 @@
 /// Most memory that the process has held so far (`VmHWM` of `/proc/self/status`), in MiB; `None`
 /// where the system does not say.
 pub fn peak_mb() -> Option<f64> {
-    parse(&std::fs::read_to_string("/proc/self/status").ok()?)
+    parse(&std::fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
-fn parse(status: &str) -> Option<f64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+/// Memory that the process holds now (`VmRSS`), in MiB; `None` where the system does not say.
+pub fn resident_mb() -> Option<f64> {
+    parse(&std::fs::read_to_string("/proc/self/status").ok()?, "VmRSS:")
+}
+
+fn parse(status: &str, name: &str) -> Option<f64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib / 1024.0)
 }
@@ -19,8 +24,9 @@ mod tests {
     #[test]
     fn reads_the_high_water_mark() {
         let status = "Name:\tx\nVmPeak:\t  9999 kB\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\n";
-        assert_eq!(parse(status), Some(2.0));
-        assert_eq!(parse("Name:\tx\n"), None);
+        assert_eq!(parse(status, "VmHWM:"), Some(2.0));
+        assert_eq!(parse(status, "VmRSS:"), Some(1.0));
+        assert_eq!(parse("Name:\tx\n", "VmHWM:"), None);
     }
 
     #[test]

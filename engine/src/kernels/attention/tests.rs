@@ -79,7 +79,7 @@ impl Case {
             let first_position = sequence.len - sequence.rows;
             let span = Span { rows: 0..sequence.rows, first_position, blocks: &sequence.blocks };
             let mut alone = vec![f32::NAN; q.len()];
-            attend(level, &Batch::new(q, &pages, &[span], window), &mut alone);
+            attend(level, &Batch::new(q, &pages, &[span], window), &mut alone, None);
             out.extend(alone);
         }
         out
@@ -109,7 +109,7 @@ impl Case {
         let spans = self.spans();
         let mut out = vec![f32::NAN; self.q.len()];
         let pages = self.pages();
-        attend(level, &Batch::new(&self.q, &pages, &spans, window), &mut out);
+        attend(level, &Batch::new(&self.q, &pages, &spans, window), &mut out, None);
         out
     }
 
