@@ -1,6 +1,9 @@
 //! The policy-gradient loss: PPO's clipped objective per token, and its gradient through the head.
 
-use crate::batch::MicroBatch;
+use crate::{
+    batch::MicroBatch,
+    correction::{Mismatch, truncated_weight},
+};
 use onpolicy_engine::{
     logits::{batch_stats, logprob_gradient},
     model::{attention::Attention, decoder::Decoder},
@@ -71,6 +74,9 @@ pub struct LossSums {
     pub ratio_deviation: f64,
     /// Sum of `r - 1 - ln r`, the k3 estimate of KL(old, new), over all tokens.
     pub kl: f64,
+    /// The trainer's log-probs before the batch's first update against the engine's, over the
+    /// tokens of which they are known.
+    pub mismatch: Mismatch,
 }
 
 impl LossSums {
@@ -82,6 +88,7 @@ impl LossSums {
         self.ratio += other.ratio;
         self.ratio_deviation = self.ratio_deviation.max(other.ratio_deviation);
         self.kl += other.kl;
+        self.mismatch.add(&other.mismatch);
     }
 }
 
@@ -94,6 +101,21 @@ pub struct LossSettings {
     pub temperature: f32,
     /// Kept tokens of the whole mini-batch: the mean's denominator.
     pub kept: usize,
+    /// Whether the weights are still those before the batch's first update.
+    pub first: bool,
+    /// Cap of truncated importance sampling; none where the engine's log-probs are the old ones.
+    pub tis_cap: Option<f32>,
+}
+
+impl LossSettings {
+    /// PPO's old log-prob of a token and the weight of its loss. `before` is its log-prob under the
+    /// trainer before the batch's first update.
+    fn old_policy(&self, engine: f32, before: f32) -> (f32, f32) {
+        match self.tis_cap {
+            Some(cap) => (before, truncated_weight(before - engine, cap)),
+            None => (engine, 1.0),
+        }
+    }
 }
 
 /// Adds the gradient of the mini-batch's loss that comes from `micro` to the weights' gradients.
@@ -194,7 +216,13 @@ fn token_slopes(
     let mean = 1.0 / settings.kept.max(1) as f32;
     let slope = |(offset, stats): (usize, &TokenStats)| {
         let token = start + offset;
-        let log_ratio = stats.logprob - micro.old_logprob[token];
+        let engine = micro.old_logprob[token];
+        let own = micro.own_logprob.get(token).copied();
+        if let Some(before) = own.or(settings.first.then_some(stats.logprob)) {
+            sums.mismatch.push(before - engine);
+        }
+        let (old, weight) = settings.old_policy(engine, own.unwrap_or(stats.logprob));
+        let log_ratio = stats.logprob - old;
         let ratio = log_ratio.exp();
         sums.tokens += 1;
         sums.ratio += f64::from(ratio);
@@ -204,9 +232,9 @@ fn token_slopes(
             return 0.0;
         }
         let objective = settings.clip.objective(ratio, micro.advantage[token]);
-        sums.objective += f64::from(objective.value);
+        sums.objective += f64::from(weight * objective.value);
         sums.clipped += usize::from(objective.clipped);
-        -objective.slope * mean
+        -weight * objective.slope * mean
     };
     stats.iter().enumerate().map(slope).collect()
 }

@@ -9,8 +9,9 @@ use onpolicy_engine::{
         decoder::Decoder,
         loading::{Checkpoint, Source, load},
     },
-    weights::Weights,
+    weights::{ServeDtype, Weights},
 };
+use onpolicy_plugin_api::EngineError;
 
 /// A served model with trainable handles to its weights.
 pub struct Served {
@@ -23,6 +24,7 @@ pub struct Served {
     /// Handles that collect gradients, over the served storage.
     pub weights: Weights,
     config: ModelConfig,
+    serve_dtype: ServeDtype,
 }
 
 impl Served {
@@ -37,7 +39,23 @@ impl Served {
         let name = config.model.name.clone().unwrap_or(name);
         let served = Model { name, config: model.clone(), weights: policy };
         let engine = EngineHandle::start(served, engine_config(config))?;
-        Ok(Self { engine, tokenizer, source, weights, config: model })
+        let serve_dtype = config.engine.serve_dtype;
+        Ok(Self { engine, tokenizer, source, weights, config: model, serve_dtype })
+    }
+
+    /// What is served in a narrow type, and the memory that it takes; none where f32 is served.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub fn copies(&self) -> Result<Option<String>, EngineError> {
+        let (copied, all) = (self.engine.stats()?.copied_bytes >> 20, self.weights.bytes() >> 20);
+        let dtype = self.serve_dtype;
+        let text = || {
+            format!(
+                "linear layers and head served as {dtype}: {copied} MiB beside {all} MiB of f32"
+            )
+        };
+        Ok((dtype != ServeDtype::F32).then(text))
     }
 
     /// A decoder for the trainer, over the trainable handles.
@@ -57,5 +75,6 @@ fn engine_config(config: &Config) -> EngineConfig {
         prefix_cache: engine.prefix_cache,
         on_update: engine.on_update,
         profile: engine.profile,
+        serve_dtype: engine.serve_dtype,
     }
 }

@@ -3,7 +3,7 @@
 
 use super::may_record;
 use crate::{
-    kernels::matmul,
+    kernels::matmul::{self, narrow::Narrow},
     torch::{
         autograd::set_grad,
         function::{Function, apply},
@@ -24,6 +24,19 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     }
     let inputs: Vec<&Tensor> = [&x, weight].into_iter().chain(bias).collect();
     apply(Linear, &inputs).unwrap_or_else(|error| panic!("linear: {error}"))
+}
+
+/// `x W^T + b` with a weight in a narrow type, as [`linear`] otherwise, but without a gradient.
+///
+/// # Panics
+/// If a shape does not fit, `x` or `bias` is not f32 on the CPU, or `x` requires a gradient.
+pub fn narrow_linear(x: &Tensor, weight: &Narrow, bias: Option<&Tensor>) -> Tensor {
+    assert!(!may_record(&[x]), "a narrow weight has no gradient");
+    let x = x.contiguous();
+    let rows = x.size2().expect("an input has two axes").0;
+    let mut y = Tensor::empty([rows, weight.shape()[0] as i64], (Kind::Float, Device::Cpu));
+    weight.multiply(floats(&x), bias.map(floats), floats_mut(&mut y));
+    y
 }
 
 /// Adds `gradient^T x` (`gradient` `[M, N]`, `x` `[M, K]`) to the `grad` of the leaf `weight`.
