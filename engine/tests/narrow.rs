@@ -158,8 +158,8 @@ fn an_update_under_load_reaches_the_copies() {
 #[test]
 fn weights_that_do_not_fit_are_refused_at_the_start() {
     let checkpoint = tiny("llama-tied");
-    let matrices = checkpoint.tensors.iter().filter(|(name, _)| name.ends_with("up_proj.weight"));
-    let (name, tensor) = matrices.last().expect("there is one");
+    let matrix = checkpoint.tensors.iter().find(|(name, _)| name.ends_with("up_proj.weight"));
+    let (name, tensor) = matrix.expect("there is one");
     let _ = tensor.get(0).fill_(1e5);
     let start = |serve_dtype| {
         let weights = checkpoint.tensors.iter().map(|(n, t)| (n.clone(), t.shallow_clone()));
