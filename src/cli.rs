@@ -75,6 +75,9 @@ pub struct Train {
     /// Print where the engine's time goes, by phase of a step (engine.profile)
     #[arg(long)]
     profile: bool,
+    /// Type that linear layers and head are served in: f32, f16, bf16, int8 (engine.serve_dtype)
+    #[arg(long, value_name = "TYPE")]
+    serve_dtype: Option<String>,
     /// Go on from the newest checkpoint in the output folder
     #[arg(long)]
     pub resume: bool,
@@ -89,6 +92,7 @@ impl Train {
             ("train.seed", self.seed.map(|n| n.to_string())),
             ("server.port", self.port.map(|n| n.to_string())),
             ("engine.profile", self.profile.then(|| "true".into())),
+            ("engine.serve_dtype", self.serve_dtype.as_ref().map(|dtype| format!("{dtype:?}"))),
         ])
     }
 }
@@ -107,6 +111,9 @@ pub struct Serve {
     /// Print where the engine's time goes, by phase of a step (engine.profile)
     #[arg(long)]
     profile: bool,
+    /// Type that linear layers and head are served in: f32, f16, bf16, int8 (engine.serve_dtype)
+    #[arg(long, value_name = "TYPE")]
+    serve_dtype: Option<String>,
 }
 
 impl Serve {
@@ -116,6 +123,7 @@ impl Serve {
             ("server.host", self.host.as_ref().map(|host| format!("{host:?}"))),
             ("server.port", self.port.map(|n| n.to_string())),
             ("engine.profile", self.profile.then(|| "true".into())),
+            ("engine.serve_dtype", self.serve_dtype.as_ref().map(|dtype| format!("{dtype:?}"))),
         ])
     }
 }

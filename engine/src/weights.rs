@@ -1,10 +1,78 @@
 //! The shared policy: the tensors that the engine serves and the trainer updates.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use crate::kernels::matmul::narrow::Format;
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 use tch::Tensor;
+
+/// The type that linear layers and the head are served in. With any but f32 the engine keeps a
+/// copy of their weights beside the f32 ones and makes it anew in every update; the embedding's
+/// rows, norms and biases stay f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServeDtype {
+    /// The tensors that the trainer updates, without any copy.
+    #[default]
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// The upper half of f32.
+    Bf16,
+    /// Integers between -127 and 127 with an f32 scale for each row; inputs stay f32.
+    Int8,
+}
+
+impl ServeDtype {
+    /// The format of the copies; none for f32.
+    pub fn format(self) -> Option<Format> {
+        match self {
+            Self::F32 => None,
+            Self::F16 => Some(Format::F16),
+            Self::Bf16 => Some(Format::Bf16),
+            Self::Int8 => Some(Format::Int8),
+        }
+    }
+
+    /// Whether these weights can be kept in this type.
+    ///
+    /// # Errors
+    /// Names the first matrix with a number that f16 cannot hold, or that is not finite.
+    pub fn check(self, weights: &Weights) -> Result<(), String> {
+        let largest = match self {
+            Self::F32 => return Ok(()),
+            Self::F16 => 65_504.0,
+            Self::Bf16 | Self::Int8 => f64::from(f32::MAX),
+        };
+        for (name, tensor) in weights.iter().filter(|(_, tensor)| tensor.dim() == 2) {
+            let (least, most) = tensor.aminmax(None, false);
+            for extreme in [least, most].map(|extreme| extreme.double_value(&[])) {
+                if extreme.is_nan() || extreme.abs() > largest {
+                    return Err(format!(
+                        "'{name}' holds {extreme}, beyond {largest:e}, the largest number that \
+                         {self} copies can be made of; serve f32 or bf16"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ServeDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        })
+    }
+}
 
 /// The version counter of a policy, readable from any thread.
 #[derive(Debug, Clone, Default)]
@@ -86,5 +154,25 @@ mod tests {
         assert_eq!(served.data_ptr(), trained.data_ptr());
         assert!(trained.requires_grad() && !served.requires_grad());
         assert_eq!((policy.bytes(), policy.parameters()), (8, 2));
+    }
+
+    #[test]
+    fn weights_beyond_a_type_are_refused_by_name() {
+        let with = |x: f32| {
+            let matrix = Tensor::from_slice(&[1.0, x, 2.0, -3.0]).view([2, 2]);
+            Weights::new(vec![("norm".into(), Tensor::from(1e9f32)), ("w".into(), matrix)])
+        };
+        let narrow = [ServeDtype::F16, ServeDtype::Bf16, ServeDtype::Int8];
+        for dtype in narrow {
+            assert_eq!(dtype.check(&with(-65_504.0)), Ok(()));
+            for bad in [f32::NAN, f32::NEG_INFINITY] {
+                let error = dtype.check(&with(bad)).unwrap_err();
+                assert!(error.contains("'w'"), "{error}");
+            }
+        }
+        let error = ServeDtype::F16.check(&with(-7e4)).unwrap_err();
+        assert!(error.contains("'w' holds -70000"), "{error}");
+        assert_eq!(ServeDtype::Bf16.check(&with(-7e4)), Ok(()));
+        assert_eq!(ServeDtype::F32.check(&with(f32::NAN)), Ok(()));
     }
 }

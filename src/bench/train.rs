@@ -15,7 +15,7 @@ use onpolicy_trainer::{
     batch::{MicroBatch, TrainBatch, TrainGroup, TrainSample},
     config::Config,
     entropy::KeepAll,
-    loss::{LossSettings, PpoClip, accumulate_gradient, token_stats},
+    loss::{LossSettings, accumulate_gradient, token_stats},
 };
 use std::time::Instant;
 use tch::Tensor;
@@ -107,7 +107,7 @@ impl Contestant {
         fill_in(&mut groups, &stats.collect::<Vec<_>>());
         let packs = self::packs(&groups, rows);
         let kept = packs.iter().map(|micro| micro.targets.len()).sum();
-        let settings = loss_settings(config, kept);
+        let settings = LossSettings::new(config, kept, true);
         Self { name, groups, packs, settings, seconds: Vec::new() }
     }
 
@@ -157,16 +157,6 @@ pub fn work(costs: &Costs, groups: &[TrainGroup], config: &Config) -> Work {
 fn packs(groups: &[TrainGroup], rows: usize) -> Vec<MicroBatch> {
     let batch = TrainBatch::new(groups.to_vec(), &KeepAll {});
     batch.mini_batches(1, rows).into_iter().flat_map(|mini| mini.micro_batches).collect()
-}
-
-fn loss_settings(config: &Config, kept: usize) -> LossSettings {
-    let train = &config.train;
-    let clip = PpoClip {
-        low: train.clip_low as f32,
-        high: train.clip_high as f32,
-        dual: train.dual_clip as f32,
-    };
-    LossSettings { clip, temperature: config.rollout.temperature as f32, kept }
 }
 
 /// Groups of random tokens; every second sample of a group is rewarded.

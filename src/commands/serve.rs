@@ -10,6 +10,9 @@ pub fn run(arguments: &cli::Serve) -> Result<(), anyhow::Error> {
     let metrics = server::record_metrics()?;
     eprintln!("loading {} ...", config.model.path);
     let served = Served::start(&config.model.path, &config)?;
+    if let Some(copies) = served.copies()? {
+        eprintln!("{copies}");
+    }
     let server = server::start(&config, &served, metrics)?;
     let Some(server) = server else { anyhow::bail!("the server did not start") };
     println!("serving on {}/v1 (Ctrl-C stops it)", server.url());

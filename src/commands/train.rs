@@ -16,7 +16,7 @@ pub fn run(
     let mut run = run::Run::start(config.clone(), parts, arguments.resume)?;
     let served = run.served();
     let server = server::start(&config, served, metrics)?;
-    describe(&config, &run, server.as_ref());
+    describe(&config, &run, server.as_ref())?;
     let plan = run.memory_plan()?;
     eprintln!("{plan}");
 
@@ -43,7 +43,11 @@ pub fn run(
     Ok(())
 }
 
-fn describe(config: &Config, run: &run::Run, server: Option<&server::Server>) {
+fn describe(
+    config: &Config,
+    run: &run::Run,
+    server: Option<&server::Server>,
+) -> Result<(), anyhow::Error> {
     let served = run.served();
     let millions = served.weights.parameters() as f64 / 1e6;
     eprintln!(
@@ -54,10 +58,17 @@ fn describe(config: &Config, run: &run::Run, server: Option<&server::Server>) {
         config.rollout.prompts_per_step,
         config.rollout.group_size,
     );
+    if let Some(copies) = served.copies()? {
+        eprintln!("{copies}");
+    }
+    if let Some(warning) = config.warning() {
+        eprintln!("warning: {warning}");
+    }
     if let Some(server) = server {
         eprintln!("serving on {}/v1 while it trains", server.url());
     }
     if run.steps_done() > 0 {
         eprintln!("resumed after step {}", run.steps_done());
     }
+    Ok(())
 }

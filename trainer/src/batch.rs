@@ -201,6 +201,9 @@ pub struct MicroBatch {
     pub targets: Vec<u32>,
     /// Log-prob of each token when it was drawn.
     pub old_logprob: Vec<f32>,
+    /// Log-prob of each token under the trainer before the batch's first update, if they were
+    /// computed; the first update's own forward pass gives them anyway.
+    pub own_logprob: Vec<f32>,
     /// Entropy at each token when it was drawn.
     pub old_entropy: Vec<f32>,
     /// Advantage of each token's sample.

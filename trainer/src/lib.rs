@@ -8,7 +8,8 @@
 //! - [`run`]: a run from start to end. [`train`]: one step from top to bottom.
 //! - [`rollout`]: problems become groups of samples. [`reward`]: samples become rewards.
 //! - [`advantage`], [`entropy`]: rewards and token statistics become advantages and a keep mask.
-//! - [`batch`]: scored groups become packs. [`loss`]: packs become gradients.
+//! - [`batch`]: scored groups become packs. [`loss`]: packs become gradients. [`correction`]: the
+//!   engine's log-probs against the trainer's.
 //! - [`optimizer`], [`schedule`]: gradients become new weights. [`checkpoint`]: weights and moments on disk.
 //! - [`eval`]: Avg@K and Pass@K. [`samples`], [`metrics`], [`plot`]: what a run leaves behind.
 
@@ -17,6 +18,7 @@ pub mod batch;
 pub mod builtins;
 pub mod checkpoint;
 pub mod config;
+pub mod correction;
 pub mod entropy;
 pub mod error;
 pub mod eval;

@@ -1,6 +1,10 @@
 //! The policy-gradient loss: PPO's clipped objective per token, and its gradient through the head.
 
-use crate::batch::MicroBatch;
+use crate::{
+    batch::MicroBatch,
+    config::Config,
+    correction::{Correction, Mismatch, truncated_weight},
+};
 use onpolicy_engine::{
     logits::{batch_stats, logprob_gradient},
     model::{attention::Attention, checkpointing::Checkpoints, decoder::Decoder},
@@ -71,6 +75,9 @@ pub struct LossSums {
     pub ratio_deviation: f64,
     /// Sum of `r - 1 - ln r`, the k3 estimate of KL(old, new), over all tokens.
     pub kl: f64,
+    /// The trainer's log-probs before the batch's first update against the engine's, over the
+    /// tokens of which they are known.
+    pub mismatch: Mismatch,
 }
 
 impl LossSums {
@@ -82,6 +89,7 @@ impl LossSums {
         self.ratio += other.ratio;
         self.ratio_deviation = self.ratio_deviation.max(other.ratio_deviation);
         self.kl += other.kl;
+        self.mismatch.add(&other.mismatch);
     }
 }
 
@@ -94,6 +102,37 @@ pub struct LossSettings {
     pub temperature: f32,
     /// Kept tokens of the whole mini-batch: the mean's denominator.
     pub kept: usize,
+    /// Whether the weights are still those before the batch's first update.
+    pub first: bool,
+    /// Cap of truncated importance sampling; none where the engine's log-probs are the old ones.
+    pub tis_cap: Option<f32>,
+}
+
+impl LossSettings {
+    /// The settings of `config` for a mini-batch that keeps so many tokens.
+    pub fn new(config: &Config, kept: usize, first: bool) -> Self {
+        let train = &config.train;
+        Self {
+            clip: PpoClip {
+                low: train.clip_low as f32,
+                high: train.clip_high as f32,
+                dual: train.dual_clip as f32,
+            },
+            temperature: config.rollout.temperature as f32,
+            kept,
+            first,
+            tis_cap: (train.correction == Correction::Tis).then_some(train.tis_cap as f32),
+        }
+    }
+
+    /// PPO's old log-prob of a token and the weight of its loss. `before` is its log-prob under the
+    /// trainer before the batch's first update.
+    fn old_policy(&self, engine: f32, before: f32) -> (f32, f32) {
+        match self.tis_cap {
+            Some(cap) => (before, truncated_weight(before - engine, cap)),
+            None => (engine, 1.0),
+        }
+    }
 }
 
 /// What of a forward pass is kept for the backward pass.
@@ -245,7 +284,13 @@ fn token_slopes(
     let mean = 1.0 / settings.kept.max(1) as f32;
     let slope = |(offset, stats): (usize, &TokenStats)| {
         let token = start + offset;
-        let log_ratio = stats.logprob - micro.old_logprob[token];
+        let engine = micro.old_logprob[token];
+        let own = micro.own_logprob.get(token).copied();
+        if let Some(before) = own.or(settings.first.then_some(stats.logprob)) {
+            sums.mismatch.push(before - engine);
+        }
+        let (old, weight) = settings.old_policy(engine, own.unwrap_or(stats.logprob));
+        let log_ratio = stats.logprob - old;
         let ratio = log_ratio.exp();
         sums.tokens += 1;
         sums.ratio += f64::from(ratio);
@@ -255,9 +300,9 @@ fn token_slopes(
             return 0.0;
         }
         let objective = settings.clip.objective(ratio, micro.advantage[token]);
-        sums.objective += f64::from(objective.value);
+        sums.objective += f64::from(weight * objective.value);
         sums.clipped += usize::from(objective.clipped);
-        -objective.slope * mean
+        -weight * objective.slope * mean
     };
     stats.iter().enumerate().map(slope).collect()
 }

@@ -10,8 +10,9 @@ use onpolicy_engine::{
         loading::{Checkpoint, Source, load},
     },
     torch::memory::keep_freed,
-    weights::Weights,
+    weights::{ServeDtype, Weights},
 };
+use onpolicy_plugin_api::EngineError;
 
 /// A served model with trainable handles to its weights.
 pub struct Served {
@@ -24,6 +25,7 @@ pub struct Served {
     /// Handles that collect gradients, over the served storage.
     pub weights: Weights,
     config: ModelConfig,
+    serve_dtype: ServeDtype,
 }
 
 impl Served {
@@ -48,7 +50,23 @@ impl Served {
         let engine = EngineHandle::start(served, engine_config(config))?;
         // Not before, so that what loading has left is gone.
         keep_freed();
-        Ok(Self { engine, tokenizer, source, weights, config: model })
+        let serve_dtype = config.engine.serve_dtype;
+        Ok(Self { engine, tokenizer, source, weights, config: model, serve_dtype })
+    }
+
+    /// What is served in a narrow type, and the memory that it takes; none where f32 is served.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub fn copies(&self) -> Result<Option<String>, EngineError> {
+        let (copied, all) = (self.engine.stats()?.copied_bytes >> 20, self.weights.bytes() >> 20);
+        let dtype = self.serve_dtype;
+        let text = || {
+            format!(
+                "linear layers and head served as {dtype}: {copied} MiB beside {all} MiB of f32"
+            )
+        };
+        Ok((dtype != ServeDtype::F32).then(text))
     }
 
     /// The model's shape.
@@ -73,5 +91,6 @@ fn engine_config(config: &Config) -> EngineConfig {
         prefix_cache: engine.prefix_cache,
         on_update: engine.on_update,
         profile: engine.profile,
+        serve_dtype: engine.serve_dtype,
     }
 }

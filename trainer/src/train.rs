@@ -2,11 +2,12 @@
 //! update, metrics.
 
 use crate::{
-    batch::{TrainBatch, TrainGroup, TrainSample},
+    batch::{MiniBatch, TrainBatch, TrainGroup, TrainSample},
     config::Config,
+    correction::Correction,
     entropy::EntropyReport,
     error::TrainError,
-    loss::{Activations, LossSettings, LossSums, PpoClip, accumulate_gradient_with, token_stats},
+    loss::{Activations, LossSettings, LossSums, accumulate_gradient_with, token_stats},
     metrics::{Seconds, StepMetrics, memory},
     optimizer::Optimizer,
     reward::{Scored, score},
@@ -117,7 +118,8 @@ impl Trainer {
         progress(Progress::Phase("train"));
         let batch = TrainBatch::new(self.train_groups(&groups), self.parts.gate.as_ref());
         let train = &self.config.train;
-        let mini_batches = batch.mini_batches(train.updates_per_batch, train.micro_batch_tokens);
+        let mut mini_batches =
+            batch.mini_batches(train.updates_per_batch, train.micro_batch_tokens);
         let packs = mini_batches.iter().flat_map(|mini_batch| &mini_batch.micro_batches);
         let rows = packs.map(|micro| micro.pack.len()).sum();
         let mut update = Update { lr: self.learning_rate(), ..Update::default() };
@@ -126,8 +128,9 @@ impl Trainer {
             false => Activations::Kept,
         };
         let mut done = 0;
+        self.note_own_logprobs(&mut mini_batches);
         for mini_batch in &mini_batches {
-            let settings = self.loss_settings(mini_batch.kept);
+            let settings = LossSettings::new(&self.config, mini_batch.kept, update.updates == 0);
             for micro in &mini_batch.micro_batches {
                 let decoder = &self.decoder;
                 let sums = accumulate_gradient_with(decoder, micro, &settings, activations)?;
@@ -194,14 +197,17 @@ impl Trainer {
         groups.iter().map(group).collect()
     }
 
-    fn loss_settings(&self, kept: usize) -> LossSettings {
-        let train = &self.config.train;
-        let clip = PpoClip {
-            low: train.clip_low as f32,
-            high: train.clip_high as f32,
-            dual: train.dual_clip as f32,
-        };
-        LossSettings { clip, temperature: self.config.rollout.temperature as f32, kept }
+    /// Where importance is corrected for, the mini-batches after the first need the trainer's
+    /// log-probs under the weights as they are now.
+    fn note_own_logprobs(&self, mini_batches: &mut [MiniBatch]) {
+        if self.config.train.correction == Correction::None {
+            return;
+        }
+        let temperature = self.config.rollout.temperature as f32;
+        for micro in mini_batches.iter_mut().skip(1).flat_map(|batch| &mut batch.micro_batches) {
+            let stats = token_stats(&self.decoder, micro, temperature);
+            micro.own_logprob = stats.iter().map(|stats| stats.logprob).collect();
+        }
     }
 
     fn learning_rate(&self) -> f64 {
@@ -283,6 +289,10 @@ impl Trainer {
             ratio_mean: over_tokens(update.sums.ratio),
             ratio_max_deviation: update.sums.ratio_deviation,
             approx_kl: over_tokens(update.sums.kl),
+            mismatch_mean: update.sums.mismatch.mean(),
+            mismatch_max: update.sums.mismatch.largest(),
+            mismatch_far: update.sums.mismatch.far(),
+            refresh_seconds: self.engine.stats().map_or(f64::NAN, |s| s.refresh.as_secs_f64()),
             seconds,
             tokens_per_second: tokens as f64 / seconds.rollout.max(1e-9),
             peak_memory_mb: memory::peak_mb().unwrap_or(f64::NAN),

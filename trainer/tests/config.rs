@@ -149,12 +149,28 @@ fn a_resolved_configuration_reads_back_the_same() {
 }
 
 #[test]
+fn narrow_types_warn_unless_they_are_corrected_for() {
+    let warning = |over: &[&str]| flags(over).unwrap().warning();
+    assert_eq!(warning(&[]), None);
+    assert_eq!(warning(&["train.correction=tis"]), None);
+    for dtype in ["f16", "bf16", "int8"] {
+        let narrow = format!("engine.serve_dtype={dtype}");
+        let text = warning(&[&narrow]).expect("a warning");
+        assert!(text.contains(dtype) && text.contains("train.correction = \"tis\""), "{text}");
+        assert_eq!(warning(&[&narrow, "train.correction=tis", "train.tis_cap=4"]), None);
+    }
+    let refused = refusal("engine.serve_dtype=f8");
+    assert!(refused.starts_with("engine.serve_dtype: unknown variant `f8`"), "{refused}");
+}
+
+#[test]
 fn unknown_keys_are_named_with_the_nearest_known() {
     assert_eq!(
         refusal("train.learning=1"),
         "unknown key 'train.learning'; known are: steps, seed, lr, betas, eps, weight_decay, \
          max_grad_norm, schedule, warmup_steps, min_lr_ratio, clip_low, clip_high, dual_clip, \
-         advantage, updates_per_batch, micro_batch_tokens, activation_checkpointing"
+         correction, tis_cap, advantage, updates_per_batch, micro_batch_tokens, \
+         activation_checkpointing"
     );
     assert_eq!(
         refusal("rollout.groupsize=4"),
@@ -222,6 +238,8 @@ fn ranges_are_named() {
         ),
         ("train.clip_low=1.0", "train.clip_low = 1: must be above 0, below 1"),
         ("train.dual_clip=1", "train.dual_clip = 1: must be above 1 and at most 1000"),
+        ("train.tis_cap=0.5", "train.tis_cap = 0.5: must be between 1 and 1000"),
+        ("train.tis_cap=3", "train.tis_cap = 3: has no effect unless train.correction is \"tis\""),
         (
             "train.updates_per_batch=9",
             "train.updates_per_batch = 9: must not be more than rollout.prompts_per_step (8)",

@@ -140,7 +140,7 @@ fn check(case: &Value, max_rows: usize) {
     };
     let mut sums = LossSums::default();
     for micro in micros {
-        let settings = LossSettings { clip, temperature, kept };
+        let settings = LossSettings { clip, temperature, kept, first: true, tis_cap: None };
         sums.add(&accumulate_gradient(&decoder, micro, &settings).expect("a gradient"));
     }
     let loss = -sums.objective / kept as f64;

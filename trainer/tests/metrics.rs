@@ -14,6 +14,9 @@ fn step(number: u64) -> StepMetrics {
         dropped_fraction: 0.02,
         tokens_per_second: 500.0 + (number % 4) as f64,
         peak_memory_mb: 900.0 + number as f64,
+        // No token taught in the sixth step.
+        mismatch_mean: if number == 6 { f64::NAN } else { 1e-4 * (number % 4 + 2) as f64 },
+        mismatch_max: if number == 6 { f64::NAN } else { 0.01 * number as f64 },
         seconds: Seconds {
             rollout: 2.0,
             train: 1.0,
@@ -127,6 +130,7 @@ fn the_summary_as_a_table() {
     other            4.5 (12.5 %)
   reward             0.150 (first 2) -> 0.700 (last 5)
   entropy            2.000 -> 0.222 nats
+  engine - trainer   3.4e-4 nats (at most 9.0e-2)
   tokens dropped     2.00 %
   best throughput    503 tokens/s (step 7)
   peak memory        909 MiB

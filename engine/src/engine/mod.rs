@@ -10,7 +10,7 @@ use crate::{
     model::config::ModelConfig,
     profile::{self, Profile},
     scheduler::{Scheduler, SchedulerConfig},
-    weights::{Version, Weights},
+    weights::{ServeDtype, Version, Weights},
 };
 use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, RequestId, Sink};
 use std::{
@@ -20,6 +20,7 @@ use std::{
         mpsc,
     },
     thread::JoinHandle,
+    time::Duration,
 };
 use worker::{Command, Submission, Worker};
 
@@ -55,6 +56,8 @@ pub struct EngineConfig {
     pub on_update: OnUpdate,
     /// Time the phases of each step, for [`EngineHandle::profile`].
     pub profile: bool,
+    /// The type that linear layers and the head are served in.
+    pub serve_dtype: ServeDtype,
 }
 
 impl Default for EngineConfig {
@@ -68,6 +71,7 @@ impl Default for EngineConfig {
             prefix_cache: true,
             on_update: OnUpdate::Keep,
             profile: false,
+            serve_dtype: ServeDtype::F32,
         }
     }
 }
@@ -126,6 +130,10 @@ pub struct EngineStats {
     pub prefix_hits: u64,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_queries: u64,
+    /// Bytes of the copies that are served in a narrow type.
+    pub copied_bytes: usize,
+    /// How long the last update took to make them anew.
+    pub refresh: Duration,
 }
 
 /// State that handle and worker share.
@@ -163,8 +171,11 @@ impl EngineHandle {
     /// Starts the engine's thread over `model`.
     ///
     /// # Errors
-    /// A size that cannot work, with the number that would.
+    /// A size that cannot work, with the number that would; weights that cannot be kept in
+    /// [`EngineConfig::serve_dtype`].
     pub fn start(model: Model, config: EngineConfig) -> Result<Self, EngineError> {
+        let dtype = config.serve_dtype;
+        dtype.check(&model.weights).map_err(|why| EngineError::invalid("serve_dtype", why))?;
         let limits = config.scheduler(&model.config)?;
         let scheduler = Scheduler::new(limits.clone())?;
         let shared = Arc::new(Shared {
@@ -188,7 +199,7 @@ impl EngineHandle {
                 if config.profile {
                     profile::start();
                 }
-                let runner = runner::Runner::new(&model.config, &model.weights, blocks);
+                let runner = runner::Runner::new(&model.config, (&model.weights, dtype), blocks);
                 Worker::new(runner, scheduler, worker_shared, config.on_update).run(&inbox);
             })
             .map_err(|error| EngineError::Internal(format!("no thread: {error}")))?;

@@ -13,8 +13,9 @@ use crate::{
     profile::{Phase, timed},
     scheduler::{Chunk, Scheduler, Step},
     torch::slices::floats,
-    weights::Weights,
+    weights::{ServeDtype, Weights},
 };
+use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// Rows of the output head that are computed at a time when a prompt's log-probs are wanted.
@@ -26,6 +27,7 @@ pub struct Runner {
     cache: KvCache,
     vocab: usize,
     eos_token_ids: Vec<u32>,
+    copied_bytes: usize,
 }
 
 /// Hidden states of one step.
@@ -37,10 +39,17 @@ pub struct StepOutput {
 }
 
 impl Runner {
-    /// A runner over handles to `weights`, with `num_blocks` blocks of KV.
-    pub fn new(config: &ModelConfig, weights: &Weights, num_blocks: usize) -> Self {
+    /// A runner over handles to `weights`, which serves them as `dtype`, with `num_blocks` blocks
+    /// of KV.
+    pub fn new(
+        config: &ModelConfig,
+        (weights, dtype): (&Weights, ServeDtype),
+        num_blocks: usize,
+    ) -> Self {
+        let mut decoder = Decoder::serving(config, weights, dtype);
         Self {
-            decoder: Decoder::new(config, weights),
+            copied_bytes: decoder.copied_bytes(),
+            decoder,
             cache: KvCache::new(config, num_blocks),
             vocab: config.vocab_size,
             eos_token_ids: config.eos_token_ids.clone(),
@@ -55,6 +64,22 @@ impl Runner {
     /// Tokens that end a sample.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
+    }
+
+    /// Bytes of the weights' copies in a narrow type; 0 where f32 is served.
+    pub fn copied_bytes(&self) -> usize {
+        self.copied_bytes
+    }
+
+    /// Makes those copies anew, out of the weights as they are now; says how long it took: no time
+    /// where f32 is served.
+    pub fn refresh(&mut self) -> Duration {
+        if self.copied_bytes == 0 {
+            return Duration::ZERO;
+        }
+        let started = Instant::now();
+        self.decoder.refresh();
+        started.elapsed()
     }
 
     /// Runs the chunks of `step` through the decoder; their K and V are in the pages afterwards.

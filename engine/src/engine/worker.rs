@@ -21,7 +21,7 @@ use std::{
         atomic::Ordering,
         mpsc::{Receiver, SyncSender, TryRecvError},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Writes the weights; an error means that nothing has changed.
@@ -68,6 +68,8 @@ pub struct Worker {
     shared: Arc<Shared>,
     on_update: OnUpdate,
     steps: u64,
+    /// How long the last update took to make the served copies anew.
+    refresh: Duration,
 }
 
 impl Worker {
@@ -78,7 +80,8 @@ impl Worker {
         on_update: OnUpdate,
     ) -> Self {
         let (live, updates) = (HashMap::new(), VecDeque::new());
-        Self { runner, scheduler, live, updates, shared, on_update, steps: 0 }
+        let (steps, refresh) = (0, Duration::ZERO);
+        Self { runner, scheduler, live, updates, shared, on_update, steps, refresh }
     }
 
     /// Works until told to stop, or until every handle is gone.
@@ -199,6 +202,7 @@ impl Worker {
         }
         while let Some((write, reply)) = self.updates.pop_front() {
             let started = Instant::now();
+            let write = || write().map(|()| self.refresh = self.runner.refresh());
             let written = catch_unwind(AssertUnwindSafe(write))
                 .unwrap_or_else(|panic| Err(panic_text(panic.as_ref())));
             let answer = match written {
@@ -210,6 +214,9 @@ impl Worker {
                 Err(reason) => Err(EngineError::Internal(reason)),
             };
             metrics::histogram!("onpolicy_weight_update_seconds").record(started.elapsed());
+            if self.runner.copied_bytes() > 0 {
+                metrics::histogram!("onpolicy_weight_refresh_seconds").record(self.refresh);
+            }
             self.publish();
             // The updater may have gone away; the update stands.
             let _ = reply.send(answer);
@@ -333,6 +340,8 @@ impl Worker {
             preemptions: counters.preemptions,
             prefix_hits: counters.prefix_hits,
             prefix_queries: counters.prefix_queries,
+            copied_bytes: self.runner.copied_bytes(),
+            refresh: self.refresh,
         }
     }
 
@@ -344,6 +353,7 @@ impl Worker {
         metrics::gauge!("onpolicy_requests_waiting").set(stats.waiting as f64);
         metrics::gauge!("onpolicy_kv_blocks_used").set(stats.blocks_used as f64);
         metrics::gauge!("onpolicy_kv_blocks_total").set(stats.blocks_total as f64);
+        metrics::gauge!("onpolicy_weight_copies_bytes").set(stats.copied_bytes as f64);
         metrics::counter!("onpolicy_preemptions_total").absolute(stats.preemptions);
         metrics::counter!("onpolicy_prefix_cache_hit_tokens_total").absolute(stats.prefix_hits);
         metrics::counter!("onpolicy_prefix_cache_query_tokens_total")

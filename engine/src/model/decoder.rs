@@ -6,13 +6,15 @@ use super::{
     rope::{Rope, Rotation},
 };
 use crate::{
+    kernels::matmul::narrow::Narrow,
     ops::{
-        linear::{linear, linear_each},
+        linear::{linear, linear_each, narrow_linear},
         rms_norm::{add_rms_norm, rms_norm},
         swiglu::swiglu,
     },
     profile::{Phase, timed},
-    weights::Weights,
+    torch::slices::floats,
+    weights::{ServeDtype, Weights},
 };
 use tch::Tensor;
 
@@ -20,16 +22,34 @@ use tch::Tensor;
 struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    /// What is multiplied with in the weight's place, where one is served in a narrow type.
+    narrow: Option<Narrow>,
 }
 
 impl Linear {
+    fn new(weight: Tensor, bias: Option<Tensor>, dtype: ServeDtype) -> Self {
+        let (rows, depth) = weight.size2().expect("a weight has two axes");
+        let narrow = |format| Narrow::new(format, [rows as usize, depth as usize]);
+        Self { bias, narrow: dtype.format().map(narrow), weight }
+    }
+
     fn forward(&self, x: &Tensor) -> Tensor {
-        timed(Phase::Linear, || linear(x, &self.weight, self.bias.as_ref()))
+        timed(Phase::Linear, || self.multiply(x))
+    }
+
+    fn multiply(&self, x: &Tensor) -> Tensor {
+        match &self.narrow {
+            Some(narrow) => narrow_linear(x, narrow, self.bias.as_ref()),
+            None => linear(x, &self.weight, self.bias.as_ref()),
+        }
     }
 }
 
 /// [`Linear::forward`] of several layers with the same input.
 fn forward_each<const N: usize>(layers: [&Linear; N], x: &Tensor) -> [Tensor; N] {
+    if layers.iter().any(|layer| layer.narrow.is_some()) {
+        return layers.map(|layer| layer.forward(x));
+    }
     let layers = layers.map(|layer| (&layer.weight, layer.bias.as_ref()));
     timed(Phase::Linear, || linear_each(x, layers))
 }
@@ -103,6 +123,12 @@ struct Layer {
 }
 
 impl Layer {
+    fn linears(&mut self) -> [&mut Linear; 7] {
+        let (attention, mlp) = (&mut self.attention, &mut self.mlp);
+        let [q, k, v] = [&mut attention.q, &mut attention.k, &mut attention.v];
+        [q, k, v, &mut attention.o, &mut mlp.gate, &mut mlp.up, &mut mlp.down]
+    }
+
     /// From the residual stream `x`, to which `last`, if there is one, has yet to be added, to the
     /// stream after this layer, again with something yet to be added: the next norm does both.
     fn forward(
@@ -123,7 +149,7 @@ pub struct Decoder {
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    head: Tensor,
+    head: Linear,
     rope: Rope,
 }
 
@@ -133,7 +159,22 @@ impl Decoder {
     /// # Panics
     /// If a tensor is missing: loading has checked them against [`ModelConfig::tensor_shapes`].
     pub fn new(config: &ModelConfig, weights: &Weights) -> Self {
-        let build = Builder { config, weights };
+        Self::build(Builder { config, weights, dtype: ServeDtype::F32 })
+    }
+
+    /// As [`Decoder::new`], for serving: where `dtype` is narrow, the linear layers and the head
+    /// multiply with copies in it, which [`Decoder::refresh`] makes anew. It has no gradients then.
+    ///
+    /// # Panics
+    /// As [`Decoder::new`].
+    pub fn serving(config: &ModelConfig, weights: &Weights, dtype: ServeDtype) -> Self {
+        let mut decoder = Self::build(Builder { config, weights, dtype });
+        decoder.refresh();
+        decoder
+    }
+
+    fn build(build: Builder<'_>) -> Self {
+        let config = build.config;
         let embedding = build.tensor("model.embed_tokens.weight");
         let head = if config.tie_word_embeddings {
             embedding.shallow_clone()
@@ -144,9 +185,27 @@ impl Decoder {
             embedding,
             layers: (0..config.num_layers).map(|index| build.layer(index)).collect(),
             norm: build.norm("model.norm"),
-            head,
+            head: Linear::new(head, None, build.dtype),
             rope: Rope::new(config),
         }
+    }
+
+    fn linears(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.layers.iter_mut().flat_map(Layer::linears).chain([&mut self.head])
+    }
+
+    /// Makes the copies in the narrow type anew, out of the weights as they are now.
+    pub fn refresh(&mut self) {
+        for linear in self.linears() {
+            if let Some(narrow) = &mut linear.narrow {
+                narrow.pack(floats(&linear.weight));
+            }
+        }
+    }
+
+    /// Bytes of the copies; 0 where f32 is served.
+    pub fn copied_bytes(&mut self) -> usize {
+        self.linears().filter_map(|linear| linear.narrow.as_ref()).map(Narrow::bytes).sum()
     }
 
     /// Hidden states after the last norm, `[N, hidden]`, of `tokens` at `positions` (`[N]` each).
@@ -217,12 +276,12 @@ impl Decoder {
 
     /// Weight of the output head, `[vocab, hidden]`; the embedding itself where they are tied.
     pub fn head(&self) -> &Tensor {
-        &self.head
+        &self.head.weight
     }
 
     /// Logits `[N, vocab]` of hidden states `[N, hidden]`.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        timed(Phase::Head, || linear(hidden, &self.head, None))
+        timed(Phase::Head, || self.head.multiply(hidden))
     }
 }
 
@@ -230,6 +289,7 @@ impl Decoder {
 struct Builder<'a> {
     config: &'a ModelConfig,
     weights: &'a Weights,
+    dtype: ServeDtype,
 }
 
 impl Builder<'_> {
@@ -243,10 +303,8 @@ impl Builder<'_> {
     }
 
     fn linear(&self, name: &str, bias: bool) -> Linear {
-        Linear {
-            weight: self.tensor(&format!("{name}.weight")),
-            bias: bias.then(|| self.tensor(&format!("{name}.bias"))),
-        }
+        let bias = bias.then(|| self.tensor(&format!("{name}.bias")));
+        Linear::new(self.tensor(&format!("{name}.weight")), bias, self.dtype)
     }
 
     fn layer(&self, index: usize) -> Layer {

@@ -3,7 +3,7 @@
 
 use super::may_record;
 use crate::{
-    kernels::matmul::{self, Layer},
+    kernels::matmul::{self, Layer, narrow::Narrow},
     torch::{
         autograd::set_grad,
         function::{Function, apply},
@@ -48,6 +48,19 @@ pub fn linear_each<const N: usize>(
     let (m, k) = x.size2().expect("an input has two axes");
     matmul::nt_each(floats(&x), &mut each.collect::<Vec<_>>(), [m as usize, k as usize]);
     outputs
+}
+
+/// `x W^T + b` with a weight in a narrow type, as [`linear`] otherwise, but without a gradient.
+///
+/// # Panics
+/// If a shape does not fit, `x` or `bias` is not f32 on the CPU, or `x` requires a gradient.
+pub fn narrow_linear(x: &Tensor, weight: &Narrow, bias: Option<&Tensor>) -> Tensor {
+    assert!(!may_record(&[x]), "a narrow weight has no gradient");
+    let x = x.contiguous();
+    let rows = x.size2().expect("an input has two axes").0;
+    let mut y = Tensor::empty([rows, weight.shape()[0] as i64], (Kind::Float, Device::Cpu));
+    weight.multiply(floats(&x), bias.map(floats), floats_mut(&mut y));
+    y
 }
 
 /// Adds `gradient^T x` (`gradient` `[M, N]`, `x` `[M, K]`) to the `grad` of the leaf `weight`.

@@ -10,7 +10,8 @@ mod raw;
 mod validate;
 
 pub use sections::{
-    Engine, Eval, Model, OnUpdate, Output, Plugin, Rollout, Schedule, Server, Train,
+    Correction, Engine, Eval, Model, OnUpdate, Output, Plugin, Rollout, Schedule, ServeDtype,
+    Server, Train,
 };
 
 use serde::Serialize;
@@ -96,6 +97,20 @@ impl Config {
         let config = raw::resolve(table)?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// What whoever trains should know about this configuration before it starts, if anything.
+    pub fn warning(&self) -> Option<String> {
+        let (dtype, train) = (self.engine.serve_dtype, &self.train);
+        let uncorrected = dtype != ServeDtype::F32 && train.correction == Correction::None;
+        uncorrected.then(|| {
+            format!(
+                "engine.serve_dtype = \"{dtype}\": samples are drawn with rounded weights, and \
+                 train.correction = \"none\" takes their log-probs for the trainer's; \
+                 train.correction = \"tis\" corrects for the difference (see mismatch_* in \
+                 metrics.jsonl)"
+            )
+        })
     }
 
     /// The resolved configuration, all defaults filled in; [`Config::parse`] reads it back.

@@ -1,7 +1,8 @@
 //! The sections of the configuration: keys, types, defaults.
 
 use crate::advantage::Advantage;
-pub use onpolicy_engine::engine::OnUpdate;
+pub use crate::correction::Correction;
+pub use onpolicy_engine::{engine::OnUpdate, weights::ServeDtype};
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -50,6 +51,8 @@ pub struct Engine {
     pub on_update: OnUpdate,
     /// Print where the engine's time goes, by phase of a step.
     pub profile: bool,
+    /// Type that the linear layers and the head are served in.
+    pub serve_dtype: ServeDtype,
 }
 
 impl Default for Engine {
@@ -63,6 +66,7 @@ impl Default for Engine {
             prefix_cache: true,
             on_update: OnUpdate::Keep,
             profile: false,
+            serve_dtype: ServeDtype::F32,
         }
     }
 }
@@ -160,6 +164,10 @@ pub struct Train {
     pub clip_high: f64,
     /// Dual clip: with a negative advantage, the objective is not below `dual_clip * advantage`.
     pub dual_clip: f64,
+    /// What is done about the engine's log-probs where they are not the trainer's.
+    pub correction: Correction,
+    /// With `tis`: largest weight of a token.
+    pub tis_cap: f64,
     /// How rewards become advantages.
     pub advantage: Advantage,
     /// Optimizer steps of one batch; it is cut into this many parts.
@@ -182,6 +190,9 @@ pub enum Schedule {
     Cosine,
 }
 
+/// Cap of truncated importance sampling if none is given.
+pub(super) const TIS_CAP: f64 = 2.0;
+
 impl Default for Train {
     fn default() -> Self {
         Self {
@@ -198,6 +209,8 @@ impl Default for Train {
             clip_low: 0.2,
             clip_high: 0.2,
             dual_clip: 3.0,
+            correction: Correction::None,
+            tis_cap: TIS_CAP,
             advantage: Advantage::Grpo,
             updates_per_batch: 1,
             micro_batch_tokens: 512,

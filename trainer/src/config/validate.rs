@@ -1,6 +1,9 @@
 //! Ranges, and rules between keys.
 
-use super::{Config, ConfigError, Engine, Eval, Model, Output, Rollout, Schedule, Server, Train};
+use super::{
+    Config, ConfigError, Correction, Engine, Eval, Model, Output, Rollout, Schedule, Server, Train,
+    sections::TIS_CAP,
+};
 use serde_json::Value;
 use std::{collections::HashSet, fmt::Display};
 
@@ -109,6 +112,11 @@ impl Train {
         rule("train.clip_low", low, low > 0.0 && low < 1.0, || "must be above 0, below 1".into())?;
         above("train.clip_high", self.clip_high, 0.0, 100.0)?;
         above("train.dual_clip", self.dual_clip, 1.0, 1000.0)?;
+        let cap = self.tis_cap;
+        between("train.tis_cap", cap, 1.0, 1000.0)?;
+        let used = self.correction == Correction::Tis || cap == TIS_CAP;
+        let needs_tis = || "has no effect unless train.correction is \"tis\"".into();
+        rule("train.tis_cap", cap, used, needs_tis)?;
         between("train.updates_per_batch", self.updates_per_batch, 1, MANY)?;
         between("train.micro_batch_tokens", self.micro_batch_tokens, 1, 1 << 30)
     }

@@ -101,6 +101,21 @@ pub struct StepMetrics {
     /// Estimated KL divergence of the old policy from the new one, in nats.
     #[serde(deserialize_with = "number_or_nan")]
     pub approx_kl: f64,
+    /// Mean `|ln p_trainer - ln p_engine|` of the tokens before the update, in nats; with several
+    /// updates of a batch and no correction, of the first update's tokens.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub mismatch_mean: f64,
+    /// The largest.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub mismatch_max: f64,
+    /// Share of those tokens whose ratio p_trainer / p_engine is outside of 0.9 to 1.1.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub mismatch_far: f64,
+
+    /// Seconds that the last update took to make the copies anew that are served in a narrow type;
+    /// 0 without them.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub refresh_seconds: f64,
 
     /// Where the step's time went.
     pub seconds: Seconds,

@@ -31,6 +31,10 @@ pub struct Summary {
     pub entropy_last: f64,
     /// Share of all generated tokens that the gate dropped.
     pub dropped_fraction: f64,
+    /// Mean distance of the engine's log-probs from the trainer's over the steps, in nats.
+    pub mismatch_mean: f64,
+    /// The largest distance of a token.
+    pub mismatch_max: f64,
     /// Best rollout throughput of a step, in tokens per second.
     pub best_throughput: f64,
     /// The step it was reached in.
@@ -64,6 +68,8 @@ impl From<&[StepMetrics]> for Summary {
             entropy_first: first.entropy,
             entropy_last: last.entropy,
             dropped_fraction: dropped.filter(|d| !d.is_nan()).sum::<f64>() / tokens.max(1) as f64,
+            mismatch_mean: mean(steps.iter().map(|s| s.mismatch_mean)),
+            mismatch_max: steps.iter().map(|s| s.mismatch_max).fold(f64::NAN, f64::max),
             best_throughput: best.map_or(0.0, |s| s.tokens_per_second),
             best_step: best.map_or(0, |s| s.step),
             groups_failed: total(|s| s.groups_failed),
@@ -86,9 +92,13 @@ fn sum(steps: &[StepMetrics]) -> Seconds {
 
 /// Mean over the steps that have a reward; NaN if none has.
 fn mean_reward(steps: &[StepMetrics]) -> f64 {
-    let rewards: Vec<f64> =
-        steps.iter().map(|s| s.reward_mean).filter(|reward| !reward.is_nan()).collect();
-    rewards.iter().sum::<f64>() / rewards.len() as f64
+    mean(steps.iter().map(|s| s.reward_mean))
+}
+
+/// Mean of the numbers there are; NaN if there is none.
+fn mean(numbers: impl Iterator<Item = f64>) -> f64 {
+    let numbers: Vec<f64> = numbers.filter(|number| !number.is_nan()).collect();
+    numbers.iter().sum::<f64>() / numbers.len() as f64
 }
 
 impl fmt::Display for Summary {
@@ -123,6 +133,10 @@ impl Summary {
                 ),
             ),
             row("entropy", format!("{:.3} -> {:.3} nats", self.entropy_first, self.entropy_last)),
+            row(
+                "engine - trainer",
+                format!("{:.1e} nats (at most {:.1e})", self.mismatch_mean, self.mismatch_max),
+            ),
             row("tokens dropped", format!("{:.2} %", 100.0 * self.dropped_fraction)),
             row(
                 "best throughput",

@@ -17,9 +17,11 @@
 //! - `pack`: operands rearranged as tiles read them.
 //! - `tile`: the inner loop, on registers.
 //! - `sums`: results from and to the output.
+//! - [`narrow`]: weights kept in f16, bf16 or int8, and products with them.
 //! - `blocks`: squares of sixteen by sixteen numbers, and lines that an edge cuts short.
 
 mod blocks;
+pub mod narrow;
 mod pack;
 mod piece;
 mod plan;

@@ -117,13 +117,7 @@ impl Piece<'_> {
         let lines = &self.scratch.lanes[packed + panel.first * depth.len()..];
         let lines = &lines[..panel.width * depth.len()];
         let sums = &mut self.scratch.sums[..panel.width * rows.len()];
-        match (const { widest::<S>() }, panel.width) {
-            (4, 4) => multiply::<S, 4, 6>(s, lines, source, sums),
-            (4, 3) => multiply::<S, 3, 8>(s, lines, source, sums),
-            (4, 2) => multiply::<S, 2, 12>(s, lines, source, sums),
-            (4, _) => multiply::<S, 1, 12>(s, lines, source, sums),
-            _ => multiply::<S, 1, 6>(s, lines, source, sums),
-        }
+        multiply(s, panel.width, lines, source, sums);
     }
 
     /// Lanes of a panel.

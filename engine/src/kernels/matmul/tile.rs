@@ -7,6 +7,24 @@ pub(super) const fn widest<S: Simd>() -> usize {
     if S::WIDE { 4 } else { 1 }
 }
 
+/// Sixteen lanes of a panel, in whatever form they are kept.
+pub(super) trait Lanes: Copy {
+    /// How many steps of the depth before their use they are asked for; 0: they are cached.
+    const AHEAD: usize;
+
+    /// Their values.
+    fn load<S: Simd>(&self, s: S) -> S::V;
+}
+
+impl Lanes for Line {
+    const AHEAD: usize = 0;
+
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S) -> S::V {
+        s.load(&self.0)
+    }
+}
+
 /// Some rows of the broadcast operand; row `i` starts at `data[i * stride]`, its numbers lie
 /// side by side.
 #[derive(Clone, Copy)]
@@ -15,12 +33,29 @@ pub(super) struct Rows<'a> {
     pub(super) stride: usize,
 }
 
-/// Adds to `sums[r][lane]` the products of row `r` and the panel's lanes, in tiles of `R` rows.
-/// A panel is `W` vectors for each step of the depth.
+/// Adds to `sums[r][lane]` the products of row `r` and the lanes of a panel `width` vectors wide.
 #[inline(always)]
-pub(super) fn multiply<S: Simd, const W: usize, const R: usize>(
+pub(super) fn multiply<S: Simd, L: Lanes>(
     s: S,
-    panel: &[Line],
+    width: usize,
+    panel: &[L],
+    rows: Rows,
+    sums: &mut [Line],
+) {
+    match (const { widest::<S>() }, width) {
+        (4, 4) => multiply_panel::<S, L, 4, 6>(s, panel, rows, sums),
+        (4, 3) => multiply_panel::<S, L, 3, 8>(s, panel, rows, sums),
+        (4, 2) => multiply_panel::<S, L, 2, 12>(s, panel, rows, sums),
+        (4, _) => multiply_panel::<S, L, 1, 12>(s, panel, rows, sums),
+        _ => multiply_panel::<S, L, 1, 6>(s, panel, rows, sums),
+    }
+}
+
+/// As [`multiply`], in tiles of `R` rows. A panel is `W` vectors for each step of the depth.
+#[inline(always)]
+fn multiply_panel<S: Simd, L: Lanes, const W: usize, const R: usize>(
+    s: S,
+    panel: &[L],
     rows: Rows,
     sums: &mut [Line],
 ) {
@@ -36,6 +71,16 @@ pub(super) fn multiply<S: Simd, const W: usize, const R: usize>(
         multiply_tile(s, panel, rows.from(first), tile);
         first += 4;
     }
+    let (threes, rest) = rest.as_chunks_mut::<3>();
+    for tile in threes {
+        multiply_tile(s, panel, rows.from(first), tile);
+        first += 3;
+    }
+    let (twos, rest) = rest.as_chunks_mut::<2>();
+    for tile in twos {
+        multiply_tile(s, panel, rows.from(first), tile);
+        first += 2;
+    }
     for row in rest {
         multiply_tile(s, panel, rows.from(first), std::array::from_mut(row));
         first += 1;
@@ -50,9 +95,9 @@ impl Rows<'_> {
 }
 
 #[inline(always)]
-fn multiply_tile<S: Simd, const W: usize, const R: usize>(
+fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize>(
     s: S,
-    panel: &[[Line; W]],
+    panel: &[[L; W]],
     Rows { data, stride }: Rows,
     sums: &mut [[Line; W]; R],
 ) {
@@ -68,10 +113,16 @@ fn multiply_tile<S: Simd, const W: usize, const R: usize>(
         for r in 0..R {
             prefetch_address(at.wrapping_add((R + r) * stride));
         }
+        if L::AHEAD > 0 {
+            let ahead = steps.as_ptr().wrapping_add(L::AHEAD).cast::<u8>();
+            for line in (0..size_of::<[[L; W]; LANES]>()).step_by(size_of::<Line>()) {
+                prefetch_address(ahead.wrapping_add(line).cast());
+            }
+        }
         for lanes in steps {
             let mut line = [s.splat(0.0); W];
             for w in 0..W {
-                line[w] = s.load(&lanes[w].0);
+                line[w] = lanes[w].load(s);
             }
             for (r, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: row `r` has as many numbers as the panel has steps, as asserted.

@@ -1,4 +1,4 @@
-//! AVX2 with FMA: a vector is two registers.
+//! AVX2 with FMA and F16C: a vector is two registers.
 
 use std::arch::x86_64::*;
 
@@ -6,7 +6,7 @@ use super::{Kernel, LANES, Simd};
 
 const HALF: usize = LANES / 2;
 
-/// Proof that the machine has AVX2 and FMA; made only in [`run`].
+/// Proof that the machine has AVX2, FMA and F16C; made only in [`run`].
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(());
 
@@ -16,10 +16,12 @@ pub(super) struct Pair(__m256, __m256);
 
 /// Whether the machine has what [`run`] needs.
 pub(super) fn detected() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
 }
@@ -65,6 +67,56 @@ impl Simd for Avx2 {
             _mm256_storeu_ps(to, v.0);
             _mm256_storeu_ps(to.add(HALF), v.1);
         }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u16; LANES]) -> Self::V {
+        let from: *const __m128i = from.as_ptr().cast();
+        unsafe {
+            let [lower, upper] = [_mm_loadu_si128(from), _mm_loadu_si128(from.add(1))];
+            Pair(_mm256_cvtph_ps(lower), _mm256_cvtph_ps(upper))
+        }
+    }
+
+    #[inline(always)]
+    fn to_f16(self, v: Self::V) -> [u16; LANES] {
+        let mut bits = [0; LANES];
+        let to: *mut __m128i = bits.as_mut_ptr().cast();
+        unsafe {
+            _mm_storeu_si128(to, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0));
+            _mm_storeu_si128(to.add(1), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.1));
+        }
+        bits
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
+        let from: *const __m128i = from.as_ptr().cast();
+        unsafe {
+            let wide = |half| _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half));
+            let [lower, upper] = [_mm_loadu_si128(from), _mm_loadu_si128(from.add(1))];
+            Pair(_mm256_castsi256_ps(wide(lower)), _mm256_castsi256_ps(wide(upper)))
+        }
+    }
+
+    #[inline(always)]
+    fn to_bf16(self, v: Self::V) -> [u16; LANES] {
+        super::portable::to_bf16(self.to_array(v))
+    }
+
+    #[inline(always)]
+    fn load_i8(self, from: &[i8; LANES]) -> Self::V {
+        unsafe {
+            let bytes = _mm_loadu_si128(from.as_ptr().cast());
+            let lower = _mm256_cvtepi8_epi32(bytes);
+            let upper = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes));
+            Pair(_mm256_cvtepi32_ps(lower), _mm256_cvtepi32_ps(upper))
+        }
+    }
+
+    #[inline(always)]
+    fn to_i8(self, v: Self::V) -> [i8; LANES] {
+        super::portable::to_i8(self.to_array(v))
     }
 
     #[inline(always)]

@@ -72,6 +72,18 @@ pub trait Simd: Copy {
     fn load_half(self, from: &[f32; LANES / 2]) -> Self::V;
     /// Writes sixteen lanes.
     fn store(self, v: Self::V, to: &mut [f32; LANES]);
+    /// The values of sixteen f16 (IEEE 754 binary16), given as bits.
+    fn load_f16(self, from: &[u16; LANES]) -> Self::V;
+    /// The nearest f16, ties to even; infinite from 65520 on, NaN for NaN.
+    fn to_f16(self, v: Self::V) -> [u16; LANES];
+    /// The values of sixteen bf16 (the upper halves of f32), given as bits.
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
+    /// The nearest bf16, ties to even; NaN for NaN.
+    fn to_bf16(self, v: Self::V) -> [u16; LANES];
+    /// The values of sixteen integers.
+    fn load_i8(self, from: &[i8; LANES]) -> Self::V;
+    /// The nearest integers, ties to even, of lanes between -127.5 and 127.5; any for NaN.
+    fn to_i8(self, v: Self::V) -> [i8; LANES];
     /// `a + b`.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a - b`.
@@ -177,3 +189,6 @@ impl Level {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

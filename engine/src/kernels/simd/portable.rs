@@ -1,5 +1,7 @@
 //! Plain Rust on arrays: the compiler's default instructions for the target.
 
+use half::{bf16, f16};
+
 use super::{Kernel, LANES, Simd};
 
 /// Sixteen lanes in an array.
@@ -17,6 +19,18 @@ fn lanes(f: impl Fn(usize) -> f32) -> [f32; LANES] {
         *lane = f(i);
     }
     out
+}
+
+/// The nearest bf16, as bits.
+#[inline(always)]
+pub(super) fn to_bf16(v: [f32; LANES]) -> [u16; LANES] {
+    v.map(|x| bf16::from_f32(x).to_bits())
+}
+
+/// The nearest integers.
+#[inline(always)]
+pub(super) fn to_i8(v: [f32; LANES]) -> [i8; LANES] {
+    v.map(|x| x.round_ties_even() as i8)
 }
 
 impl Simd for Portable {
@@ -44,6 +58,36 @@ impl Simd for Portable {
     #[inline(always)]
     fn store(self, v: Self::V, to: &mut [f32; LANES]) {
         *to = v;
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u16; LANES]) -> Self::V {
+        from.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    fn to_f16(self, v: Self::V) -> [u16; LANES] {
+        v.map(|x| f16::from_f32(x).to_bits())
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
+        from.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+
+    #[inline(always)]
+    fn to_bf16(self, v: Self::V) -> [u16; LANES] {
+        to_bf16(v)
+    }
+
+    #[inline(always)]
+    fn load_i8(self, from: &[i8; LANES]) -> Self::V {
+        from.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn to_i8(self, v: Self::V) -> [i8; LANES] {
+        to_i8(v)
     }
 
     #[inline(always)]
