@@ -1,6 +1,6 @@
 //! Problems become groups of samples.
 
-use crate::error::TrainError;
+use crate::{config::Config, error::TrainError};
 use onpolicy_engine::{
     chat::{Chat, ChatTokenizer},
     collect::{Sample, collect},
@@ -22,6 +22,20 @@ pub struct RolloutSettings {
     pub timeout: Duration,
     /// Same seed, same weights, same samples.
     pub seed: u64,
+}
+
+impl RolloutSettings {
+    /// What `[rollout]` says, with samples drawn from `seed`.
+    pub fn new(config: &Config, seed: u64) -> Self {
+        let rollout = &config.rollout;
+        Self {
+            group_size: rollout.group_size,
+            max_new_tokens: rollout.max_new_tokens,
+            temperature: rollout.temperature as f32,
+            timeout: Duration::from_secs(rollout.timeout_seconds),
+            seed,
+        }
+    }
 }
 
 /// A problem, its prompt, and the samples of the policy.

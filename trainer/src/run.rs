@@ -21,7 +21,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 /// Completions that are written down for each problem, before and after.
@@ -88,7 +88,7 @@ impl Run {
         }
         let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
         let served = Served::start(&model.to_string_lossy(), &config)?;
-        let mut optimizer = Optimizer::new(&served.weights, optimizer_settings(&config));
+        let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
         let (mut step, mut seconds) = (0, 0.0);
         if let Some((checkpoint, state)) = &resumed {
             optimizer.load(&checkpoint::optimizer_file(checkpoint), state.optimizer_steps)?;
@@ -156,7 +156,7 @@ impl Run {
     fn step(&mut self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
         let started = Instant::now();
         let step = self.trainer.step(&mut |progress| watch(RunEvent::Progress(progress)));
-        let mut metrics = step?.metrics;
+        let mut metrics = step?;
         self.seconds += started.elapsed().as_secs_f64();
         metrics.elapsed_seconds = self.seconds;
         self.metrics.append(&metrics)?;
@@ -197,14 +197,9 @@ impl Run {
         let task = &self.trainer.parts().task;
         let problems: Vec<Problem> =
             (0..self.config.output.sample_prompts as u64).map_while(|i| task.eval(i)).collect();
-        let rollout = &self.config.rollout;
-        let settings = RolloutSettings {
-            group_size: SAMPLES_PER_PROBLEM,
-            max_new_tokens: rollout.max_new_tokens,
-            temperature: rollout.temperature as f32,
-            timeout: Duration::from_secs(rollout.timeout_seconds),
-            seed: stream_of(self.config.train.seed, usize::MAX),
-        };
+        let seed = stream_of(self.config.train.seed, usize::MAX);
+        let rollout = RolloutSettings::new(&self.config, seed);
+        let settings = RolloutSettings { group_size: SAMPLES_PER_PROBLEM, ..rollout };
         samples::write(&self.dir.join(file), &self.served, &problems, &settings)
     }
 }
@@ -218,16 +213,6 @@ fn newest(dir: &Path) -> Result<(PathBuf, TrainState), TrainError> {
     })?;
     let state = checkpoint::state(&path)?;
     Ok((path, state))
-}
-
-fn optimizer_settings(config: &Config) -> OptimizerSettings {
-    let train = &config.train;
-    OptimizerSettings {
-        betas: (train.betas[0], train.betas[1]),
-        eps: train.eps,
-        weight_decay: train.weight_decay,
-        max_grad_norm: train.max_grad_norm,
-    }
 }
 
 /// True if something that is to happen every `every` steps (0: never) happens after `step`.

@@ -17,7 +17,7 @@ use onpolicy_engine::{
     chat::ChatTokenizer, engine::EngineHandle, model::decoder::Decoder, sampler::stream_of,
 };
 use onpolicy_plugin_api::{Engine, Problem, TaskSource, TokenGate, Verifier};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Samples whose tokens are looked at again after the update, to measure the change of entropy.
 const PROBE_SAMPLES: usize = 8;
@@ -52,14 +52,6 @@ pub struct Trainer {
     decoder: Decoder,
     optimizer: Option<Optimizer>,
     step: u64,
-}
-
-/// What a step leaves behind.
-pub struct StepOutcome {
-    /// Its numbers.
-    pub metrics: StepMetrics,
-    /// Its groups, with their rewards.
-    pub groups: Vec<Scored>,
 }
 
 impl Trainer {
@@ -97,7 +89,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Whatever went wrong; the weights are those before or after the update, never between.
-    pub fn step(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<StepOutcome, TrainError> {
+    pub fn step(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<StepMetrics, TrainError> {
         let mut clock = Clock::start();
 
         progress(Progress::Phase("rollout"));
@@ -105,7 +97,10 @@ impl Trainer {
             &self.engine,
             &self.tokenizer,
             self.problems(),
-            &self.rollout_settings(),
+            &RolloutSettings::new(
+                &self.config,
+                stream_of(self.config.train.seed, self.step as usize),
+            ),
             &mut || progress(Progress::Token),
         )?;
         let rollout = clock.lap();
@@ -151,8 +146,7 @@ impl Trainer {
             total: clock.total(),
         };
         let report = Report { groups: &groups, failed, batch: &batch, update: &update, measured };
-        let metrics = self.metrics(&report, seconds);
-        Ok(StepOutcome { metrics, groups })
+        Ok(self.metrics(&report, seconds))
     }
 
     /// The problems of this step.
@@ -160,17 +154,6 @@ impl Trainer {
         let count = self.config.rollout.prompts_per_step as u64;
         let first = self.step * count;
         (first..first + count).map(|index| self.parts.task.train(index)).collect()
-    }
-
-    fn rollout_settings(&self) -> RolloutSettings {
-        let rollout = &self.config.rollout;
-        RolloutSettings {
-            group_size: rollout.group_size,
-            max_new_tokens: rollout.max_new_tokens,
-            temperature: rollout.temperature as f32,
-            timeout: Duration::from_secs(rollout.timeout_seconds),
-            seed: stream_of(self.config.train.seed, self.step as usize),
-        }
     }
 
     /// All groups with their advantages.

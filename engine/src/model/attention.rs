@@ -73,11 +73,6 @@ impl PackedGroup {
     pub fn tail_start(&self, index: usize) -> usize {
         self.prompt.end + self.tails[..index].iter().sum::<usize>()
     }
-
-    /// All rows of the group.
-    pub fn rows(&self) -> Range<usize> {
-        self.prompt.start..self.tail_start(self.tails.len())
-    }
 }
 
 /// Groups packed into one batch without padding. A prompt stands once, however many tails it has:
