@@ -19,6 +19,7 @@ use onpolicy_trainer::{
     run,
     train::Trainer,
 };
+use std::collections::VecDeque;
 
 /// Longest prompt that memory is set aside for; those of the task have about 40 tokens.
 const PROMPT_TOKENS: usize = 128;
@@ -108,7 +109,8 @@ fn trainer(session: &Session) -> Result<Trainer, anyhow::Error> {
     parts.verifier = Box::new(EverySecond);
     let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
     let serving = (served.engine.clone(), served.tokenizer.clone());
-    Ok(Trainer::new(config.clone(), parts, serving, (served.decoder(), optimizer), 0))
+    let training = (served.decoder(), optimizer);
+    Ok(Trainer::new(config.clone(), parts, serving, training, (0, VecDeque::new())))
 }
 
 fn check(arguments: &Arguments, metrics: &StepMetrics) -> Result<(), anyhow::Error> {

@@ -17,6 +17,7 @@ use crate::{
 use onpolicy_engine::sampler::stream_of;
 use onpolicy_plugin_api::{Engine, Plugins, Problem};
 use std::{
+    collections::VecDeque,
     fs,
     io::Write,
     path::{Path, PathBuf},
@@ -89,11 +90,12 @@ impl Run {
         let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
         let served = Served::start(&model.to_string_lossy(), &config)?;
         let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
-        let (mut step, mut seconds) = (0, 0.0);
+        let (mut step, mut seconds, mut drawn) = (0, 0.0, VecDeque::new());
         if let Some((checkpoint, state)) = &resumed {
             optimizer.load(&checkpoint::optimizer_file(checkpoint), state.optimizer_steps)?;
             served.engine.set_weight_version(state.weight_version)?;
             (step, seconds) = (state.step, state.seconds);
+            drawn = checkpoint::drawn(checkpoint)?;
         }
         let file = dir.join("config.toml");
         fs::write(&file, config.to_toml()).map_err(|e| TrainError::file(&file, e))?;
@@ -104,7 +106,7 @@ impl Run {
         };
         let serving = (served.engine.clone(), served.tokenizer.clone());
         let training = (served.decoder(), optimizer);
-        let trainer = Trainer::new(config.clone(), parts, serving, training, step);
+        let trainer = Trainer::new(config.clone(), parts, serving, training, (step, drawn));
         Ok(Self { config, dir, served, trainer, metrics, seconds })
     }
 
@@ -133,11 +135,11 @@ impl Run {
         }
         while self.steps_done() < self.config.train.steps && !stop.load(Ordering::Relaxed) {
             self.step(watch)?;
-            let (step, output) = (self.steps_done(), &self.config.output);
+            let (step, every) = (self.steps_done(), self.config.output.checkpoint_every);
             if due(self.config.eval.every, step) {
                 self.evaluate(watch)?;
             }
-            if due(output.checkpoint_every, step) && step < self.config.train.steps {
+            if due(every, step) && step < self.config.train.steps {
                 self.save(watch)?;
             }
         }
@@ -164,7 +166,14 @@ impl Run {
         Ok(())
     }
 
-    fn evaluate(&self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+    /// Waits for rollouts that are under way, so that nothing else runs beside what follows.
+    fn settle(&mut self) -> Result<(), TrainError> {
+        self.seconds += self.trainer.settle()?;
+        Ok(())
+    }
+
+    fn evaluate(&mut self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+        self.settle()?;
         let parts = self.trainer.parts();
         let judges = (parts.task.as_ref(), parts.verifier.as_ref());
         let settings = EvalSettings::new(&self.config);
@@ -178,8 +187,10 @@ impl Run {
         Ok(())
     }
 
-    fn save(&self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+    fn save(&mut self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+        self.settle()?;
         let optimizer = self.trainer.optimizer()?;
+        let drawn = self.trainer.drawn();
         let state = TrainState {
             step: self.steps_done(),
             weight_version: self.served.engine.weight_version(),
@@ -187,7 +198,7 @@ impl Run {
             seconds: self.seconds,
         };
         let Served { source, weights, .. } = &self.served;
-        let path = Snapshot { source, weights, optimizer, state }.save(&self.dir)?;
+        let path = Snapshot { source, weights, optimizer, drawn, state }.save(&self.dir)?;
         checkpoint::prune(&self.dir, self.config.output.keep_checkpoints)?;
         watch(RunEvent::Saved(&path));
         Ok(())

@@ -29,6 +29,7 @@ fn made_up(step: u64, steps: u64, floor: f64) -> StepMetrics {
         dropped_negative: 0.025 + 0.012 * wave,
         seconds: Seconds {
             rollout: 2.2 + 0.3 * wave,
+            rollout_wait: 2.2 + 0.3 * wave,
             reward: 0.02,
             train: 1.6 + 0.2 * wave,
             update: 0.3,

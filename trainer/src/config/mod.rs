@@ -10,7 +10,7 @@ mod raw;
 mod validate;
 
 pub use sections::{
-    Engine, Eval, Model, OnUpdate, Output, Plugin, Rollout, Schedule, Server, Train,
+    Engine, Eval, Mode, Model, OnUpdate, Output, Plugin, Rollout, Schedule, Server, Train,
 };
 
 use serde::Serialize;

@@ -114,7 +114,7 @@ pub struct Rollout {
     pub max_new_tokens: usize,
     /// Sampling temperature.
     pub temperature: f64,
-    /// Time limit for the completions of one step.
+    /// Longest time to wait for the completions of one step.
     pub timeout_seconds: u64,
 }
 
@@ -138,6 +138,8 @@ pub struct Train {
     pub steps: u64,
     /// Seed of the samples and of the built-in tasks.
     pub seed: u64,
+    /// Which weights the completions of a step are drawn from.
+    pub mode: Mode,
     /// AdamW: learning rate.
     pub lr: f64,
     /// AdamW: decay of the two running means.
@@ -168,6 +170,20 @@ pub struct Train {
     pub micro_batch_tokens: usize,
 }
 
+/// Which weights the completions of a step are drawn from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Those after the step before; the engine and the trainer take turns.
+    #[default]
+    Online,
+    /// One-step off-policy: they are drawn while the trainer works on the step before, by the
+    /// weights before its update and, as `engine.on_update` says, after it.
+    Overlapped,
+    /// Offline: all completions of the run are drawn first, by the weights it starts from.
+    Batch,
+}
+
 /// How the learning rate goes on after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -184,6 +200,7 @@ impl Default for Train {
         Self {
             steps: 20,
             seed: 0,
+            mode: Mode::Online,
             lr: 2e-5,
             betas: [0.9, 0.95],
             eps: 1e-8,
