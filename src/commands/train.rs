@@ -42,12 +42,14 @@ fn describe(config: &Config, run: &run::Run, server: Option<&server::Server>) {
     let served = run.served();
     let millions = served.weights.parameters() as f64 / 1e6;
     eprintln!(
-        "{millions:.1} M parameters; task {}, verifier {}, gate {}; {} prompts x {} samples a step",
+        "{millions:.1} M parameters; task {}, verifier {}, gate {}; {} prompts x {} samples a step, \
+         {}",
         config.task.name,
         config.verifier.name,
         config.gate.name,
         config.rollout.prompts_per_step,
         config.rollout.group_size,
+        config.train.mode,
     );
     if let Some(server) = server {
         eprintln!("serving on {}/v1 while it trains", server.url());

@@ -5,6 +5,7 @@ pub use onpolicy_engine::engine::OnUpdate;
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::fmt;
 
 /// `[model]`: the model to serve and train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -182,6 +183,16 @@ pub enum Mode {
     Overlapped,
     /// Offline: all completions of the run are drawn first, by the weights it starts from.
     Batch,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Online => "online",
+            Self::Overlapped => "overlapped",
+            Self::Batch => "batch",
+        })
+    }
 }
 
 /// How the learning rate goes on after the warm-up.

@@ -4,9 +4,10 @@ use super::{
     axis::Axis,
     panel::{Layer, Panel, Point, Shape, color},
 };
+use serde::Serialize;
 
 /// Where a run stood at one time.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Standing {
     /// Seconds since it began.
     pub seconds: f64,
