@@ -3,6 +3,7 @@
 use onpolicy_plugin_api::{
     Engine, EngineError, Event, FinishReason, Request, RequestId, Sink, Token,
 };
+use serde::{Deserialize, Serialize};
 use std::{
     sync::{
         Arc,
@@ -13,7 +14,7 @@ use std::{
 };
 
 /// One finished sample.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// Its tokens, the one that ended it included.
     pub tokens: Vec<Token>,
@@ -41,19 +42,85 @@ pub enum CollectError {
     Timeout,
 }
 
+type Message = (usize, Event, Instant);
+
 struct ChannelSink {
     number: usize,
-    events: Sender<(usize, Event)>,
+    events: Sender<Message>,
     closed: Arc<AtomicBool>,
 }
 
 impl Sink for ChannelSink {
     fn send(&mut self, event: Event) -> bool {
-        self.events.send((self.number, event)).is_ok()
+        self.events.send((self.number, event, Instant::now())).is_ok()
     }
 
     fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
+    }
+}
+
+/// Requests that the engine works on. Dropping it aborts what is unfinished.
+pub struct Pending {
+    ids: Vec<RequestId>,
+    gathered: Vec<Gathered>,
+    inbox: Receiver<Message>,
+    closed: Arc<AtomicBool>,
+}
+
+/// What requests came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Collected {
+    /// Their samples, in the order of the requests.
+    pub groups: Vec<Samples>,
+    /// When the last sample ended.
+    pub ended: Instant,
+}
+
+/// Submits all requests at once, to be waited for later.
+///
+/// # Errors
+/// The first refusal; nothing was started then.
+pub fn submit(engine: &dyn Engine, requests: Vec<Request>) -> Result<Pending, CollectError> {
+    let closed = Arc::new(AtomicBool::new(false));
+    let (events, inbox) = channel();
+    let gathered = requests.iter().map(|r| Gathered::new(r.params.n)).collect();
+    let sinks = requests.into_iter().enumerate().map(|(number, request)| {
+        let sink = ChannelSink { number, events: events.clone(), closed: closed.clone() };
+        (request, Box::new(sink) as Box<dyn Sink>)
+    });
+    let ids = engine.submit_all(sinks.collect())?;
+    Ok(Pending { ids, gathered, inbox, closed })
+}
+
+impl Pending {
+    /// Blocks until all requests have ended. `progress` is told of every new token.
+    ///
+    /// # Errors
+    /// The first failure, or [`CollectError::Timeout`]; the others are aborted.
+    pub fn wait(
+        mut self,
+        engine: &dyn Engine,
+        deadline: Instant,
+        progress: &mut dyn FnMut(),
+    ) -> Result<Collected, CollectError> {
+        match gather(&self.inbox, &mut self.gathered, deadline, progress) {
+            Ok(ended) => {
+                let groups = std::mem::take(&mut self.gathered);
+                Ok(Collected { groups: groups.into_iter().map(Gathered::finish).collect(), ended })
+            }
+            Err(error) => {
+                self.closed.store(true, Ordering::Relaxed);
+                self.ids.iter().for_each(|&id| engine.abort(id, None));
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.closed.store(true, Ordering::Relaxed);
     }
 }
 
@@ -68,26 +135,7 @@ pub fn collect(
     deadline: Instant,
     progress: &mut dyn FnMut(),
 ) -> Result<Vec<Samples>, CollectError> {
-    let closed = Arc::new(AtomicBool::new(false));
-    let (events, inbox) = channel();
-    let mut gathered: Vec<Gathered> = requests.iter().map(|r| Gathered::new(r.params.n)).collect();
-    let sinks = requests.into_iter().enumerate().map(|(number, request)| {
-        let sink = ChannelSink { number, events: events.clone(), closed: closed.clone() };
-        (request, Box::new(sink) as Box<dyn Sink>)
-    });
-    let ids = engine.submit_all(sinks.collect())?;
-    drop(events);
-    let outcome = gather(&inbox, &mut gathered, deadline, progress);
-    if outcome.is_err() {
-        closed.store(true, Ordering::Relaxed);
-        abort_all(engine, &ids);
-    }
-    outcome?;
-    Ok(gathered.into_iter().map(Gathered::finish).collect())
-}
-
-fn abort_all(engine: &dyn Engine, ids: &[RequestId]) {
-    ids.iter().for_each(|&id| engine.abort(id, None));
+    Ok(submit(engine, requests)?.wait(engine, deadline, progress)?.groups)
 }
 
 /// A request's samples while they come in.
@@ -114,16 +162,18 @@ impl Gathered {
     }
 }
 
+/// Takes events until every sample has ended; says when the last did.
 fn gather(
-    inbox: &Receiver<(usize, Event)>,
+    inbox: &Receiver<Message>,
     gathered: &mut [Gathered],
     deadline: Instant,
     progress: &mut dyn FnMut(),
-) -> Result<(), CollectError> {
+) -> Result<Instant, CollectError> {
     let mut open: usize = gathered.iter().map(|request| request.finish.len()).sum();
+    let mut ended = Instant::now();
     while open > 0 {
         let left = deadline.saturating_duration_since(Instant::now());
-        let (number, event) = inbox.recv_timeout(left).map_err(|error| match error {
+        let (number, event, at) = inbox.recv_timeout(left).map_err(|error| match error {
             RecvTimeoutError::Timeout => CollectError::Timeout,
             RecvTimeoutError::Disconnected => CollectError::Engine(EngineError::Stopped),
         })?;
@@ -136,10 +186,10 @@ fn gather(
             }
             Event::Finished { index, reason } => {
                 request.finish[index] = Some(reason);
-                open -= 1;
+                (open, ended) = (open - 1, at);
             }
             Event::Failed { error } => return Err(error.into()),
         }
     }
-    Ok(())
+    Ok(ended)
 }

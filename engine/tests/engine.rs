@@ -4,7 +4,7 @@ mod common;
 
 use common::{assert_close, engine, floats, golden, ids, json, tiny};
 use onpolicy_engine::{
-    collect::{CollectError, Sample, Samples, collect},
+    collect::{CollectError, Sample, Samples, collect, submit},
     engine::{EngineConfig, EngineHandle, OnUpdate},
 };
 use onpolicy_plugin_api::{
@@ -230,6 +230,33 @@ fn every_sample_ends_once_when_some_are_aborted() {
     assert_eq!(ends, [(0, length), (1, FinishReason::Abort), (2, length)]);
     engine.abort(id, None);
     assert_eq!(blocks_used(&engine), 0);
+}
+
+#[test]
+fn what_nobody_waits_for_is_given_up() {
+    let checkpoint = tiny("llama-tied");
+    let engine = engine(&checkpoint, config(ROOMY));
+    let (began, begun) = mpsc::channel();
+    let (leave, left) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        // Holds the engine until the request is in and given up.
+        let held = engine.clone();
+        scope.spawn(move || {
+            held.update(move || {
+                began.send(()).map_err(|e| e.to_string())?;
+                left.recv().map_err(|e| e.to_string())
+            })
+        });
+        begun.recv().expect("the update runs");
+        drop(submit(&engine, vec![request(1, 20, sampled(2, 200, 0))]).expect("taken"));
+        leave.send(()).expect("the update waits");
+    });
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while engine.stats().expect("the engine runs").waiting > 0 {
+        assert!(Instant::now() < deadline, "it still waits");
+    }
+    let stats = engine.stats().expect("the engine runs");
+    assert_eq!((stats.steps, stats.running, stats.blocks_used), (0, 0, 0));
 }
 
 #[test]

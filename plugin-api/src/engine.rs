@@ -133,7 +133,7 @@ impl TokenStats {
 }
 
 /// One generated token.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Token {
     /// The token drawn.
     pub id: u32,

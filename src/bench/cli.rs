@@ -1,6 +1,6 @@
 //! The command line of `onpolicy bench`.
 
-use super::{plot, report::Report, rollout, step, train, update};
+use super::{modes, plot, report::Report, rollout, step, train, update};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -38,6 +38,8 @@ pub enum Which {
     Update(update::Arguments),
     /// Draw results as bars
     Plot(plot::Arguments),
+    /// Online rollouts against batch training: whole runs in each train.mode, in turn
+    Loop(modes::Arguments),
 }
 
 /// What all benchmarks take.

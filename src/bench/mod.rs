@@ -10,12 +10,14 @@
 //!   `phases`: where the time went.
 //! - `train`: forward and backward passes. `step`: a whole GRPO step.
 //! - `update`: the weight swap under load; `stream`: that load.
+//! - `modes`: `bench loop`: online rollouts against batch training.
 
 mod arithmetic;
 mod cli;
 mod client;
 mod compare;
 mod machine;
+mod modes;
 mod phases;
 mod plot;
 mod report;
@@ -42,5 +44,6 @@ pub fn run(arguments: &Bench) -> Result<(), anyhow::Error> {
         cli::Which::Step(arguments) => step::run(arguments),
         cli::Which::Update(arguments) => update::run(arguments),
         cli::Which::Plot(arguments) => plot::run(arguments),
+        cli::Which::Loop(arguments) => modes::run(arguments),
     }
 }

@@ -14,13 +14,12 @@ use onpolicy_engine::model::loading::Checkpoint;
 use onpolicy_plugin_api::{Attempt, Score, Verifier};
 use onpolicy_trainer::{
     batch::{TrainGroup, TrainSample},
-    config::Config,
-    metrics::Seconds,
+    metrics::{Seconds, StepMetrics},
     optimizer::{Optimizer, OptimizerSettings},
-    reward::Scored,
     run,
-    train::{StepOutcome, Trainer},
+    train::Trainer,
 };
+use std::collections::VecDeque;
 
 /// Longest prompt that memory is set aside for; those of the task have about 40 tokens.
 const PROMPT_TOKENS: usize = 128;
@@ -57,17 +56,17 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
     let mut trainer = trainer(&session)?;
     let (mut times, mut last) = (Vec::new(), None);
     for round in session.rounds() {
-        let outcome = trainer.step(&mut |_| {})?;
-        check(arguments, &outcome)?;
+        let step = trainer.step(&mut |_| {})?;
+        check(arguments, &step)?;
         if round.counts {
-            times.push(outcome.metrics.seconds);
+            times.push(step.seconds);
         }
-        last = Some(outcome);
+        last = Some(step);
     }
     let last = last.ok_or_else(|| anyhow::anyhow!("no step was taken"))?;
     let group = format!(
         "a GRPO step of {} x {} samples of {} tokens, {} prompt tokens in all",
-        arguments.prompts, arguments.samples, arguments.new_tokens, last.metrics.prompt_tokens
+        arguments.prompts, arguments.samples, arguments.new_tokens, last.prompt_tokens
     );
     let memory = peak_memory(&group);
     let works = works(&session, arguments, &last);
@@ -108,25 +107,14 @@ fn trainer(session: &Session) -> Result<Trainer, anyhow::Error> {
     let (served, config) = (&session.served, &session.config);
     let mut parts = run::parts(config, |plugins| plugins)?;
     parts.verifier = Box::new(EverySecond);
-    let optimizer = Optimizer::new(&served.weights, optimizer_settings(config));
+    let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
     let serving = (served.engine.clone(), served.tokenizer.clone());
-    Ok(Trainer::new(config.clone(), parts, serving, (served.decoder(), optimizer), 0))
+    let training = (served.decoder(), optimizer);
+    Ok(Trainer::new(config.clone(), parts, serving, training, (0, VecDeque::new())))
 }
 
-/// The optimizer that the configuration describes.
-pub fn optimizer_settings(config: &Config) -> OptimizerSettings {
-    let train = &config.train;
-    OptimizerSettings {
-        betas: (train.betas[0], train.betas[1]),
-        eps: train.eps,
-        weight_decay: train.weight_decay,
-        max_grad_norm: train.max_grad_norm,
-    }
-}
-
-fn check(arguments: &Arguments, outcome: &StepOutcome) -> Result<(), anyhow::Error> {
+fn check(arguments: &Arguments, metrics: &StepMetrics) -> Result<(), anyhow::Error> {
     let wanted = arguments.prompts * arguments.samples * arguments.new_tokens;
-    let metrics = &outcome.metrics;
     ensure!(
         metrics.completion_tokens == wanted && metrics.groups_mixed == arguments.prompts,
         "the step made {} tokens in {} groups that teach, where {wanted} and {} were asked for",
@@ -144,23 +132,31 @@ struct Works {
     update: Work,
 }
 
-fn works(session: &Session, arguments: &Arguments, last: &StepOutcome) -> Works {
+fn works(session: &Session, arguments: &Arguments, last: &StepMetrics) -> Works {
     let Arguments { prompts, samples, new_tokens, .. } = *arguments;
-    let mean = last.metrics.prompt_tokens.div_ceil(prompts);
+    let mean = last.prompt_tokens.div_ceil(prompts);
     let workload = Workload::custom([prompts, samples, mean, new_tokens]);
-    let groups: Vec<TrainGroup> = last.groups.iter().map(train_group).collect();
+    let group = train_group(&workload);
     Works {
         rollout: session.costs.rollout(&workload, true),
-        train: train::work(&session.costs, &groups, &session.config),
+        train: train::work(&session.costs, &vec![group; prompts], &session.config),
         update: session.costs.optimizer(),
     }
 }
 
-fn train_group(scored: &Scored) -> TrainGroup {
-    let samples = scored.rollout.samples.iter();
+/// A group of the workload's size. What its tokens are does not matter.
+fn train_group(workload: &Workload) -> TrainGroup {
+    let zeros = vec![0.0; workload.new_tokens];
+    let sample = TrainSample {
+        tokens: vec![0; workload.new_tokens],
+        logprob: zeros.clone(),
+        entropy: zeros.clone(),
+        baseline: zeros,
+        ..TrainSample::default()
+    };
     TrainGroup {
-        prompt: scored.rollout.prompt.clone(),
-        samples: samples.map(|sample| TrainSample::new(sample, 0.0)).collect(),
+        prompt: vec![0; workload.prompt_tokens],
+        samples: vec![sample; workload.samples],
         teaches: true,
     }
 }

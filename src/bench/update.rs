@@ -4,7 +4,6 @@ use super::{
     cli::{Common, positive},
     report::{Line, Report, Unit, median},
     session::{Round, Session},
-    step::optimizer_settings,
     stream::Stream,
     workload::Workload,
 };
@@ -13,7 +12,7 @@ use clap::Args;
 use onpolicy_engine::{
     engine::EngineHandle, model::loading::Checkpoint, torch::autograd::set_grad,
 };
-use onpolicy_trainer::optimizer::Optimizer;
+use onpolicy_trainer::optimizer::{Optimizer, OptimizerSettings};
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
@@ -63,7 +62,7 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
         ])
     })?;
     let mut optimizer =
-        Optimizer::new(&session.served.weights, optimizer_settings(&session.config));
+        Optimizer::new(&session.served.weights, OptimizerSettings::new(&session.config.train));
     let mut runs = Vec::new();
     for round in session.rounds() {
         let run;

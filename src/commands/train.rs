@@ -51,12 +51,14 @@ fn describe(
     let served = run.served();
     let millions = served.weights.parameters() as f64 / 1e6;
     eprintln!(
-        "{millions:.1} M parameters; task {}, verifier {}, gate {}; {} prompts x {} samples a step",
+        "{millions:.1} M parameters; task {}, verifier {}, gate {}; {} prompts x {} samples a step, \
+         {}",
         config.task.name,
         config.verifier.name,
         config.gate.name,
         config.rollout.prompts_per_step,
         config.rollout.group_size,
+        config.train.mode,
     );
     if let Some(copies) = served.copies()? {
         eprintln!("{copies}");

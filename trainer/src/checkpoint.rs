@@ -1,22 +1,24 @@
 //! Checkpoints: a Hugging Face directory, and beside it what a run needs to go on exactly.
 //!
 //! `checkpoint-000012/` holds `model.safetensors`, `config.json` and the tokenizer's files, and in
-//! `trainer/` the optimizer's moments and `state.json`. It is written under another name and
+//! `trainer/` the optimizer's moments, `state.json`, and `rollouts.json` with what is drawn and not
+//! yet trained on. It is written under another name and
 //! renamed when whole, so a killed run never leaves half a checkpoint.
 
-use crate::{error::TrainError, optimizer::Optimizer};
+use crate::{error::TrainError, optimizer::Optimizer, queue::Drawn};
 use onpolicy_engine::{model::loading::Source, torch::slices::bytes, weights::Weights};
 use safetensors::{Dtype, View};
 use serde::{Deserialize, Serialize};
 use std::{
     borrow::Cow,
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs::{self, File},
     path::{Path, PathBuf},
 };
 use tch::Tensor;
 
 const PREFIX: &str = "checkpoint-";
+const ROLLOUTS: &str = "rollouts.json";
 
 /// Where a run stands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +41,8 @@ pub struct Snapshot<'a> {
     pub weights: &'a Weights,
     /// Its moments.
     pub optimizer: &'a Optimizer,
+    /// Rollouts of the next steps that are drawn already.
+    pub drawn: &'a VecDeque<Drawn>,
     /// Where the run stands.
     pub state: TrainState,
 }
@@ -62,6 +66,8 @@ impl Snapshot<'_> {
         let state = serde_json::to_vec_pretty(&self.state);
         let state = state.map_err(|e| TrainError::file(&trainer, e))?;
         write(&trainer.join("state.json"), &state)?;
+        let drawn = serde_json::to_vec(self.drawn).map_err(|e| TrainError::file(&trainer, e))?;
+        write(&trainer.join(ROLLOUTS), &drawn)?;
         if dir.exists() {
             fs::remove_dir_all(&dir).map_err(|e| TrainError::file(&dir, e))?;
         }
@@ -94,6 +100,16 @@ pub fn prune(run: &Path, keep: usize) -> Result<(), TrainError> {
 /// A directory that is no checkpoint of a run.
 pub fn state(dir: &Path) -> Result<TrainState, TrainError> {
     let path = dir.join("trainer/state.json");
+    let text = fs::read(&path).map_err(|e| TrainError::file(&path, e))?;
+    serde_json::from_slice(&text).map_err(|e| TrainError::file(&path, e))
+}
+
+/// Rollouts in a checkpoint's directory that are not trained on yet, oldest first.
+///
+/// # Errors
+/// A file that is missing or damaged.
+pub fn drawn(dir: &Path) -> Result<VecDeque<Drawn>, TrainError> {
+    let path = dir.join("trainer").join(ROLLOUTS);
     let text = fs::read(&path).map_err(|e| TrainError::file(&path, e))?;
     serde_json::from_slice(&text).map_err(|e| TrainError::file(&path, e))
 }

@@ -9,7 +9,7 @@ use crate::{
 use onpolicy_engine::chat::ChatTokenizer;
 use onpolicy_plugin_api::{Engine, Problem, TaskSource, Verifier};
 use serde::{Deserialize, Serialize};
-use std::{fmt, time::Duration};
+use std::fmt;
 
 /// A reward from this on counts as a pass.
 const PASS: f32 = 0.5;
@@ -54,10 +54,8 @@ impl EvalSettings {
     pub fn new(config: &Config) -> Self {
         let rollout = RolloutSettings {
             group_size: config.eval.samples,
-            max_new_tokens: config.rollout.max_new_tokens,
             temperature: config.eval.temperature as f32,
-            timeout: Duration::from_secs(config.rollout.timeout_seconds),
-            seed: config.train.seed,
+            ..RolloutSettings::new(config, config.train.seed)
         };
         Self { rollout, problems: config.eval.problems, k: config.eval.k.clone() }
     }

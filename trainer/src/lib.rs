@@ -6,7 +6,8 @@
 //! - [`builtins`]: the plug-ins that come with the crate: [`tasks`], [`verifiers`], [`entropy`].
 //! - [`served`]: a model that is loaded, served, and ready to be trained.
 //! - [`run`]: a run from start to end. [`train`]: one step from top to bottom.
-//! - [`rollout`]: problems become groups of samples. [`reward`]: samples become rewards.
+//! - [`rollout`]: problems become groups of samples. [`queue`]: those of the next steps.
+//! - [`reward`]: samples become rewards.
 //! - [`advantage`], [`entropy`]: rewards and token statistics become advantages and a keep mask.
 //! - [`batch`]: scored groups become packs. [`loss`]: packs become gradients. [`correction`]: the
 //!   engine's log-probs against the trainer's.
@@ -27,6 +28,7 @@ pub mod memory_plan;
 pub mod metrics;
 pub mod optimizer;
 pub mod plot;
+pub mod queue;
 pub mod reward;
 pub mod rollout;
 pub mod run;

@@ -1,5 +1,6 @@
 //! AdamW over the served tensors themselves.
 
+use crate::config::Train;
 use onpolicy_engine::{
     torch::{
         TorchError,
@@ -22,6 +23,18 @@ pub struct OptimizerSettings {
     pub weight_decay: f64,
     /// Gradients are scaled down to this global norm; 0 leaves them alone.
     pub max_grad_norm: f64,
+}
+
+impl OptimizerSettings {
+    /// What `[train]` says.
+    pub fn new(train: &Train) -> Self {
+        Self {
+            betas: (train.betas[0], train.betas[1]),
+            eps: train.eps,
+            weight_decay: train.weight_decay,
+            max_grad_norm: train.max_grad_norm,
+        }
+    }
 }
 
 /// The optimizer: handles to the policy's tensors, and their moments.

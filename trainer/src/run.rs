@@ -18,11 +18,12 @@ use crate::{
 use onpolicy_engine::{chat::Chat, sampler::stream_of};
 use onpolicy_plugin_api::{Engine, Plugins, Problem};
 use std::{
+    collections::VecDeque,
     fs,
     io::Write,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 /// Completions that are written down for each problem, before and after.
@@ -89,12 +90,13 @@ impl Run {
         }
         let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
         let served = Served::start(&model.to_string_lossy(), &config)?;
-        let mut optimizer = Optimizer::new(&served.weights, optimizer_settings(&config));
-        let (mut step, mut seconds) = (0, 0.0);
+        let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
+        let (mut step, mut seconds, mut drawn) = (0, 0.0, VecDeque::new());
         if let Some((checkpoint, state)) = &resumed {
             optimizer.load(&checkpoint::optimizer_file(checkpoint), state.optimizer_steps)?;
             served.engine.set_weight_version(state.weight_version)?;
             (step, seconds) = (state.step, state.seconds);
+            drawn = checkpoint::drawn(checkpoint)?;
         }
         let file = dir.join("config.toml");
         fs::write(&file, config.to_toml()).map_err(|e| TrainError::file(&file, e))?;
@@ -105,7 +107,7 @@ impl Run {
         };
         let serving = (served.engine.clone(), served.tokenizer.clone());
         let training = (served.decoder(), optimizer);
-        let trainer = Trainer::new(config.clone(), parts, serving, training, step);
+        let trainer = Trainer::new(config.clone(), parts, serving, training, (step, drawn));
         Ok(Self { config, dir, served, trainer, metrics, seconds })
     }
 
@@ -152,11 +154,11 @@ impl Run {
         }
         while self.steps_done() < self.config.train.steps && !stop.load(Ordering::Relaxed) {
             self.step(watch)?;
-            let (step, output) = (self.steps_done(), &self.config.output);
+            let (step, every) = (self.steps_done(), self.config.output.checkpoint_every);
             if due(self.config.eval.every, step) {
                 self.evaluate(watch)?;
             }
-            if due(output.checkpoint_every, step) && step < self.config.train.steps {
+            if due(every, step) && step < self.config.train.steps {
                 self.save(watch)?;
             }
         }
@@ -175,7 +177,7 @@ impl Run {
     fn step(&mut self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
         let started = Instant::now();
         let step = self.trainer.step(&mut |progress| watch(RunEvent::Progress(progress)));
-        let mut metrics = step?.metrics;
+        let mut metrics = step?;
         self.seconds += started.elapsed().as_secs_f64();
         metrics.elapsed_seconds = self.seconds;
         self.metrics.append(&metrics)?;
@@ -183,7 +185,14 @@ impl Run {
         Ok(())
     }
 
-    fn evaluate(&self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+    /// Waits for rollouts that are under way, so that nothing else runs beside what follows.
+    fn settle(&mut self) -> Result<(), TrainError> {
+        self.seconds += self.trainer.settle()?;
+        Ok(())
+    }
+
+    fn evaluate(&mut self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+        self.settle()?;
         let parts = self.trainer.parts();
         let judges = (parts.task.as_ref(), parts.verifier.as_ref());
         let settings = EvalSettings::new(&self.config);
@@ -197,8 +206,10 @@ impl Run {
         Ok(())
     }
 
-    fn save(&self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+    fn save(&mut self, watch: &mut dyn FnMut(RunEvent<'_>)) -> Result<(), TrainError> {
+        self.settle()?;
         let optimizer = self.trainer.optimizer()?;
+        let drawn = self.trainer.drawn();
         let state = TrainState {
             step: self.steps_done(),
             weight_version: self.served.engine.weight_version(),
@@ -206,7 +217,7 @@ impl Run {
             seconds: self.seconds,
         };
         let Served { source, weights, .. } = &self.served;
-        let path = Snapshot { source, weights, optimizer, state }.save(&self.dir)?;
+        let path = Snapshot { source, weights, optimizer, drawn, state }.save(&self.dir)?;
         checkpoint::prune(&self.dir, self.config.output.keep_checkpoints)?;
         watch(RunEvent::Saved(&path));
         Ok(())
@@ -216,14 +227,9 @@ impl Run {
         let task = &self.trainer.parts().task;
         let problems: Vec<Problem> =
             (0..self.config.output.sample_prompts as u64).map_while(|i| task.eval(i)).collect();
-        let rollout = &self.config.rollout;
-        let settings = RolloutSettings {
-            group_size: SAMPLES_PER_PROBLEM,
-            max_new_tokens: rollout.max_new_tokens,
-            temperature: rollout.temperature as f32,
-            timeout: Duration::from_secs(rollout.timeout_seconds),
-            seed: stream_of(self.config.train.seed, usize::MAX),
-        };
+        let seed = stream_of(self.config.train.seed, usize::MAX);
+        let rollout = RolloutSettings::new(&self.config, seed);
+        let settings = RolloutSettings { group_size: SAMPLES_PER_PROBLEM, ..rollout };
         samples::write(&self.dir.join(file), &self.served, &problems, &settings)
     }
 }
@@ -237,16 +243,6 @@ fn newest(dir: &Path) -> Result<(PathBuf, TrainState), TrainError> {
     })?;
     let state = checkpoint::state(&path)?;
     Ok((path, state))
-}
-
-fn optimizer_settings(config: &Config) -> OptimizerSettings {
-    let train = &config.train;
-    OptimizerSettings {
-        betas: (train.betas[0], train.betas[1]),
-        eps: train.eps,
-        weight_decay: train.weight_decay,
-        max_grad_norm: train.max_grad_norm,
-    }
 }
 
 /// True if something that is to happen every `every` steps (0: never) happens after `step`.

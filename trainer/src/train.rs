@@ -3,22 +3,26 @@
 
 use crate::{
     batch::{MiniBatch, TrainBatch, TrainGroup, TrainSample},
-    config::Config,
+    config::{Config, Mode},
     correction::Correction,
     entropy::EntropyReport,
     error::TrainError,
     loss::{Activations, LossSettings, LossSums, accumulate_gradient_with, token_stats},
-    metrics::{Seconds, StepMetrics, memory},
+    metrics::{Seconds, Staleness, StepMetrics, memory},
     optimizer::Optimizer,
+    queue::{Drawn, RolloutQueue},
     reward::{Scored, score},
-    rollout::{Rollout, RolloutSettings, generate},
+    rollout::{Rollout, RolloutSettings},
     schedule::learning_rate,
 };
 use onpolicy_engine::{
     chat::ChatTokenizer, engine::EngineHandle, model::decoder::Decoder, sampler::stream_of,
 };
-use onpolicy_plugin_api::{Engine, Problem, TaskSource, TokenGate, Verifier};
-use std::time::{Duration, Instant};
+use onpolicy_plugin_api::{Engine, TaskSource, TokenGate, Verifier};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 /// Samples whose tokens are looked at again after the update, to measure the change of entropy.
 const PROBE_SAMPLES: usize = 8;
@@ -49,31 +53,30 @@ pub struct Trainer {
     config: Config,
     parts: Parts,
     engine: EngineHandle,
-    tokenizer: ChatTokenizer,
+    queue: RolloutQueue,
     decoder: Decoder,
     optimizer: Option<Optimizer>,
     step: u64,
-}
-
-/// What a step leaves behind.
-pub struct StepOutcome {
-    /// Its numbers.
-    pub metrics: StepMetrics,
-    /// Its groups, with their rewards.
-    pub groups: Vec<Scored>,
+    /// Steps whose rollouts have been asked for.
+    asked: u64,
+    /// Seconds of waiting between two steps.
+    settled: f64,
 }
 
 impl Trainer {
-    /// A trainer at `step`. `decoder` is over trainable handles to the weights that `engine`
-    /// serves, `optimizer` over the same handles.
+    /// A trainer at `step`, with the rollouts of the next steps that are drawn already. `decoder`
+    /// is over trainable handles to the weights that `engine` serves, `optimizer` over the same
+    /// handles.
     pub fn new(
         config: Config,
         parts: Parts,
         (engine, tokenizer): (EngineHandle, ChatTokenizer),
         (decoder, optimizer): (Decoder, Optimizer),
-        step: u64,
+        (step, drawn): (u64, VecDeque<Drawn>),
     ) -> Self {
-        Self { config, parts, engine, tokenizer, decoder, optimizer: Some(optimizer), step }
+        let (asked, optimizer) = (step + drawn.len() as u64, Some(optimizer));
+        let queue = RolloutQueue::new(&config, engine.clone(), tokenizer, drawn);
+        Self { config, parts, engine, queue, decoder, optimizer, step, asked, settled: 0.0 }
     }
 
     /// Steps done.
@@ -94,35 +97,100 @@ impl Trainer {
         self.optimizer.as_ref().ok_or_else(lost)
     }
 
+    /// Waits for the rollouts that are under way; the time counts as the next step's waiting.
+    /// Returns how many seconds that took.
+    ///
+    /// # Errors
+    /// As rollouts have.
+    pub fn settle(&mut self) -> Result<f64, TrainError> {
+        let started = Instant::now();
+        self.queue.settle(&mut || {})?;
+        let seconds = started.elapsed().as_secs_f64();
+        self.settled += seconds;
+        Ok(seconds)
+    }
+
+    /// Rollouts of the next steps that are drawn already, for a checkpoint.
+    pub fn drawn(&self) -> &VecDeque<Drawn> {
+        self.queue.drawn()
+    }
+
     /// Takes one step.
     ///
     /// # Errors
     /// Whatever went wrong; the weights are those before or after the update, never between.
-    pub fn step(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<StepOutcome, TrainError> {
-        let mut clock = Clock::start();
+    pub fn step(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<StepMetrics, TrainError> {
+        let mut clock = Clock::start(std::mem::take(&mut self.settled));
 
         progress(Progress::Phase("rollout"));
-        let rollouts = generate(
-            &self.engine,
-            &self.tokenizer,
-            self.problems(),
-            &self.rollout_settings(),
-            &mut || progress(Progress::Token),
-        )?;
-        let rollout = clock.lap();
+        let Drawn { rollouts, seconds: rollout } =
+            self.generate(&mut || progress(Progress::Token))?;
+        let rollout_wait = clock.lap();
 
         progress(Progress::Phase("reward"));
         let (groups, failed) = score(self.parts.verifier.as_ref(), rollouts);
         let reward = clock.lap();
 
         progress(Progress::Phase("train"));
+        let version = self.engine.weight_version();
         let batch = TrainBatch::new(self.train_groups(&groups), self.parts.gate.as_ref());
+        let update = self.learn(&batch, progress)?;
+        let train = clock.lap() - update.seconds;
+
+        progress(Progress::Phase("probe"));
+        let measured = self.measured_entropy_change(&batch, update.updates > 0);
+        let probe = clock.lap();
+
+        self.step += 1;
+        let (update_seconds, total) = (update.seconds, clock.total());
+        let seconds =
+            Seconds { rollout, rollout_wait, reward, train, update: update_seconds, probe, total };
+        let report =
+            Report { groups: &groups, failed, batch: &batch, update: &update, measured, version };
+        Ok(self.metrics(&report, seconds))
+    }
+
+    /// Rollouts of this step; starts those of the steps that the mode draws ahead.
+    fn generate(&mut self, progress: &mut dyn FnMut()) -> Result<Drawn, TrainError> {
+        let (mode, next) = (self.config.train.mode, self.step + 1);
+        let steps = self.config.train.steps.max(next);
+        if mode == Mode::Batch {
+            self.draw_until(steps, progress)?;
+            self.queue.settle(progress)?;
+        }
+        self.draw_until(next, progress)?;
+        let drawn = self.queue.pop(progress)?;
+        if mode == Mode::Overlapped {
+            self.draw_until(steps.min(next + 1), progress)?;
+        }
+        Ok(drawn)
+    }
+
+    /// Asks for the rollouts of all steps up to number `end` that have not been asked for.
+    fn draw_until(&mut self, end: u64, progress: &mut dyn FnMut()) -> Result<(), TrainError> {
+        let count = self.config.rollout.prompts_per_step as u64;
+        for step in self.asked..end {
+            let problems = (step * count..(step + 1) * count).map(|i| self.parts.task.train(i));
+            let seed = stream_of(self.config.train.seed, step as usize);
+            let settings = RolloutSettings::new(&self.config, seed);
+            self.queue.push(problems.collect(), &settings, progress)?;
+            self.asked += 1;
+        }
+        Ok(())
+    }
+
+    /// Adds up gradients and updates the weights, once for each mini-batch.
+    fn learn(
+        &mut self,
+        batch: &TrainBatch,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Update, TrainError> {
         let train = &self.config.train;
         let mut mini_batches =
             batch.mini_batches(train.updates_per_batch, train.micro_batch_tokens);
         let packs = mini_batches.iter().flat_map(|mini_batch| &mini_batch.micro_batches);
         let rows = packs.map(|micro| micro.pack.len()).sum();
-        let mut update = Update { lr: self.learning_rate(), ..Update::default() };
+        let mut update = Update { lr: learning_rate(train, self.step), ..Update::default() };
         let activations = match train.activation_checkpointing {
             true => Activations::Recomputed,
             false => Activations::Kept,
@@ -139,47 +207,10 @@ impl Trainer {
                 progress(Progress::Rows(done, rows));
             }
             update.kept += mini_batch.kept;
-            update.train += clock.lap();
             progress(Progress::Phase("update"));
             self.update(&mut update)?;
-            update.update += clock.lap();
         }
-        update.train += clock.lap();
-
-        progress(Progress::Phase("probe"));
-        let measured = self.measured_entropy_change(&batch, update.updates > 0);
-        let probe = clock.lap();
-
-        self.step += 1;
-        let seconds = Seconds {
-            rollout,
-            reward,
-            train: update.train,
-            update: update.update,
-            probe,
-            total: clock.total(),
-        };
-        let report = Report { groups: &groups, failed, batch: &batch, update: &update, measured };
-        let metrics = self.metrics(&report, seconds);
-        Ok(StepOutcome { metrics, groups })
-    }
-
-    /// The problems of this step.
-    fn problems(&self) -> Vec<Problem> {
-        let count = self.config.rollout.prompts_per_step as u64;
-        let first = self.step * count;
-        (first..first + count).map(|index| self.parts.task.train(index)).collect()
-    }
-
-    fn rollout_settings(&self) -> RolloutSettings {
-        let rollout = &self.config.rollout;
-        RolloutSettings {
-            group_size: rollout.group_size,
-            max_new_tokens: rollout.max_new_tokens,
-            temperature: rollout.temperature as f32,
-            timeout: Duration::from_secs(rollout.timeout_seconds),
-            seed: stream_of(self.config.train.seed, self.step as usize),
-        }
+        Ok(update)
     }
 
     /// All groups with their advantages.
@@ -210,12 +241,9 @@ impl Trainer {
         }
     }
 
-    fn learning_rate(&self) -> f64 {
-        learning_rate(&self.config.train, self.step)
-    }
-
     /// Lets the optimizer write the served weights between two steps of the engine.
     fn update(&mut self, update: &mut Update) -> Result<(), TrainError> {
+        let started = Instant::now();
         let mut optimizer = self.optimizer.take().ok_or_else(lost)?;
         let norm = optimizer.grad_norm()?;
         let lr = update.lr;
@@ -226,10 +254,11 @@ impl Trainer {
         self.optimizer = Some(optimizer);
         update.grad_norm = update.grad_norm.max(norm);
         update.updates += 1;
+        update.seconds += started.elapsed().as_secs_f64();
         Ok(())
     }
 
-    /// Mean entropy over the probe's tokens under the new weights, minus that under the old.
+    /// Mean entropy over the probe's tokens under the new weights, minus that when they were drawn.
     fn measured_entropy_change(&self, batch: &TrainBatch, updated: bool) -> Option<f64> {
         if !updated {
             return None;
@@ -252,6 +281,7 @@ impl Trainer {
         let gate =
             EntropyReport::new(&report.batch.tokens(), report.batch.keep(), None, report.update.lr);
         let update = report.update;
+        let staleness = Staleness::of(&rollouts, report.version);
         let samples: usize = rollouts.iter().map(|rollout| rollout.samples.len()).sum();
         let truncated = rollouts
             .iter()
@@ -272,6 +302,8 @@ impl Trainer {
             prompt_tokens: rollouts.iter().map(|rollout| rollout.prompt.len()).sum(),
             completion_tokens: tokens,
             completion_len_mean: over_samples(tokens),
+            staleness_mean: staleness.mean,
+            staleness_max: staleness.max,
             truncated_fraction: over_samples(truncated),
             entropy: gate.entropy,
             entropy_predicted: gate.predicted_change,
@@ -317,8 +349,8 @@ struct Update {
     kept: usize,
     grad_norm: f64,
     updates: usize,
-    train: f64,
-    update: f64,
+    /// Of the updates alone.
+    seconds: f64,
 }
 
 /// What a step's metrics are made from.
@@ -328,6 +360,8 @@ struct Report<'a> {
     batch: &'a TrainBatch,
     update: &'a Update,
     measured: Option<f64>,
+    /// Version of the weights before the updates.
+    version: u64,
 }
 
 fn mean(values: &[f64]) -> f64 {
@@ -347,9 +381,10 @@ struct Clock {
 }
 
 impl Clock {
-    fn start() -> Self {
-        let now = Instant::now();
-        Self { start: now, lap: now }
+    /// A clock that shows `seconds` already.
+    fn start(seconds: f64) -> Self {
+        let start = Instant::now() - Duration::from_secs_f64(seconds);
+        Self { start, lap: start }
     }
 
     /// Seconds since the last lap.

@@ -2,7 +2,7 @@
 
 use onpolicy_trainer::{
     advantage::Advantage,
-    config::{Config, ConfigError, OnUpdate, Schedule},
+    config::{Config, ConfigError, Mode, OnUpdate, Schedule},
 };
 use std::path::Path;
 
@@ -36,7 +36,7 @@ fn defaults_are_those_of_the_quick_start() {
     assert_eq!((config.rollout.max_new_tokens, config.rollout.temperature), (24, 1.0));
     assert_eq!((config.train.lr, config.train.betas), (2e-5, [0.9, 0.95]));
     assert_eq!((config.train.clip_low, config.train.dual_clip), (0.2, 3.0));
-    assert_eq!(config.train.advantage, Advantage::Grpo);
+    assert_eq!((config.train.advantage, config.train.mode), (Advantage::Grpo, Mode::Online));
     assert_eq!((config.eval.temperature, config.eval.k), (0.7, vec![1, 4]));
 }
 
@@ -134,6 +134,7 @@ fn a_resolved_configuration_reads_back_the_same() {
         "engine.max_model_len=512",
         "engine.on_update=drain",
         "model.name=policy",
+        "train.mode=overlapped",
         "train.schedule=cosine",
         "train.min_lr_ratio=0.1",
         "train.advantage=centered",
@@ -145,6 +146,7 @@ fn a_resolved_configuration_reads_back_the_same() {
     let config = flags(&over).unwrap();
     assert_eq!(Config::parse(&config.to_toml(), &[]).unwrap(), config);
     assert_eq!(config.train.schedule, Schedule::Cosine);
+    assert_eq!(config.train.mode, Mode::Overlapped);
     assert!(config.to_toml().contains("on_update = \"drain\""));
 }
 
@@ -167,7 +169,7 @@ fn narrow_types_warn_unless_they_are_corrected_for() {
 fn unknown_keys_are_named_with_the_nearest_known() {
     assert_eq!(
         refusal("train.learning=1"),
-        "unknown key 'train.learning'; known are: steps, seed, lr, betas, eps, weight_decay, \
+        "unknown key 'train.learning'; known are: steps, seed, mode, lr, betas, eps, weight_decay, \
          max_grad_norm, schedule, warmup_steps, min_lr_ratio, clip_low, clip_high, dual_clip, \
          correction, tis_cap, advantage, updates_per_batch, micro_batch_tokens, \
          activation_checkpointing"

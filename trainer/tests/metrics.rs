@@ -12,13 +12,16 @@ fn step(number: u64) -> StepMetrics {
         prompt_tokens: 300,
         completion_tokens: 1000,
         dropped_fraction: 0.02,
+        staleness_mean: 0.75,
+        staleness_max: number.min(3),
         tokens_per_second: 500.0 + (number % 4) as f64,
         peak_memory_mb: 900.0 + number as f64,
         // No token taught in the sixth step.
         mismatch_mean: if number == 6 { f64::NAN } else { 1e-4 * (number % 4 + 2) as f64 },
         mismatch_max: if number == 6 { f64::NAN } else { 0.01 * number as f64 },
         seconds: Seconds {
-            rollout: 2.0,
+            rollout: 2.5,
+            rollout_wait: 2.0,
             train: 1.0,
             update: 0.5,
             total: 4.0,
@@ -44,7 +47,7 @@ fn steps_come_back_as_they_were_written() {
     assert_eq!(text.lines().count(), 2);
     let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
     assert_eq!(first["step"], 1);
-    assert_eq!(first["seconds"]["rollout"], 2.0);
+    assert_eq!(first["seconds"]["rollout_wait"], 2.0);
     assert!(first["entropy_measured"].is_null());
 }
 
@@ -103,7 +106,9 @@ fn the_summary_adds_up() {
     let steps: Vec<StepMetrics> = (1..=9).map(step).collect();
     let summary = Summary::from(&steps[..]);
     assert_eq!((summary.steps, summary.samples, summary.completion_tokens), (9, 576, 9000));
-    assert_eq!((summary.seconds.total, summary.seconds.rollout), (36.0, 18.0));
+    assert_eq!((summary.seconds.total, summary.seconds.rollout_wait), (36.0, 18.0));
+    assert_eq!((summary.seconds.rollout, summary.staleness_max), (22.5, 3));
+    assert!((summary.staleness_mean - 0.75).abs() < 1e-12);
     assert!((summary.seconds.other() - 4.5).abs() < 1e-12);
     assert!((summary.reward_first - 0.15).abs() < 1e-12);
     assert!((summary.reward_last - 0.7).abs() < 1e-12);
@@ -128,12 +133,14 @@ fn the_summary_as_a_table() {
     update           4.5 (12.5 %)
     probe            0.0 (0.0 %)
     other            4.5 (12.5 %)
+    rollout, hidden  4.5
   reward             0.150 (first 2) -> 0.700 (last 5)
   entropy            2.000 -> 0.222 nats
   engine - trainer   3.4e-4 nats (at most 9.0e-2)
   tokens dropped     2.00 %
   best throughput    503 tokens/s (step 7)
   peak memory        909 MiB
+  staleness          0.75 versions on average, at most 3
 ";
     assert_eq!(Summary::from(&steps[..]).to_string(), expected);
     assert_eq!(Summary::from(&[][..]), Summary::default());

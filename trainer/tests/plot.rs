@@ -2,7 +2,7 @@
 
 use onpolicy_trainer::{
     metrics::{MetricsLog, Seconds, StepMetrics},
-    plot::{self, PlotError},
+    plot::{self, PlotError, Standing},
 };
 use std::{fs, path::PathBuf};
 
@@ -29,6 +29,7 @@ fn made_up(step: u64, steps: u64, floor: f64) -> StepMetrics {
         dropped_negative: 0.025 + 0.012 * wave,
         seconds: Seconds {
             rollout: 2.2 + 0.3 * wave,
+            rollout_wait: 2.2 + 0.3 * wave,
             reward: 0.02,
             train: 1.6 + 0.2 * wave,
             update: 0.3,
@@ -104,6 +105,28 @@ fn several_runs_in_one_picture() {
     }
     let one = [("short".to_string(), run(1, 0.5)), ("none".to_string(), Vec::new())];
     plot::compare(&one, &folder(&temporary).join("compare-1.png")).unwrap();
+}
+
+#[test]
+fn learning_curves_by_the_clock_and_by_samples() {
+    let curve = |name: &str, pace: f64| {
+        let standing = |step: usize| Standing {
+            seconds: pace * step as f64,
+            samples: 256.0 * step as f64,
+            reward: 1.0 - 0.8 * (-0.5 * step as f64).exp(),
+        };
+        (name.to_string(), (0..6).map(standing).collect::<Vec<_>>())
+    };
+    let curves = [curve("online", 20.0), curve("overlapped", 16.0), curve("batch", 12.0)];
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["learning.svg", "learning.png"] {
+        plot::learning(&curves, &folder(&dir).join(name)).unwrap();
+    }
+    let svg = fs::read_to_string(folder(&dir).join("learning.svg")).unwrap();
+    for text in ["Reward by the clock", "samples trained on", "overlapped", "seconds"] {
+        assert!(svg.contains(text), "{text} is missing");
+    }
+    assert!(matches!(plot::learning(&[], &dir.path().join("a.svg")), Err(PlotError::Empty)));
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod raw;
 mod validate;
 
 pub use sections::{
-    Correction, Engine, Eval, Model, OnUpdate, Output, Plugin, Rollout, Schedule, ServeDtype,
+    Correction, Engine, Eval, Mode, Model, OnUpdate, Output, Plugin, Rollout, Schedule, ServeDtype,
     Server, Train,
 };
 

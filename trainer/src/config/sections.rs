@@ -6,6 +6,7 @@ pub use onpolicy_engine::{engine::OnUpdate, weights::ServeDtype};
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::fmt;
 
 /// `[model]`: the model to serve and train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -118,7 +119,7 @@ pub struct Rollout {
     pub max_new_tokens: usize,
     /// Sampling temperature.
     pub temperature: f64,
-    /// Time limit for the completions of one step.
+    /// Longest time to wait for the completions of one step.
     pub timeout_seconds: u64,
 }
 
@@ -142,6 +143,8 @@ pub struct Train {
     pub steps: u64,
     /// Seed of the samples and of the built-in tasks.
     pub seed: u64,
+    /// Which weights the completions of a step are drawn from.
+    pub mode: Mode,
     /// AdamW: learning rate.
     pub lr: f64,
     /// AdamW: decay of the two running means.
@@ -179,6 +182,30 @@ pub struct Train {
     pub activation_checkpointing: bool,
 }
 
+/// Which weights the completions of a step are drawn from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Those after the step before; the engine and the trainer take turns.
+    #[default]
+    Online,
+    /// One-step off-policy: they are drawn while the trainer works on the step before, by the
+    /// weights before its update and, as `engine.on_update` says, after it.
+    Overlapped,
+    /// Offline: all completions of the run are drawn first, by the weights it starts from.
+    Batch,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Online => "online",
+            Self::Overlapped => "overlapped",
+            Self::Batch => "batch",
+        })
+    }
+}
+
 /// How the learning rate goes on after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -198,6 +225,7 @@ impl Default for Train {
         Self {
             steps: 20,
             seed: 0,
+            mode: Mode::Online,
             lr: 2e-5,
             betas: [0.9, 0.95],
             eps: 1e-8,

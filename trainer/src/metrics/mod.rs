@@ -3,13 +3,16 @@
 //! - [`StepMetrics`]: one training step, one line of `metrics.jsonl`.
 //! - [`log`]: writes and reads that file.
 //! - [`summary`]: the closing table.
+//! - [`staleness`]: how old the weights were that drew a step's tokens.
 //! - [`memory`]: how much memory the process has used.
 
 pub mod log;
 pub mod memory;
+pub mod staleness;
 pub mod summary;
 
 pub use log::{MetricsError, MetricsLog};
+pub use staleness::Staleness;
 pub use summary::Summary;
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -50,6 +53,11 @@ pub struct StepMetrics {
     /// Share of the samples cut off by the token limit.
     #[serde(deserialize_with = "number_or_nan")]
     pub truncated_fraction: f64,
+    /// Weight versions between a token's draw and the step's first update, mean over the tokens.
+    #[serde(deserialize_with = "number_or_nan")]
+    pub staleness_mean: f64,
+    /// The same, largest.
+    pub staleness_max: u64,
 
     /// Mean entropy of the generated tokens' distributions, in nats.
     #[serde(deserialize_with = "number_or_nan")]
@@ -58,8 +66,9 @@ pub struct StepMetrics {
     /// space).
     #[serde(deserialize_with = "number_or_nan")]
     pub entropy_predicted: f64,
-    /// Change of the mean entropy over the probe tokens, measured before and after the update, in
-    /// nats; none if it was not measured.
+    /// Change of the mean entropy over the probe tokens from when they were drawn to after the
+    /// update, in nats; none if it was not measured. With a staleness of 0 that is what the update
+    /// did.
     pub entropy_measured: Option<f64>,
     /// Mean of the discriminator `S*`.
     #[serde(deserialize_with = "number_or_nan")]
@@ -134,8 +143,11 @@ pub struct StepMetrics {
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Seconds {
-    /// Drawing the samples.
+    /// Drawing the samples: the engine's time, however much of it lay behind other phases.
     pub rollout: f64,
+    /// Waiting for samples: the part of drawing them (or those of other steps) that held this step
+    /// up.
+    pub rollout_wait: f64,
     /// Judging them.
     pub reward: f64,
     /// Forward and backward passes.
@@ -149,16 +161,22 @@ pub struct Seconds {
 }
 
 impl Seconds {
+    /// Drawing samples behind other phases.
+    pub fn hidden(&self) -> f64 {
+        (self.rollout - self.rollout_wait).max(0.0)
+    }
+
     /// Time in none of the phases.
     pub fn other(&self) -> f64 {
-        let named = self.rollout + self.reward + self.train + self.update + self.probe;
+        let named = self.rollout_wait + self.reward + self.train + self.update + self.probe;
         (self.total - named).max(0.0)
     }
 
-    /// The phases by name, `other` included; they sum up to `total`.
+    /// The phases by name, `other` included; they sum up to `total`. Of drawing samples only the
+    /// waiting counts.
     pub fn phases(&self) -> [(&'static str, f64); 6] {
         [
-            ("rollout", self.rollout),
+            ("rollout", self.rollout_wait),
             ("reward", self.reward),
             ("train", self.train),
             ("update", self.update),

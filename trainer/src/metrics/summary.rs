@@ -25,6 +25,10 @@ pub struct Summary {
     pub reward_first: f64,
     /// Mean reward over the last five steps.
     pub reward_last: f64,
+    /// Mean staleness of all generated tokens, in weight versions.
+    pub staleness_mean: f64,
+    /// Largest staleness of a token.
+    pub staleness_max: u64,
     /// Entropy of the first step, in nats.
     pub entropy_first: f64,
     /// Entropy of the last step, in nats.
@@ -56,7 +60,9 @@ impl From<&[StepMetrics]> for Summary {
             .filter(|s| !s.tokens_per_second.is_nan())
             .max_by(|a, b| a.tokens_per_second.total_cmp(&b.tokens_per_second));
         let tokens = total(|s| s.completion_tokens);
-        let dropped = steps.iter().map(|s| s.dropped_fraction * s.completion_tokens as f64);
+        let share = |part: f64| if part.is_nan() { 0.0 } else { part / tokens.max(1) as f64 };
+        let stale = steps.iter().map(|s| share(s.staleness_mean * s.completion_tokens as f64));
+        let dropped = steps.iter().map(|s| share(s.dropped_fraction * s.completion_tokens as f64));
         Self {
             steps: steps.len(),
             samples: total(|s| s.samples),
@@ -65,9 +71,11 @@ impl From<&[StepMetrics]> for Summary {
             seconds: sum(steps),
             reward_first: mean_reward(&steps[..FIRST.min(steps.len())]),
             reward_last: mean_reward(&steps[steps.len().saturating_sub(LAST)..]),
+            staleness_mean: stale.sum(),
+            staleness_max: steps.iter().map(|s| s.staleness_max).max().unwrap_or(0),
             entropy_first: first.entropy,
             entropy_last: last.entropy,
-            dropped_fraction: dropped.filter(|d| !d.is_nan()).sum::<f64>() / tokens.max(1) as f64,
+            dropped_fraction: dropped.sum(),
             mismatch_mean: mean(steps.iter().map(|s| s.mismatch_mean)),
             mismatch_max: steps.iter().map(|s| s.mismatch_max).fold(f64::NAN, f64::max),
             best_throughput: best.map_or(0.0, |s| s.tokens_per_second),
@@ -82,6 +90,7 @@ fn sum(steps: &[StepMetrics]) -> Seconds {
     let total = |of: fn(&Seconds) -> f64| steps.iter().map(|s| of(&s.seconds)).sum();
     Seconds {
         rollout: total(|s| s.rollout),
+        rollout_wait: total(|s| s.rollout_wait),
         reward: total(|s| s.reward),
         train: total(|s| s.train),
         update: total(|s| s.update),
@@ -123,6 +132,9 @@ impl Summary {
             let percent = 100.0 * seconds / self.seconds.total.max(f64::MIN_POSITIVE);
             rows.push(row(&format!("  {phase}"), format!("{seconds:.1} ({percent:.1} %)")));
         }
+        if self.seconds.hidden() > 0.0 {
+            rows.push(row("  rollout, hidden", format!("{:.1}", self.seconds.hidden())));
+        }
         let (first, last) = (FIRST.min(self.steps), LAST.min(self.steps));
         rows.extend([
             row(
@@ -144,6 +156,10 @@ impl Summary {
             ),
             row("peak memory", format!("{:.0} MiB", self.peak_memory_mb)),
         ]);
+        if self.staleness_max > 0 {
+            let (mean, max) = (self.staleness_mean, self.staleness_max);
+            rows.push(row("staleness", format!("{mean:.2} versions on average, at most {max}")));
+        }
         if self.groups_failed > 0 {
             rows.push(row("groups not judged", self.groups_failed.to_string()));
         }

@@ -143,6 +143,7 @@ fn average(group: &[StepMetrics]) -> Seconds {
     };
     Seconds {
         rollout: mean(|s| s.rollout),
+        rollout_wait: mean(|s| s.rollout_wait),
         reward: mean(|s| s.reward),
         train: mean(|s| s.train),
         update: mean(|s| s.update),
@@ -161,7 +162,7 @@ mod tests {
             entropy: 2.0,
             entropy_predicted: -1e-6,
             entropy_measured: (number > 1).then_some(-0.1),
-            seconds: Seconds { rollout: 2.0, train: 1.0, total: 4.0, ..Seconds::default() },
+            seconds: Seconds { rollout_wait: 2.0, train: 1.0, total: 4.0, ..Seconds::default() },
             ..StepMetrics::default()
         }
     }

@@ -1,13 +1,17 @@
 //! Pictures of runs, as SVG or PNG. No fonts of the system are needed.
 //!
-//! - [`curves`]: one run. [`compare`]: several runs over each other.
+//! - [`curves`]: one run. [`compare`]: several runs over each other. [`learning`]: how fast they
+//!   learn.
 //! - `panel`: what a panel shows, as data. `axis`: ranges and ticks. `render`: draws panels.
 
 mod axis;
 mod compare;
 mod curves;
+mod learning;
 mod panel;
 mod render;
+
+pub use learning::{LearningCurve, Standing};
 
 use crate::metrics::{MetricsError, StepMetrics, log};
 use std::path::{Path, PathBuf};
@@ -51,6 +55,18 @@ pub fn compare(runs: &[(String, Vec<StepMetrics>)], path: &Path) -> Result<(), P
         return Err(PlotError::Empty);
     }
     render::save(&compare::panels(runs), path)
+}
+
+/// Draws how fast runs learn: reward against seconds, and against samples. The extension of `path`
+/// (`svg` or `png`) names the format.
+///
+/// # Errors
+/// No point in any curve, another extension, or a file that cannot be written.
+pub fn learning(curves: &[LearningCurve], path: &Path) -> Result<(), PlotError> {
+    if curves.iter().all(|(_, points)| points.is_empty()) {
+        return Err(PlotError::Empty);
+    }
+    render::save(&learning::panels(curves), path)
 }
 
 /// Draws `curves.svg` and `curves.png` of a run folder from its `metrics.jsonl`.

@@ -80,7 +80,7 @@ pub fn drawn(decoder: &Decoder, mut groups: Vec<TrainGroup>, max_rows: usize) ->
 /// The usual clipping over `kept` tokens.
 pub fn settings(kept: usize) -> LossSettings {
     let clip = PpoClip { low: 0.2, high: 0.28, dual: 3.0 };
-    LossSettings { clip, temperature: 1.0, kept }
+    LossSettings { clip, temperature: 1.0, kept, first: true, tis_cap: None }
 }
 
 /// The same batch as other trainers lay it out: every sample with a copy of its prompt, `rows`
