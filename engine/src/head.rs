@@ -16,6 +16,7 @@ use crate::{
         simd::LANES,
     },
     logits::merge::merge,
+    profile::{Phase, timed},
     sampler::{
         Draw, Drawn, sample_row,
         summed::{SummedRow, inv_temperature, needs_logits},
@@ -170,7 +171,8 @@ impl<'a> Head<'a> {
             }
             let parts = &mut parts[..len];
             let sums = Summed { written, inv_temperatures, parts };
-            nt_summed(hidden, self.weight, sums, [rows, self.vocab, self.width]);
+            let shape = [rows, self.vocab, self.width];
+            timed(Phase::Head, || nt_summed(hidden, self.weight, sums, shape));
             disjoint::for_each_pair(
                 (parts, parts_of_rows),
                 (&mut made, LANES),

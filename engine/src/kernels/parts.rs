@@ -86,6 +86,74 @@ pub(super) fn sum<S: Simd, const W: usize>(
     part
 }
 
+/// As [`sum`], bit for bit, of the first `FEW` rows alone in a tile of one vector; their parts'
+/// other lanes mean nothing. Chains lie side by side across the lanes, so that few are empty.
+/// `FEW` is 4 or 8.
+#[inline(always)]
+pub(super) fn sum_few<S: Simd, const FEW: usize>(
+    s: S,
+    tile: &[Line; PART],
+    inv_temperatures: &[f32],
+) -> Part {
+    let mut part = Part::EMPTY;
+    let inv_temperature = repeat::<S, FEW>(s, inv_temperatures);
+    let mut chains = [[[s.splat(0.0); CHAIN]; 2]; CELLS];
+    let mut max = [f32::MIN; FEW];
+    for (i, cell) in tile.as_chunks::<CELL>().0.iter().enumerate() {
+        let mut largest = [f32::MIN; FEW];
+        for (chains, rows) in chains[i].iter_mut().zip(cell.chunks_exact(CELL * CHAIN / FEW)) {
+            *chains = std::array::from_fn(|step| side_by_side::<S, FEW>(s, &rows[step..]));
+            let top = chains.iter().fold(s.splat(f32::MIN), |max, &x| s.max(x, max));
+            for lanes in s.to_array(top).chunks_exact(FEW) {
+                (0..FEW).for_each(|lane| largest[lane] = largest[lane].max(lanes[lane]));
+            }
+        }
+        part.maxima[i].0[..FEW].copy_from_slice(&largest);
+        (0..FEW).for_each(|lane| max[lane] = max[lane].max(largest[lane]));
+    }
+    let max = repeat::<S, FEW>(s, &max);
+    let mut sums = [[0.0; FEW]; 3];
+    for (chains, mass) in chains.iter().zip(&mut part.masses) {
+        let mut cell_sums = [[0.0; FEW]; 4];
+        for &chains in &chains[..FEW / CHAIN] {
+            let moments = sum_chain(s, chains, max, inv_temperature);
+            for (sum, moment) in cell_sums.iter_mut().zip(moments) {
+                for lanes in s.to_array(moment).chunks_exact(FEW) {
+                    (0..FEW).for_each(|lane| sum[lane] += lanes[lane]);
+                }
+            }
+        }
+        mass.0[..FEW].copy_from_slice(&cell_sums[0]);
+        for (sum, cell_sum) in sums.iter_mut().zip(&cell_sums[1..]) {
+            (0..FEW).for_each(|lane| sum[lane] += cell_sum[lane]);
+        }
+    }
+    for (sum, line) in sums.iter().zip([&mut part.a1, &mut part.b, &mut part.c]) {
+        line.0[..FEW].copy_from_slice(sum);
+    }
+    part
+}
+
+/// Up to `FEW` numbers again and again; 0 for those that lack.
+#[inline(always)]
+fn repeat<S: Simd, const FEW: usize>(s: S, few: &[f32]) -> S::V {
+    let mut line = [0.0; LANES];
+    for lanes in line.chunks_exact_mut(FEW) {
+        lanes[..few.len()].copy_from_slice(few);
+    }
+    s.load(&line)
+}
+
+/// The first `FEW` lanes of every [`CHAIN`]-th row.
+#[inline(always)]
+fn side_by_side<S: Simd, const FEW: usize>(s: S, rows: &[Line]) -> S::V {
+    let mut line = [0.0; LANES];
+    for (lanes, row) in line.chunks_exact_mut(FEW).zip(rows.iter().step_by(CHAIN)) {
+        lanes.copy_from_slice(&row.0[..FEW]);
+    }
+    s.load(&line)
+}
+
 /// Sums of e^d, e^d d, e^2d and e^2d d.
 #[inline(always)]
 fn sum_chain<S: Simd>(s: S, logits: [S::V; CHAIN], max: S::V, inv_temperature: S::V) -> [S::V; 4] {

@@ -157,10 +157,14 @@ impl Piece<'_> {
             }
             let vector = lanes.start / LANES - written / LANES;
             let part = vector * parts_of_row + rows.start / PART;
-            let inv_temperature = load_part(s, &inv_temperatures[lanes]);
             // SAFETY: this piece alone touches these rows and lanes.
             let to = unsafe { parts.part(part, 1) };
-            to[0] = parts::sum::<S, W>(s, tile, w, inv_temperature);
+            let inv_temperatures = &inv_temperatures[lanes];
+            to[0] = match (tile.as_flattened().as_array(), inv_temperatures.len()) {
+                (Some(tile), ..=4) => parts::sum_few::<S, 4>(s, tile, inv_temperatures),
+                (Some(tile), ..=8) => parts::sum_few::<S, 8>(s, tile, inv_temperatures),
+                _ => parts::sum::<S, W>(s, tile, w, load_part(s, inv_temperatures)),
+            };
         }
     }
 }

@@ -115,7 +115,7 @@ fn parts_are_the_same_bits_in_any_batch_on_any_thread() {
                 .collect::<Vec<_>>()
         };
         let want = parts(0..m);
-        for rows in [0..1, 7..8, 3..19, 40..104, 17..130] {
+        for rows in [0..1, 7..8, 20..24, 9..14, 30..38, 60..69, 3..19, 40..104, 17..130] {
             assert!(parts(rows.clone()) == want[rows.clone()], "{level:?} {rows:?}");
         }
         let threads = tch::get_num_threads();
