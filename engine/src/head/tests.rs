@@ -182,7 +182,7 @@ fn a_row_that_is_no_distribution_fails_alone() {
     fill(0, f32::NAN);
     fill(1, f32::MAX);
     fill(2, -f32::MAX);
-    case.weight = case.weight + 1.0;
+    case.weight += 1.0;
     // Both: not a number beside infinity.
     case.hidden[3 * WIDTH..][..2].copy_from_slice(&[f32::INFINITY, f32::NEG_INFINITY]);
     for params in [at(1.0), at(0.0), at(0.3), SamplingParams { top_k: 3, ..at(1.0) }] {

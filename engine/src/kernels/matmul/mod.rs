@@ -101,7 +101,7 @@ pub(crate) fn nt_at(
 
 pub(crate) fn nt_summed_at(level: Level, [a, b]: [&[f32]; 2], sums: Summed, [m, n, k]: [usize; 3]) {
     let Summed { written, inv_temperatures, parts } = sums;
-    let rows = if n == 0 { 0 } else { written.len() / n };
+    let rows = written.len().checked_div(n).unwrap_or(0);
     check([a, b, written], [[m, k], [n, k], [rows, n]]);
     assert!(rows <= m && inv_temperatures.len() == m, "one inverse temperature for each of {m}");
     let vectors = m.div_ceil(LANES) - rows / LANES;

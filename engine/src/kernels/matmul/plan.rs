@@ -176,7 +176,7 @@ mod tests {
         for depth in [0, 1, 15, 16, 17, 576, 2047, 2049, 8192, 30_000] {
             for lanes in [1, 64, 256] {
                 let blocks: Vec<_> = Plan::uncut([lanes, 49_152, depth], 2).depths().collect();
-                assert_eq!(blocks, [0..depth], "{lanes} lanes");
+                assert!(blocks.len() == 1 && blocks[0] == (0..depth), "{lanes} lanes: {blocks:?}");
             }
         }
     }
