@@ -15,6 +15,7 @@
 //!   pages are computed with.
 //! - [`logits`]: logits to log-prob, entropy, discriminator, baseline.
 //! - [`sampler`]: logits to the next token.
+//! - [`head`]: hidden states to the next token, without logits in memory where none is needed.
 //! - [`profile`]: where the engine's time goes, by phase of a step.
 //! - [`weights`]: the shared policy: names, version, exclusive update between two steps.
 //! - [`torch`]: what tch does not bind.
@@ -23,6 +24,7 @@ pub mod block_manager;
 pub mod chat;
 pub mod collect;
 pub mod engine;
+pub mod head;
 pub mod http;
 pub mod kernels;
 pub mod kv_cache;

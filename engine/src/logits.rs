@@ -11,6 +11,8 @@ use crate::kernels::disjoint;
 use crate::kernels::rows::{self, Moments, Scale};
 use crate::kernels::simd::Level;
 
+pub(crate) mod merge;
+
 /// Sums over one row of logits, from which the statistics of its tokens follow.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RowStats {

@@ -6,6 +6,7 @@
 //! a shorter row, drawn from in the same way.
 
 mod random;
+pub(crate) mod summed;
 mod truncate;
 
 use std::cell::RefCell;
@@ -14,6 +15,7 @@ use onpolicy_plugin_api::{SamplingParams, TokenStats};
 
 pub use self::random::stream_of;
 use self::random::uniform;
+use self::summed::inv_temperature;
 use self::truncate::Candidate;
 use crate::kernels::rows::{self, ROW_BLOCK};
 use crate::kernels::{disjoint, simd::Level};
@@ -60,10 +62,12 @@ pub fn sample(logits: &[f32], vocab: usize, draws: &[Draw]) -> Vec<Result<Drawn,
     assert!(vocab > 0 && logits.len().is_multiple_of(vocab), "logits are whole rows");
     let rows = logits.len() / vocab;
     assert!(draws.iter().all(|draw| draw.row < rows), "a draw's row is not among the logits");
-    disjoint::map(draws.len(), &|i| {
-        let row = &logits[draws[i].row * vocab..][..vocab];
-        SCRATCH.with_borrow_mut(|scratch| scratch.draw(row, &draws[i]))
-    })
+    disjoint::map(draws.len(), &|i| sample_row(&logits[draws[i].row * vocab..][..vocab], &draws[i]))
+}
+
+/// As [`sample`], from a draw's own row of logits.
+pub(crate) fn sample_row(row: &[f32], draw: &Draw) -> Result<Drawn, String> {
+    SCRATCH.with_borrow_mut(|scratch| scratch.draw(row, draw))
 }
 
 thread_local! {
@@ -108,7 +112,7 @@ impl Work {
         if draw.params.temperature == 0.0 {
             return self.greedy(row, draw.params);
         }
-        let inv_temperature = (1.0 / draw.params.temperature).min(f32::MAX);
+        let inv_temperature = inv_temperature(draw);
         let stats = check(row_stats_and_masses(row, inv_temperature, &mut self.masses), row)?;
         let u = uniform(draw.stream, draw.position);
         if truncate::keeps_all(draw.params, row.len()) {
@@ -168,20 +172,20 @@ fn check(stats: RowStats, row: &[f32]) -> Result<RowStats, String> {
 /// The index at which the row's weights, summed from the left, exceed the part `u` of their total;
 /// never one whose weight is 0.
 fn pick(row: &[f32], stats: &RowStats, masses: &[f64], u: f64) -> usize {
-    let (block, rest) = search(masses, u * stats.z);
+    let (block, rest) = search(masses.iter().copied(), u * stats.z);
     let start = block * ROW_BLOCK;
     let len = ROW_BLOCK.min(row.len() - start);
     let mut weights = [0.0; ROW_BLOCK];
     weights[..len].copy_from_slice(&row[start..start + len]);
     rows::weigh(Level::best(), &mut weights[..len], stats.scale(), 1.0);
-    start + search(&weights[..len], rest).0
+    start + search(weights[..len].iter().map(|&weight| f64::from(weight)), rest).0
 }
 
 /// The index at which the sum exceeds `target`, and what of the target is left there. Rounding
 /// may leave the sum short: then it is the last index that holds anything.
-fn search<T: Copy + Into<f64>>(masses: &[T], mut target: f64) -> (usize, f64) {
+fn search(masses: impl Iterator<Item = f64>, mut target: f64) -> (usize, f64) {
     let mut last = 0;
-    for (i, mass) in masses.iter().map(|&mass| mass.into()).enumerate() {
+    for (i, mass) in masses.enumerate() {
         if mass > target {
             return (i, target);
         }

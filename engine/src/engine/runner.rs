@@ -1,7 +1,8 @@
-//! One step's tensors: a batch of chunks in, logits of the rows that sample out.
+//! One step's tensors: a batch of chunks in, tokens and log-probs out.
 
 use crate::{
     block_manager::BLOCK_SIZE,
+    head::Head,
     kernels::attention::Span,
     kv_cache::KvCache,
     logits::batch_stats,
@@ -11,6 +12,7 @@ use crate::{
         decoder::Decoder,
     },
     profile::{Phase, timed},
+    sampler::{Draw, Drawn, sample},
     scheduler::{Chunk, Scheduler, Step},
     torch::slices::floats,
     weights::{ServeDtype, Weights},
@@ -18,14 +20,13 @@ use crate::{
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
-/// Rows of the output head that are computed at a time when a prompt's log-probs are wanted.
+/// Rows of a narrow head's logits that are in memory at a time when a prompt's log-probs are wanted.
 const HEAD_ROWS: usize = 256;
 
 /// The model and its pages.
 pub struct Runner {
     decoder: Decoder,
     cache: KvCache,
-    vocab: usize,
     eos_token_ids: Vec<u32>,
     copied_bytes: usize,
 }
@@ -51,14 +52,8 @@ impl Runner {
             copied_bytes: decoder.copied_bytes(),
             decoder,
             cache: KvCache::new(config, num_blocks),
-            vocab: config.vocab_size,
             eos_token_ids: config.eos_token_ids.clone(),
         }
-    }
-
-    /// Size of the vocabulary.
-    pub fn vocab(&self) -> usize {
-        self.vocab
     }
 
     /// Tokens that end a sample.
@@ -117,25 +112,44 @@ impl Runner {
         StepOutput { hidden, first_rows }
     }
 
-    /// Logits `[S, vocab]` of the last row of each chunk that samples, in the step's order.
-    pub fn sampled_logits(&self, step: &Step, output: &StepOutput) -> Tensor {
+    /// Draws tokens; the rows of `draws` are the last ones of the chunks that sample, in the step's
+    /// order.
+    pub fn sample(
+        &self,
+        step: &Step,
+        output: &StepOutput,
+        draws: &[Draw],
+    ) -> Vec<Result<Drawn, String>> {
         let chunks = step.chunks.iter().zip(&output.first_rows);
         let rows: Vec<i64> = chunks
             .filter(|(chunk, _)| chunk.sample)
             .map(|(chunk, first)| (first + chunk.len - 1) as i64)
             .collect();
-        self.decoder.logits(&output.hidden.index_select(0, &Tensor::from_slice(&rows)))
+        let hidden = output.hidden.index_select(0, &Tensor::from_slice(&rows));
+        if self.decoder.head_is_narrow() {
+            let logits = self.decoder.logits(&hidden);
+            return sample(floats(&logits), self.decoder.head().size()[0] as usize, draws);
+        }
+        Head::new(self.decoder.head()).sample(floats(&hidden), draws)
     }
 
     /// Log-probs, at temperature 1, of the tokens that follow the rows of chunk `index`: row `i`
     /// of the chunk predicts `next[i]`.
     pub fn next_logprobs(&self, output: &StepOutput, index: usize, next: &[u32]) -> Vec<f32> {
+        let start = output.first_rows[index] as i64;
+        let hidden = output.hidden.narrow(0, start, next.len() as i64);
+        if self.decoder.head_is_narrow() {
+            return self.narrow_logprobs(&hidden, next);
+        }
+        Head::new(self.decoder.head()).logprobs(floats(&hidden), next)
+    }
+
+    fn narrow_logprobs(&self, hidden: &Tensor, next: &[u32]) -> Vec<f32> {
+        let vocab = self.decoder.head().size()[0] as usize;
         let mut logprobs = Vec::with_capacity(next.len());
         for tokens in next.chunks(HEAD_ROWS) {
-            let start = output.first_rows[index] + logprobs.len();
-            let hidden = output.hidden.narrow(0, start as i64, tokens.len() as i64);
-            let logits = self.decoder.logits(&hidden);
-            let stats = batch_stats(floats(&logits), self.vocab, tokens, 1.0);
+            let rows = hidden.narrow(0, logprobs.len() as i64, tokens.len() as i64);
+            let stats = batch_stats(floats(&self.decoder.logits(&rows)), vocab, tokens, 1.0);
             logprobs.extend(stats.iter().map(|stats| stats.logprob));
         }
         logprobs

@@ -7,10 +7,9 @@ use super::{
 };
 use crate::{
     profile::{self, Phase, Profile, timed},
-    sampler::{Draw, Drawn, sample},
+    sampler::{Draw, Drawn},
     scheduler::{NewRequest, Scheduler, Step},
     sequence::SeqId,
-    torch::slices::floats,
 };
 use onpolicy_plugin_api::{EngineError, FinishReason, Request, RequestId, Sink, Token};
 use std::{
@@ -266,7 +265,6 @@ impl Worker {
         if sampling.is_empty() {
             return Vec::new();
         }
-        let logits = self.runner.sampled_logits(step, output);
         let mut targets = Vec::new();
         for (row, &seq) in sampling.iter().enumerate() {
             targets.extend(self.scheduler.fork(seq).into_iter().map(|seq| (row, seq)));
@@ -280,7 +278,7 @@ impl Worker {
                 (Target { request, seq, index }, draw)
             })
             .unzip();
-        let drawn = sample(floats(&logits), self.runner.vocab(), &draws);
+        let drawn = self.runner.sample(step, output, &draws);
         targets.into_iter().zip(drawn).collect()
     }
 

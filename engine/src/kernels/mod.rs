@@ -8,6 +8,7 @@
 //! - [`pages`]: the pages' layout; writing and copying them.
 //! - [`elementwise`]: norm, gate and rotary embedding, forward and backward.
 //! - [`rows`]: passes over one row of logits.
+//! - [`parts`]: sums over rows of logits, made while a product computes these.
 //! - `tiles`: the inner loops of attention, on registers.
 //! - [`simd`]: sixteen lanes of f32 on AVX-512, AVX2 or anything, chosen at run time.
 //! - [`disjoint`]: parallel loops over parts of a slice.
@@ -18,6 +19,7 @@ pub mod elementwise;
 pub mod matmul;
 pub mod packed;
 pub mod pages;
+pub mod parts;
 pub mod rows;
 pub mod simd;
 mod tiles;

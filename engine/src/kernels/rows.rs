@@ -10,7 +10,7 @@ use super::simd::{Kernel, LANES, Level, Simd, exp};
 pub const ROW_BLOCK: usize = 256;
 
 /// d is cut off here; e^d is 0 already, and d * e^d stays 0 for a logit of minus infinity.
-const LOWEST: f32 = -100.0;
+pub const LOWEST: f32 = -100.0;
 
 /// Vectors that are summed side by side.
 const STRANDS: usize = 4;

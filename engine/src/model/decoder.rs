@@ -279,6 +279,11 @@ impl Decoder {
         &self.head.weight
     }
 
+    /// Whether [`Decoder::logits`] multiplies with a copy of the head in a narrow type.
+    pub fn head_is_narrow(&self) -> bool {
+        self.head.narrow.is_some()
+    }
+
     /// Logits `[N, vocab]` of hidden states `[N, hidden]`.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         timed(Phase::Head, || self.head.multiply(hidden))

@@ -29,8 +29,10 @@ mod product;
 mod sums;
 mod tile;
 
-use super::simd::Level;
-use product::{Operand, Output, Product, Start, run_each};
+use super::disjoint::Shared;
+use super::parts::{Part, parts_of};
+use super::simd::{LANES, Level};
+use product::{Operand, Output, Product, Start, Summary, run_each};
 
 /// `c[m, n] = a[m, k] * b[n, k]^T`, plus `bias[n]` in every row if there is one: the output of
 /// a linear layer with the weight `b`. Row `i` of `c` depends on row `i` of `a` alone, bitwise.
@@ -77,7 +79,27 @@ pub fn tn(a: &[f32], b: &[f32], accumulate: bool, c: &mut [f32], [m, n, k]: [usi
     tn_at(Level::best(), [a, b], accumulate, c, [m, n, k]);
 }
 
-fn nt_at(
+/// What [`nt_summed`] computes of the rows of `c`.
+pub struct Summed<'a> {
+    /// The first rows of `c` themselves, `[w, n]` for some `w`; they are not summed.
+    pub written: &'a mut [f32],
+    /// Factors of the rows of `c`, `[m]`; those of rows that are written are not used.
+    pub inv_temperatures: &'a [f32],
+    /// The parts of sixteen rows after those of the sixteen before, [`parts_of`]`(n)` each; none of
+    /// sixteen that are all written.
+    pub parts: &'a mut [Part],
+}
+
+/// `c[m, n]` of [`nt`], bit for bit, but summed up as it is made instead of written. The parts of
+/// a row depend on this row alone, bitwise.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn nt_summed(a: &[f32], b: &[f32], sums: Summed, [m, n, k]: [usize; 3]) {
+    nt_summed_at(Level::best(), [a, b], sums, [m, n, k]);
+}
+
+pub(crate) fn nt_at(
     level: Level,
     [a, b]: [&[f32]; 2],
     bias: Option<&[f32]>,
@@ -111,7 +133,26 @@ fn forward<'a>(
         shape: [m, n, k],
         output: Output::LaneByRow,
         start: bias.map_or(Start::Zero, Start::Bias),
+        summary: None,
     }
+}
+
+pub(crate) fn nt_summed_at(level: Level, [a, b]: [&[f32]; 2], sums: Summed, [m, n, k]: [usize; 3]) {
+    let Summed { written, inv_temperatures, parts } = sums;
+    let rows = written.len().checked_div(n).unwrap_or(0);
+    check([a, b, written], [[m, k], [n, k], [rows, n]]);
+    assert!(rows <= m && inv_temperatures.len() == m, "one inverse temperature for each of {m}");
+    let vectors = m.div_ceil(LANES) - rows / LANES;
+    assert_eq!(parts.len(), vectors * parts_of(n), "parts must be [{vectors}, {n} / 48]");
+    Product {
+        lanes: Operand { data: a, stride: k, depth_inner: true },
+        rows: Operand { data: b, stride: k, depth_inner: true },
+        shape: [m, n, k],
+        output: Output::LaneByRow,
+        start: Start::Zero,
+        summary: Some(Summary { written: rows, inv_temperatures, parts: Shared::new(parts) }),
+    }
+    .run(level, written);
 }
 
 fn nn_at(level: Level, [a, b]: [&[f32]; 2], c: &mut [f32], [m, n, k]: [usize; 3]) {
@@ -122,6 +163,7 @@ fn nn_at(level: Level, [a, b]: [&[f32]; 2], c: &mut [f32], [m, n, k]: [usize; 3]
         shape: [n, m, k],
         output: Output::RowByLane,
         start: Start::Zero,
+        summary: None,
     }
     .run(level, c);
 }
@@ -140,6 +182,7 @@ fn tn_at(
         shape: [n, m, k],
         output: Output::RowByLane,
         start: if accumulate { Start::Present } else { Start::Zero },
+        summary: None,
     }
     .run(level, c);
 }

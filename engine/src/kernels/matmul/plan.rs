@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::kernels::parts::PART;
 use crate::kernels::simd::LANES;
 use crate::torch::parallel;
 
 /// Rows that share the results of a panel in the first-level cache; a multiple of every tile's.
-pub(super) const GROUP: usize = 48;
+pub(super) const GROUP: usize = PART;
 /// Numbers of a packed block of lanes: it stays in the second-level cache.
 const BLOCK: usize = 192 * 1024;
 /// Numbers that a thread packs at most to keep them from piece to piece.
@@ -46,14 +47,25 @@ impl Plan {
     /// For `[lanes, rows, depth]`. If the rows are not `direct`, they are packed for each block
     /// of lanes.
     pub(super) fn new(shape: [usize; 3], direct: bool, threads: usize) -> Self {
-        let [lanes, rows, depth] = shape;
-        let workers = if microseconds(shape) < WORTHWHILE { 1 } else { threads };
+        let [lanes, _, depth] = shape;
         let uncut = UNCUT.max(BLOCK / lanes.next_multiple_of(LANES).max(LANES));
         let most = match direct {
             true if depth <= uncut => uncut,
             true => CUT[0],
             false => CUT[1],
         };
+        Self::cut(shape, most, threads)
+    }
+
+    /// As [`Plan::new`] for direct rows, with the depth in one block.
+    pub(super) fn uncut(shape: [usize; 3], threads: usize) -> Self {
+        Self::cut(shape, shape[2].next_multiple_of(LANES), threads)
+    }
+
+    /// With at most so much of the depth in a block.
+    fn cut(shape: [usize; 3], most: usize, threads: usize) -> Self {
+        let [lanes, rows, depth] = shape;
+        let workers = if microseconds(shape) < WORTHWHILE { 1 } else { threads };
         let deep = even(depth, most, LANES);
         let most = (BLOCK / deep).max(LANES_LEAST[0]);
         let block = even(lanes, most, LANES);
@@ -169,6 +181,16 @@ mod tests {
         let order = (0..).map(|i| usize::from(i % (turns + 1) == turns) % plan.workers);
         let taken = order.map_while(|worker| shares.take(worker));
         taken.collect()
+    }
+
+    #[test]
+    fn an_uncut_depth_is_one_block() {
+        for depth in [0, 1, 15, 16, 17, 576, 2047, 2049, 8192, 30_000] {
+            for lanes in [1, 64, 256] {
+                let blocks: Vec<_> = Plan::uncut([lanes, 49_152, depth], 2).depths().collect();
+                assert!(blocks.len() == 1 && blocks[0] == (0..depth), "{lanes} lanes: {blocks:?}");
+            }
+        }
     }
 
     #[test]

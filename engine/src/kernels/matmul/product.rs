@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use super::piece::{Piece, Scratch};
 use super::plan::{Plan, Shares, run_on};
 use crate::kernels::disjoint::Shared;
+use crate::kernels::parts::Part;
 use crate::kernels::simd::Level;
 
 /// One side of a product.
@@ -34,6 +35,17 @@ pub(super) enum Start<'a> {
     Present,
 }
 
+/// Sums over the results of each lane, in addition to the results or in place of them. The rows
+/// must be direct and the start must not be `Present`.
+pub(super) struct Summary<'a> {
+    /// Lanes whose results are written, the first ones; the others are summed.
+    pub(super) written: usize,
+    /// One for each lane.
+    pub(super) inv_temperatures: &'a [f32],
+    /// The parts of each vector of lanes, one vector after the other.
+    pub(super) parts: Shared<'a, Part>,
+}
+
 /// `output[lane, row] = start + sum over k of lanes[lane, k] * rows[row, k]`.
 pub(super) struct Product<'a> {
     pub(super) lanes: Operand<'a>,
@@ -42,16 +54,21 @@ pub(super) struct Product<'a> {
     pub(super) shape: [usize; 3],
     pub(super) output: Output,
     pub(super) start: Start<'a>,
+    pub(super) summary: Option<Summary<'a>>,
 }
 
 impl Product<'_> {
-    /// Computes it on libtorch's threads; `output` holds as many numbers as there are results.
+    /// Computes it on libtorch's threads; `output` holds as many numbers as there are results,
+    /// or as a summary leaves to be written.
     pub(super) fn run(&self, level: Level, output: &mut [f32]) {
         run_each(level, &mut [(self, output)]);
     }
 
     fn plan(&self, threads: usize) -> Plan {
-        Plan::new(self.shape, self.rows.depth_inner, threads)
+        match self.summary {
+            Some(_) => Plan::uncut(self.shape, threads),
+            None => Plan::new(self.shape, self.rows.depth_inner, threads),
+        }
     }
 }
 
@@ -60,35 +77,35 @@ impl Product<'_> {
 pub(super) fn run_each(level: Level, products: &mut [(&Product<'_>, &mut [f32])]) {
     let threads = tch::get_num_threads().max(1) as usize;
     let plans: Vec<Plan> = products.iter().map(|(product, _)| product.plan(threads)).collect();
-    let parts = products.iter_mut().zip(&plans).map(|((product, output), plan)| Part {
+    let jobs = products.iter_mut().zip(&plans).map(|((product, output), plan)| Job {
         product,
         plan,
         shares: Shares::new(plan),
         output: Shared::new(output),
     });
-    let parts: Vec<Part> = parts.collect();
+    let jobs: Vec<Job> = jobs.collect();
     let workers = plans.iter().map(Plan::workers).max().unwrap_or(0);
     run_on(workers, &|worker| {
         SCRATCH.with_borrow_mut(|scratch| {
-            for (i, part) in parts.iter().enumerate() {
-                if i == 0 || !part.packs_like(&parts[i - 1]) {
+            for (i, job) in jobs.iter().enumerate() {
+                if i == 0 || !job.packs_like(&jobs[i - 1]) {
                     scratch.forget();
                 }
-                part.run(level, worker, scratch);
+                job.run(level, worker, scratch);
             }
         });
     });
 }
 
 /// One of several products.
-struct Part<'a> {
+struct Job<'a> {
     product: &'a Product<'a>,
     plan: &'a Plan,
     shares: Shares<'a>,
     output: Shared<'a, f32>,
 }
 
-impl Part<'_> {
+impl Job<'_> {
     /// Whether what was packed for `other` serves this product too.
     fn packs_like(&self, other: &Self) -> bool {
         let same_lanes = std::ptr::eq(self.product.lanes.data, other.product.lanes.data);
