@@ -178,3 +178,34 @@ fn weights_that_do_not_fit_are_refused_at_the_start() {
     assert!(reason.contains(&format!("'{name}' holds 100000")), "{reason}");
     assert_eq!(start(ServeDtype::Bf16).expect("bf16 does").weight_version(), 0);
 }
+
+#[test]
+fn a_small_update_reaches_the_copies_of_the_real_model() {
+    let push = |tensors: &[(String, Tensor)]| {
+        for (_, tensor) in tensors {
+            let step = tensor.sin().sign() * 2e-5;
+            let _ = tensor.shallow_clone().g_add_(&step);
+        }
+    };
+    let (old, new) = (smollm2(), smollm2());
+    push(&new.tensors);
+    let (served, fresh) = (serving(&old, ServeDtype::F16), serving(&new, ServeDtype::F16));
+    let text: Vec<u32> = (0..40).map(|i| 300 + i * 37).collect();
+    let before = logprobs(&served, &text);
+    let tensors: Vec<_> = old.tensors.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+    served
+        .update(move || {
+            push(&tensors);
+            Ok(())
+        })
+        .expect("the update is applied");
+    let after = logprobs(&served, &text);
+    assert_eq!(after, logprobs(&fresh, &text));
+    assert_ne!(after, before);
+    let exact = logprobs(&serving(&new, ServeDtype::F32), &text);
+    println!(
+        "updated by {:?}, off f32 by {:?}",
+        distance(&after, &before),
+        distance(&after, &exact)
+    );
+}

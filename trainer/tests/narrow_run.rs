@@ -66,8 +66,10 @@ fn the_mismatch_of_a_run_is_that_of_its_type() {
         }
         assert!(exact.mismatch_mean < 1e-5 && exact.mismatch_far == 0.0);
         assert_eq!(exact.refresh_seconds, 0.0);
-        // The golden cases' text is 2.3e-3 away on average.
-        assert!((1e-4..5e-3).contains(&narrow.mismatch_mean), "{}", narrow.mismatch_mean);
+        // The golden cases' text is 2.3e-3 away on average. An update of 2e-5 a weight is below
+        // the distance between two f16 of more than 0.03, so that the copies get only a part of it.
+        let most = if narrow.step == 1 { 5e-3 } else { 3e-2 };
+        assert!((1e-4..most).contains(&narrow.mismatch_mean), "{}", narrow.mismatch_mean);
         assert!(narrow.mismatch_max < 0.1 && narrow.mismatch_far == 0.0);
         assert!(narrow.refresh_seconds > 0.0);
         // PPO's ratio is taken against the trainer's own log-probs.
