@@ -283,11 +283,10 @@ mod tests {
             assert_eq!(samples, [0.0, 0.0, 128.0, 256.0, 320.0], "{}", run.mode);
             assert!(standings.is_sorted_by_key(|at| at.seconds) && standings[0].seconds < 1e-3);
             assert_eq!(standings[0].reward, runs[0].standings[0].reward);
-            // The clock holds the steps and nothing of the evaluations between them.
+            // The clock holds the steps, and waiting for rollouts between them.
             let last = run.steps[4].elapsed_seconds;
             assert!(last >= seconds(run), "{last} and {}", seconds(run));
-            assert_eq!(standings[4].seconds, last);
-            assert_eq!(standings[2].seconds, run.steps[1].elapsed_seconds);
+            assert!(standings[4].seconds >= last && standings[3].seconds <= last);
         }
         let median = |group: &str, mode: &str| {
             let line = report.lines.iter().find(|line| line.group == group && line.name == mode);
