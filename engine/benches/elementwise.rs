@@ -1,6 +1,6 @@
 //! Our norm, gate and rotary embedding against libtorch's operations, in turns, at the sizes of
 //! SmolLM2-135M. `cargo bench -p onpolicy-engine --bench elementwise [-- PART]` runs the lines
-//! that contain PART.
+//! that contain PART. Not criterion, which cannot take turns between two cases.
 
 use std::time::Instant;
 

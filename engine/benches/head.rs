@@ -1,5 +1,6 @@
 //! Output head, statistics and draw at the sizes of SmolLM2-135M: through logits in memory, and
 //! summed up as they are made, in turns. `cargo bench -p onpolicy-engine --bench head [-- ROWS]`
+//! Not criterion, which cannot take turns between two cases.
 
 use std::time::Instant;
 

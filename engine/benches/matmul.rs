@@ -1,5 +1,6 @@
 //! Our matrix products against libtorch's, in turns, at the sizes of SmolLM2-135M's layers.
 //! `cargo bench -p onpolicy-engine --bench matmul [-- PART]` runs the lines that contain PART.
+//! Not criterion, which cannot take turns between two cases.
 
 use std::time::Instant;
 

@@ -1,6 +1,6 @@
 //! Decoding in each type that weights can be served in, in turns: one engine for each over the same
 //! weights. `cargo bench -p onpolicy-engine --bench serve_dtype -- MODEL [ROUNDS]`, where MODEL is a
-//! directory, a GGUF file or a hub id.
+//! directory, a GGUF file or a hub id. Not criterion, which cannot take turns between cases.
 
 use onpolicy_engine::{
     collect::collect,

@@ -3,7 +3,8 @@
 //! then the optimizer's step. Beside each the rate of matrix products that the machine had in the
 //! same run, and the share of it that was reached.
 //! `cargo bench -p onpolicy-trainer --bench loss [-- PART]` runs the lines that contain PART; with
-//! `OMP_NUM_THREADS=1` only the time on a core counts.
+//! `OMP_NUM_THREADS=1` only the time on a core counts. Not criterion, which cannot take turns
+//! between cases; one micro-batch through criterion is `packed_loss`.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
