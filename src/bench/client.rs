@@ -62,7 +62,9 @@ impl Server {
         timeout: Duration,
     ) -> Result<Self, anyhow::Error> {
         let base = url.trim_end_matches('/').trim_end_matches("/v1");
-        let http = reqwest::Client::builder().timeout(timeout).no_proxy().build()?;
+        // No connection waits for its turn: many servers close one that is idle for seconds.
+        let http = reqwest::Client::builder().timeout(timeout).no_proxy();
+        let http = http.pool_max_idle_per_host(0).build()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let url = format!("{base}/v1/completions");
         let (name, model) = (name.to_string(), String::new());

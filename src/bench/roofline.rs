@@ -1,9 +1,7 @@
 //! What the machine can do at most, measured, and the time that some work needs at those rates.
 
 use onpolicy_engine::{
-    kernels::matmul,
-    torch::{parallel, slices::floats},
-    weights::Weights,
+    kernels::matmul, kernels::parallel, torch::slices::floats, weights::Weights,
 };
 use serde::{Deserialize, Serialize};
 use std::{

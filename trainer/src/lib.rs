@@ -18,6 +18,7 @@ pub mod advantage;
 pub mod batch;
 pub mod builtins;
 pub mod checkpoint;
+mod clock;
 pub mod config;
 pub mod correction;
 pub mod entropy;

@@ -3,6 +3,7 @@
 
 use crate::{
     batch::{MiniBatch, TrainBatch, TrainGroup, TrainSample},
+    clock::Clock,
     config::{Config, Mode},
     correction::Correction,
     entropy::EntropyReport,
@@ -21,7 +22,7 @@ use onpolicy_engine::{
 use onpolicy_plugin_api::{Engine, TaskSource, TokenGate, Verifier};
 use std::{
     collections::VecDeque,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 /// Samples whose tokens are looked at again after the update, to measure the change of entropy.
@@ -372,30 +373,4 @@ fn mean(values: &[f64]) -> f64 {
 fn std(values: &[f64]) -> f64 {
     let mean = mean(values);
     (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len().max(1) as f64).sqrt()
-}
-
-/// Times the phases of a step.
-struct Clock {
-    start: Instant,
-    lap: Instant,
-}
-
-impl Clock {
-    /// A clock that shows `seconds` already.
-    fn start(seconds: f64) -> Self {
-        let start = Instant::now() - Duration::from_secs_f64(seconds);
-        Self { start, lap: start }
-    }
-
-    /// Seconds since the last lap.
-    fn lap(&mut self) -> f64 {
-        let now = Instant::now();
-        let seconds = now.duration_since(self.lap).as_secs_f64();
-        self.lap = now;
-        seconds
-    }
-
-    fn total(&self) -> f64 {
-        self.start.elapsed().as_secs_f64()
-    }
 }

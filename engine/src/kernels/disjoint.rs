@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::torch::parallel;
+use super::parallel;
 
 /// A mutable slice whose parts are handed to several threads.
 pub(super) struct Shared<'a, T> {

@@ -11,7 +11,7 @@
 //! - [`parts`]: sums over rows of logits, made while a product computes these.
 //! - `tiles`: the inner loops of attention, on registers.
 //! - [`simd`]: sixteen lanes of f32 on AVX-512, AVX2 or anything, chosen at run time.
-//! - [`disjoint`]: parallel loops over parts of a slice.
+//! - [`disjoint`]: parallel loops over parts of a slice. [`parallel`]: the threads that they run on.
 
 pub mod attention;
 pub mod disjoint;
@@ -19,6 +19,7 @@ pub mod elementwise;
 pub mod matmul;
 pub mod packed;
 pub mod pages;
+pub mod parallel;
 pub mod parts;
 pub mod rows;
 pub mod simd;

@@ -5,7 +5,6 @@ pub mod autograd;
 pub mod function;
 pub mod memory;
 pub mod optim;
-pub mod parallel;
 pub mod slices;
 
 use std::ffi::{CStr, c_char, c_void};
@@ -21,11 +20,6 @@ type RawTensor = *const torch_sys::C_tensor;
 unsafe extern "C" {
     fn op_free(text: *mut c_char);
     fn op_keep_freed_memory() -> bool;
-    fn op_parallel(
-        workers: i64,
-        body: unsafe extern "C" fn(*mut c_void, i64),
-        context: *mut c_void,
-    ) -> *mut c_char;
     fn op_backward(
         outputs: *const RawTensor,
         gradients: *const RawTensor,

@@ -129,15 +129,6 @@ bool op_keep_freed_memory() {
 #endif
 }
 
-// Calls body(context, worker) on each of libtorch's intra-op threads that take part, at most `workers`.
-char *op_parallel(int64_t workers, void (*body)(void *, int64_t), void *context) {
-  return guarded([&] {
-    at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) body(context, worker);
-    });
-  });
-}
-
 // Accumulates the gradients of sum(outputs * gradients) into the leaves.
 char *op_backward(at::Tensor *const *outputs, at::Tensor *const *gradients, int64_t count) {
   return guarded([&] {

@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::kernels::parallel;
 use crate::kernels::parts::PART;
 use crate::kernels::simd::LANES;
-use crate::torch::parallel;
 
 /// Rows that share the results of a panel in the first-level cache; a multiple of every tile's.
 pub(super) const GROUP: usize = PART;

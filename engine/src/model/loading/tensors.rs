@@ -1,7 +1,7 @@
 //! What every format needs: names checked against the configuration, tensors read in parallel.
 
 use super::LoadError;
-use crate::{model::config::ModelConfig, torch::parallel};
+use crate::{kernels::parallel, model::config::ModelConfig};
 use std::{collections::BTreeSet, sync::Mutex};
 use tch::{Device, Kind, Tensor};
 
