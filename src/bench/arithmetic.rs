@@ -24,6 +24,8 @@ pub struct Costs {
     kv_width: f64,
     /// The window of each layer.
     windows: Vec<Option<usize>>,
+    /// Bytes of the copies that the engine multiplies with in the weights' place; 0 where none.
+    copies: f64,
 }
 
 /// One forward and backward pass of the trainer.
@@ -50,7 +52,13 @@ impl Costs {
             query_width,
             kv_width,
             windows: model.layer_window.clone(),
+            copies: 0.0,
         }
+    }
+
+    /// The same where the engine serves copies of so many bytes in place of layers and head.
+    pub fn serving_copies(self, bytes: usize) -> Self {
+        Self { copies: bytes as f64, ..self }
     }
 
     /// Operations of one token's matrix products, attention not counted.
@@ -79,6 +87,11 @@ impl Costs {
         F32 * (self.layers + self.head)
     }
 
+    /// As [`Costs::weight_bytes`], of a pass of the engine.
+    fn served_bytes(&self) -> f64 {
+        if self.copies > 0.0 { self.copies } else { self.weight_bytes() }
+    }
+
     /// A rollout: prefill, then one step for every further token of all samples together. `shared`:
     /// a group's prompt is computed once, and its KV read once a step.
     pub fn rollout(&self, workload: &Workload, shared: bool) -> Work {
@@ -90,13 +103,13 @@ impl Costs {
         let attention: f64 = (1..=prompt_tokens).map(|context| self.attention_flop(context)).sum();
         work.add(
             prompts * (2.0 * self.layers * rows + attention + 2.0 * self.head),
-            self.weight_bytes(),
+            self.served_bytes(),
         );
         for new in 1..new_tokens {
             let attention = self.attention_flop(prompt_tokens + new);
             let of_prompt = self.kv_bytes(prompt_tokens + new) - self.kv_bytes(new);
             let kv = prompts * of_prompt + all * self.kv_bytes(new);
-            work.add(all * (self.flop_per_token() + attention), self.weight_bytes() + kv);
+            work.add(all * (self.flop_per_token() + attention), self.served_bytes() + kv);
         }
         work
     }
@@ -143,6 +156,17 @@ mod tests {
 
     /// By hand: a layer has 576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536 = 3,538,944 weights in
     /// its matrices; 30 of them 106,168,320; the head 576 * 49152 = 28,311,552.
+    #[test]
+    fn copies_are_read_in_the_place_of_weights() {
+        let (plain, copies) = (smollm2(), smollm2().serving_copies(1000));
+        assert_eq!(plain.served_bytes(), plain.weight_bytes());
+        assert_eq!(copies.served_bytes(), 1000.0);
+        let one = Workload::named("W1").expect("a workload");
+        assert_ne!(copies.rollout(&one, true), plain.rollout(&one, true));
+        let pass = [Pass { positions: vec![0], targets: 1 }];
+        assert_eq!(copies.training(&pass), plain.training(&pass));
+    }
+
     #[test]
     fn a_token_of_smollm2() {
         let costs = smollm2();

@@ -74,6 +74,7 @@ impl Session {
             threads: usize::try_from(tch::get_num_threads())?,
         };
         let served = Served::over(checkpoint, &config)?;
+        let costs = costs.serving_copies(served.engine.stats()?.copied_bytes);
         eprintln!("measuring the machine ...");
         let rates = Rates::measure(&served.weights);
         machine::reset_peak();

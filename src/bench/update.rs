@@ -77,7 +77,9 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
     let weights = session.served.weights.iter().zip(&loaded);
     let copied: Vec<usize> = weights.filter_map(elsewhere).collect();
     let group = format!("an AdamW step while {} samples stream", arguments.samples);
-    let lines = lines(&mut session, &group, &runs, copied.iter().sum());
+    let refreshed = session.served.engine.stats()?.copied_bytes;
+    let beyond = copied.iter().sum::<usize>() + refreshed;
+    let lines = lines(&mut session, &group, &runs, beyond);
     let note = format!(
         "The gap is the longest that a sample waited for a token while the update was applied; \
          allowed are the optimizer's step without load and one decode step.\n{} of the {} tensors \

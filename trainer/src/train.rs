@@ -20,10 +20,7 @@ use onpolicy_engine::{
     chat::ChatTokenizer, engine::EngineHandle, model::decoder::Decoder, sampler::stream_of,
 };
 use onpolicy_plugin_api::{Engine, TaskSource, TokenGate, Verifier};
-use std::{
-    collections::VecDeque,
-    time::Instant,
-};
+use std::{collections::VecDeque, time::Instant};
 
 /// Samples whose tokens are looked at again after the update, to measure the change of entropy.
 const PROBE_SAMPLES: usize = 8;
