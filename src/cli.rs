@@ -55,6 +55,28 @@ impl Source {
     }
 }
 
+/// How the engine serves, for the commands that keep it running.
+#[derive(Debug, Args)]
+struct Serving {
+    /// Print where the engine's time goes, by phase of a step (engine.profile)
+    #[arg(long)]
+    profile: bool,
+    /// Type that linear layers and head are served in: f32, f16, bf16, int8 (engine.serve_dtype)
+    #[arg(long, value_name = "TYPE")]
+    serve_dtype: Option<String>,
+}
+
+impl Serving {
+    /// As flags of [`Source::load`].
+    fn flags(&self) -> [(&'static str, Option<String>); 2] {
+        let serve_dtype = self.serve_dtype.as_ref().map(|dtype| format!("{dtype:?}"));
+        [
+            ("engine.profile", self.profile.then(|| "true".into())),
+            ("engine.serve_dtype", serve_dtype),
+        ]
+    }
+}
+
 /// `onpolicy train`.
 #[derive(Debug, Args)]
 pub struct Train {
@@ -72,12 +94,8 @@ pub struct Train {
     /// Port of the HTTP endpoint; 0 takes a free one (server.port)
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
-    /// Print where the engine's time goes, by phase of a step (engine.profile)
-    #[arg(long)]
-    profile: bool,
-    /// Type that linear layers and head are served in: f32, f16, bf16, int8 (engine.serve_dtype)
-    #[arg(long, value_name = "TYPE")]
-    serve_dtype: Option<String>,
+    #[command(flatten)]
+    serving: Serving,
     /// Go on from the newest checkpoint in the output folder
     #[arg(long)]
     pub resume: bool,
@@ -86,13 +104,14 @@ pub struct Train {
 impl Train {
     /// The configuration of the run.
     pub fn config(&self) -> Result<Config, ConfigError> {
+        let [profile, serve_dtype] = self.serving.flags();
         self.source.load(&[
             ("output.dir", self.output.as_ref().map(|dir| format!("{dir:?}"))),
             ("train.steps", self.steps.map(|n| n.to_string())),
             ("train.seed", self.seed.map(|n| n.to_string())),
             ("server.port", self.port.map(|n| n.to_string())),
-            ("engine.profile", self.profile.then(|| "true".into())),
-            ("engine.serve_dtype", self.serve_dtype.as_ref().map(|dtype| format!("{dtype:?}"))),
+            profile,
+            serve_dtype,
         ])
     }
 }
@@ -108,22 +127,19 @@ pub struct Serve {
     /// Port to listen on; 0 takes a free one (server.port)
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
-    /// Print where the engine's time goes, by phase of a step (engine.profile)
-    #[arg(long)]
-    profile: bool,
-    /// Type that linear layers and head are served in: f32, f16, bf16, int8 (engine.serve_dtype)
-    #[arg(long, value_name = "TYPE")]
-    serve_dtype: Option<String>,
+    #[command(flatten)]
+    serving: Serving,
 }
 
 impl Serve {
     /// The configuration of the server.
     pub fn config(&self) -> Result<Config, ConfigError> {
+        let [profile, serve_dtype] = self.serving.flags();
         self.source.load(&[
             ("server.host", self.host.as_ref().map(|host| format!("{host:?}"))),
             ("server.port", self.port.map(|n| n.to_string())),
-            ("engine.profile", self.profile.then(|| "true".into())),
-            ("engine.serve_dtype", self.serve_dtype.as_ref().map(|dtype| format!("{dtype:?}"))),
+            profile,
+            serve_dtype,
         ])
     }
 }

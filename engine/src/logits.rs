@@ -156,7 +156,7 @@ pub fn logprob_gradient(
     });
 }
 
-/// Checked here, because a panic on one of libtorch's threads would end the process.
+/// Checked before any thread begins.
 fn check_shapes(logits: &[f32], vocab: usize, tokens: &[u32]) {
     assert!(vocab > 0, "a vocabulary has at least one token");
     assert_eq!(logits.len(), tokens.len() * vocab, "one row of logits per token");

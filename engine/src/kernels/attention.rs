@@ -17,8 +17,9 @@ use std::ops::Range;
 use self::items::{Item, items};
 use self::stretch::Stretch;
 pub(super) use self::stretch::hide;
-use super::disjoint::{Shared, drain};
+use super::disjoint::Shared;
 pub use super::pages::{BLOCK, Pages, PagesMut, copy_block, write_pages};
+use super::parallel::for_each;
 use super::simd::{Kernel, LANES, Level, Line, Simd};
 use super::tiles::{CHUNK, CHUNK_BLOCKS, MAX_ROWS, Running, Scores};
 
@@ -132,7 +133,7 @@ fn attend(level: Level, batch: &Batch, out: &mut [f32], log_sums: Option<&mut [f
     let out = Shared::new(out);
     let log_sums = log_sums.map(Shared::new);
     let (runs, run) = items::runs(&items);
-    drain(runs, &|i| {
+    for_each(runs, &|i| {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut items = items[i * run..].iter().take(run).peekable();
             while let Some(item) = items.next() {

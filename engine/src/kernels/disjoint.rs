@@ -1,7 +1,6 @@
 //! Parallel loops over parts of a slice that do not overlap.
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::parallel;
 
@@ -45,9 +44,9 @@ pub fn for_each_chunk<T: Send>(
     let len = data.len();
     let chunks = len.div_ceil(size);
     let shared = Shared::new(data);
-    drain(chunks, &|i| {
+    parallel::for_each(chunks, &|i| {
         let start = i * size;
-        // SAFETY: `drain` hands out each `i` once, and chunks do not overlap.
+        // SAFETY: `for_each` hands out each `i` once, and chunks do not overlap.
         let chunk = unsafe { shared.part(start, size.min(len - start)) };
         work(i, chunk);
     });
@@ -83,21 +82,6 @@ pub fn map<T: Send>(items: usize, make: &(dyn Fn(usize) -> T + Sync)) -> Vec<T> 
     let mut made: Vec<Option<T>> = std::iter::repeat_with(|| None).take(items).collect();
     for_each_chunk(&mut made, 1, &|i, slot| slot[0] = Some(make(i)));
     made.into_iter().map(|value| value.expect("every item was made")).collect()
-}
-
-/// Calls `work(i)` once for every `i < items`, in about that order. A thread that is done with
-/// one takes the next, so that items of unequal cost still keep all threads busy.
-pub(super) fn drain(items: usize, work: &(dyn Fn(usize) + Sync)) {
-    let next = AtomicUsize::new(0);
-    parallel::for_each(items, &|_| {
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= items {
-                return;
-            }
-            work(i);
-        }
-    });
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@
 //! side. Values are `[num_blocks][kv_heads][16][head_dim]`, because there the sum runs over the
 //! tokens.
 
-use super::disjoint::{Shared, drain};
+use super::disjoint::Shared;
+use super::parallel::for_each;
 
 /// Tokens per block.
 pub const BLOCK: usize = 16;
@@ -127,7 +128,7 @@ pub fn write_pages(k: &[f32], v: &[f32], pages: &mut PagesMut, slots: &[u32]) {
     if slots.len() < PARALLEL_ROWS {
         (0..heads).for_each(write_head);
     } else {
-        drain(heads, &write_head);
+        for_each(heads, &write_head);
     }
 }
 

@@ -29,9 +29,9 @@ unsafe extern "C" {
     fn malloc_trim(pad: usize) -> c_int;
 }
 
-/// What is free now goes back to the system; from now on freed memory stays with the process. A training step frees and takes gigabytes, and
-/// the system zeroes every page that it hands out anew, which took half of a step's time on a
-/// virtual machine. False where the C library has no such setting.
+/// What is free now goes back to the system; from now on freed memory stays with the process. A
+/// training step frees and takes gigabytes, and the system zeroes every page that it hands out
+/// anew, which took half of a step's time on a virtual machine. False where the C library has no such setting.
 pub fn keep_freed() -> bool {
     // SAFETY: gives free memory back, which may be done at any time.
     #[cfg(target_env = "gnu")]

@@ -1,4 +1,4 @@
-//! What tch does not bind: libtorch's thread pool, the fused optimizer, backward with given
+//! What tch does not bind: the fused optimizer, backward with given
 //! gradients, and tensors as slices.
 
 pub mod autograd;

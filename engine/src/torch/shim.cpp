@@ -1,6 +1,5 @@
 // What tch 0.24 does not bind. Every function returns nullptr, or an error message that the caller
 // frees with op_free.
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/torch.h>
 

@@ -1,4 +1,4 @@
-//! Element-wise operations of the decoder in one pass over memory each way, on libtorch's threads.
+//! Element-wise operations of the decoder in one pass over memory each way, on all kernel threads.
 //!
 //! An output row depends on its own inputs alone, bitwise. Sums over rows are split by the shape
 //! only, so that they do not depend on the number of threads either.

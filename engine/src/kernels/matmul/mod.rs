@@ -1,4 +1,4 @@
-//! Products of f32 matrices, on libtorch's threads.
+//! Products of f32 matrices, on all kernel threads.
 //!
 //! One operand of a product lies across the lanes of vectors, the other one is broadcast:
 //! a tile is a few broadcast rows times up to four vectors of lanes, in registers. In the

@@ -58,7 +58,7 @@ pub(super) struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// Computes it on libtorch's threads; `output` holds as many numbers as there are results,
+    /// Computes it on all kernel threads; `output` holds as many numbers as there are results,
     /// or as a summary leaves to be written.
     pub(super) fn run(&self, level: Level, output: &mut [f32]) {
         run_each(level, &mut [(self, output)]);

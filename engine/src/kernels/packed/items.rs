@@ -7,7 +7,8 @@
 use super::PackedAttention;
 use super::backward::{Backward, SCRATCH};
 use super::layout::{Layout, PageBuffers};
-use crate::kernels::disjoint::{Shared, drain};
+use crate::kernels::disjoint::Shared;
+use crate::kernels::parallel::for_each;
 use crate::kernels::simd::Level;
 use std::ops::Range;
 
@@ -104,13 +105,15 @@ pub(super) fn run_at(level: Level, attention: &PackedAttention, saved: &Saved, b
         by_v: Shared::new(&mut *by.v),
         shares: Shared::new(&mut shares),
     };
-    drain(items.len(), &|i| {
+    for_each(items.len(), &|i| {
         SCRATCH.with_borrow_mut(|scratch| {
             level.run(Backward { batch: &batch, item: &items[i], scratch });
         });
     });
     let sums = [Shared::new(&mut *by.k), Shared::new(&mut *by.v)];
-    drain(reductions.len(), &|i| reduce(attention, &reductions[i], &shares, [&sums[0], &sums[1]]));
+    for_each(reductions.len(), &|i| {
+        reduce(attention, &reductions[i], &shares, [&sums[0], &sums[1]])
+    });
 }
 
 /// The items, what is to be added up afterwards, and the length of all shares.

@@ -69,7 +69,7 @@ impl Narrow {
         })
     }
 
-    /// Rounds and packs `weights`, `[n, k]`, on libtorch's threads.
+    /// Rounds and packs `weights`, `[n, k]`, on all kernel threads.
     ///
     /// # Panics
     /// If the length does not fit.

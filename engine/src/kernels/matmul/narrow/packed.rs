@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use super::format::Format;
-use crate::kernels::disjoint::{Shared, drain};
+use crate::kernels::disjoint::Shared;
 use crate::kernels::matmul::blocks::load_block;
 use crate::kernels::matmul::pack::Panel;
 use crate::kernels::matmul::plan::ranges;
 use crate::kernels::matmul::tile::widest;
+use crate::kernels::parallel::for_each;
 use crate::kernels::simd::{Kernel, LANES, Level, Simd};
 
 /// Most vectors in a panel; its width is what tiles of many rows leave of the registers.
@@ -69,7 +70,7 @@ impl<F: Format> Packed<F> {
     pub(super) fn pack(&mut self, weights: &[f32]) {
         let Self { level, shape, ref panels, ref mut lanes, ref mut scales } = *self;
         let (lanes, scales) = (Shared::new(lanes), Shared::new(scales));
-        drain(panels.len(), &|i| {
+        for_each(panels.len(), &|i| {
             let panel = panels[i];
             // SAFETY: each panel is packed by one thread, and panels do not overlap.
             let (lanes, scales) = unsafe {

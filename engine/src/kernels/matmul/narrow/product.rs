@@ -5,11 +5,12 @@ use std::ops::Range;
 
 use super::format::{AHEAD, Format};
 use super::packed::Packed;
-use crate::kernels::disjoint::{Shared, drain};
+use crate::kernels::disjoint::Shared;
 use crate::kernels::matmul::blocks::{load_part, store_part};
 use crate::kernels::matmul::pack::Panel;
 use crate::kernels::matmul::plan::ranges;
 use crate::kernels::matmul::tile::{Rows, multiply};
+use crate::kernels::parallel::for_each;
 use crate::kernels::simd::{Kernel, LANES, Level, Line, Simd};
 
 /// Rows whose sums are kept at a time.
@@ -29,7 +30,7 @@ pub(super) struct Product<'a, F> {
 }
 
 impl<F: Format> Product<'_, F> {
-    /// Computes it on libtorch's threads.
+    /// Computes it on all kernel threads.
     pub(super) fn run(&self, y: &mut [f32]) {
         let [n, k] = self.weight.shape;
         let m = y.len() / n.max(1);
@@ -45,7 +46,7 @@ impl<F: Format> Product<'_, F> {
         };
         let microseconds = (n * k / MICROSECOND[0]).max(m * n * k / MICROSECOND[1]);
         let items = panels.len() * chunks.len();
-        if microseconds < WORTHWHILE { (0..items).for_each(work) } else { drain(items, &work) }
+        if microseconds < WORTHWHILE { (0..items).for_each(work) } else { for_each(items, &work) }
     }
 }
 
