@@ -28,7 +28,7 @@ const QUESTIONS: [&str; 4] = [
 
 fn request(prompt: &[u32], n: usize, temperature: f32) -> Request {
     let params = SamplingParams { n, temperature, max_tokens: 32, ..SamplingParams::default() };
-    Request { prompt: prompt.to_vec(), params }
+    Request::new(prompt.to_vec(), params)
 }
 
 fn answers(engine: &EngineHandle, request: Request) -> Vec<Vec<(u32, u64)>> {

@@ -63,7 +63,7 @@ fn decode(engine: &EngineHandle, samples: usize, tokens: usize) -> f64 {
         seed: Some(7),
         ..SamplingParams::default()
     };
-    let request = Request { prompt: (100..116).collect(), params };
+    let request = Request::new((100..116).collect(), params);
     let started = Instant::now();
     let deadline = started + Duration::from_secs(300);
     collect(engine, vec![request], deadline, &mut || {}).expect("the engine answers");

@@ -179,7 +179,9 @@ fn gather(
         })?;
         let request = &mut gathered[number];
         match event {
-            Event::Prompt { logprobs } => request.prompt_logprobs = logprobs,
+            Event::Prompt { tokens } => {
+                request.prompt_logprobs = tokens.iter().map(|token| token.logprob).collect();
+            }
             Event::Token { index, token } => {
                 request.tokens[index].push(token);
                 progress();

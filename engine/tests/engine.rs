@@ -30,7 +30,7 @@ fn prompt(seed: u32, len: usize) -> Vec<u32> {
 }
 
 fn request(seed: u32, len: usize, params: SamplingParams) -> Request {
-    Request { prompt: prompt(seed, len), params }
+    Request::new(prompt(seed, len), params)
 }
 
 fn sampled(n: usize, max_tokens: usize, seed: u64) -> SamplingParams {
@@ -98,9 +98,9 @@ fn prompt_logprobs_meet_the_reference_at_every_chunk_size() {
         let engine = engine(&checkpoint, limits);
         for row in [0, 1, 0] {
             let params =
-                SamplingParams { prompt_logprobs: true, max_tokens: 1, ..sampled(1, 1, 0) };
+                SamplingParams { prompt_logprobs: Some(0), max_tokens: 1, ..sampled(1, 1, 0) };
             let prompt = ids(&reference["input_ids"][row]);
-            let answer = run(&engine, vec![Request { prompt, params }]).remove(0);
+            let answer = run(&engine, vec![Request::new(prompt, params)]).remove(0);
             let want = floats(&reference["next_token_logprobs"][row]);
             assert_close(&answer.prompt_logprobs, &want, 2e-4, "prompt log-prob");
         }
@@ -153,7 +153,7 @@ fn refusals_name_the_field_and_start_nothing() {
     let params = sampled(1, 4, 0);
     assert_eq!(refused(request(0, 0, params.clone())), "prompt");
     assert_eq!(refused(request(0, 256, params.clone())), "prompt");
-    assert_eq!(refused(Request { prompt: vec![160], params: params.clone() }), "prompt");
+    assert_eq!(refused(Request::new(vec![160], params.clone())), "prompt");
     assert_eq!(refused(request(0, 4, sampled(33, 4, 0))), "n");
     let hot = SamplingParams { temperature: -1.0, ..params.clone() };
     assert_eq!(refused(request(0, 4, hot)), "temperature");
@@ -361,7 +361,7 @@ fn recomputed_samples_use_the_new_weights_from_the_first_token() {
     context[20] = tokens(&first[0].samples[0])[0];
     context.extend(sample[..changed - 1].iter().map(|(id, _)| id));
     let rest = SamplingParams { max_tokens: 220 - changed, ..greedy };
-    let want = run(&fresh, vec![Request { prompt: context, params: rest }]);
+    let want = run(&fresh, vec![Request::new(context, rest)]);
     let got: Vec<u32> = sample[changed - 1..].iter().map(|(id, _)| *id).collect();
     assert_eq!(got, tokens(&want[0].samples[0]));
 }

@@ -166,7 +166,7 @@ fn the_engine_decodes_greedily_as_the_reference() {
                     ignore_eos: true,
                     ..SamplingParams::default()
                 };
-                let request = Request { prompt: prompt.clone(), params };
+                let request = Request::new(prompt.clone(), params);
                 let deadline = Instant::now() + Duration::from_secs(60);
                 let groups = collect(&engine, vec![request; batch], deadline, &mut || {});
                 for group in groups.expect("the engine answers") {

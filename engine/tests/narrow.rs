@@ -21,7 +21,7 @@ fn serving(checkpoint: &Checkpoint, serve_dtype: ServeDtype) -> EngineHandle {
 }
 
 fn answer(engine: &EngineHandle, prompt: &[u32], params: SamplingParams) -> (Vec<u32>, Vec<f32>) {
-    let request = Request { prompt: prompt.to_vec(), params };
+    let request = Request::new(prompt.to_vec(), params);
     let deadline = Instant::now() + Duration::from_secs(120);
     let mut groups = collect(engine, vec![request], deadline, &mut || {}).expect("an answer");
     let group = groups.remove(0);
@@ -32,7 +32,7 @@ fn answer(engine: &EngineHandle, prompt: &[u32], params: SamplingParams) -> (Vec
 /// Log-probs of a text's tokens, but for the first.
 fn logprobs(engine: &EngineHandle, tokens: &[u32]) -> Vec<f32> {
     let params =
-        SamplingParams { prompt_logprobs: true, max_tokens: 1, ..SamplingParams::default() };
+        SamplingParams { prompt_logprobs: Some(0), max_tokens: 1, ..SamplingParams::default() };
     answer(engine, tokens, params).1
 }
 

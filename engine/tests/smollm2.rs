@@ -29,11 +29,11 @@ fn greedy_answers_are_those_of_transformers() {
         let params = SamplingParams {
             temperature: 0.0,
             max_tokens: want.len(),
-            prompt_logprobs: true,
+            prompt_logprobs: Some(0),
             ..SamplingParams::default()
         };
         let deadline = Instant::now() + Duration::from_secs(60);
-        let answer = collect(&engine, vec![Request { prompt, params }], deadline, &mut || {});
+        let answer = collect(&engine, vec![Request::new(prompt, params)], deadline, &mut || {});
         let tokens = &answer.expect("an answer")[0].samples[0].tokens;
         let got: Vec<u32> = tokens.iter().map(|token| token.id).collect();
         assert_eq!(got, want, "{}", case["text"]);

@@ -1,5 +1,9 @@
 //! The engine: groups of samples in; tokens, their statistics and weight versions out.
 
+use crate::{
+    control::{Memory, PauseMode, Sleep, WeightUpdate},
+    sampling::SamplingParams,
+};
 use serde::{Deserialize, Serialize};
 
 /// What a caller may need to know about the model behind an engine.
@@ -17,89 +21,6 @@ pub struct ModelInfo {
     pub max_samples: usize,
 }
 
-/// How the samples of a request are drawn.
-///
-/// The logits are divided by `temperature`, then `min_p`, `top_k` and `top_p` leave out tokens, in
-/// this order; the sample and its statistics come from what is left.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct SamplingParams {
-    /// Samples per prompt. They share the prompt's KV blocks.
-    pub n: usize,
-    /// 0 is greedy; the statistics of a greedy token are those at temperature 1.
-    pub temperature: f32,
-    /// Keep the likeliest `top_k` tokens; 0 keeps all.
-    pub top_k: usize,
-    /// Keep the smallest set of likeliest tokens whose probability reaches `top_p`; 1 keeps all.
-    pub top_p: f32,
-    /// Leave out tokens less likely than `min_p` times the likeliest; 0 keeps all.
-    pub min_p: f32,
-    /// Same seed, same weights, same tokens, whatever else is in the batch. Sample `i` of a
-    /// request draws from its own stream of the seed.
-    pub seed: Option<u64>,
-    /// Most new tokens per sample.
-    pub max_tokens: usize,
-    /// No end-of-sequence or stop token is drawn before this many new tokens.
-    pub min_tokens: usize,
-    /// Go on past end-of-sequence tokens.
-    pub ignore_eos: bool,
-    /// More tokens that end a sample.
-    pub stop_token_ids: Vec<u32>,
-    /// Report this many of the likeliest tokens at each position.
-    pub top_logprobs: usize,
-    /// Report the log-prob of each prompt token after the first.
-    pub prompt_logprobs: bool,
-}
-
-impl Default for SamplingParams {
-    fn default() -> Self {
-        Self {
-            n: 1,
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            seed: None,
-            max_tokens: 16,
-            min_tokens: 0,
-            ignore_eos: false,
-            stop_token_ids: Vec::new(),
-            top_logprobs: 0,
-            prompt_logprobs: false,
-        }
-    }
-}
-
-/// Most entries of [`SamplingParams::top_logprobs`].
-pub const MAX_TOP_LOGPROBS: usize = 20;
-
-impl SamplingParams {
-    /// Checks ranges.
-    ///
-    /// # Errors
-    /// [`EngineError::Invalid`] naming the first field that is out of range.
-    pub fn validate(&self) -> Result<(), EngineError> {
-        let check = |ok: bool, field: &str, rule: &str| {
-            if ok { Ok(()) } else { Err(EngineError::invalid(field, rule)) }
-        };
-        check(self.n >= 1, "n", "must be at least 1")?;
-        check(
-            self.temperature.is_finite() && (0.0..=100.0).contains(&self.temperature),
-            "temperature",
-            "must be between 0 and 100",
-        )?;
-        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "must be above 0 and at most 1")?;
-        check((0.0..=1.0).contains(&self.min_p), "min_p", "must be between 0 and 1")?;
-        check(self.max_tokens >= 1, "max_tokens", "must be at least 1")?;
-        check(
-            self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            "must not be more than max_tokens",
-        )?;
-        check(self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", "must be at most 20")
-    }
-}
-
 /// One prompt and the group of samples wanted from it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
@@ -107,6 +28,17 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How to draw the samples.
     pub params: SamplingParams,
+    /// Requests of lower numbers begin before waiting ones of higher numbers.
+    pub priority: i32,
+    /// KV is shared only with requests of the same salt.
+    pub cache_salt: Option<String>,
+}
+
+impl Request {
+    /// A request of priority 0 without a salt.
+    pub fn new(prompt: Vec<u32>, params: SamplingParams) -> Self {
+        Self { prompt, params, priority: 0, cache_salt: None }
+    }
 }
 
 /// Names a submitted request, for [`Engine::abort`].
@@ -145,6 +77,18 @@ pub struct Token {
     pub top: Vec<(u32, f32)>,
 }
 
+/// What the model thought of one prompt token.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PromptToken {
+    /// Its log-prob at temperature 1, in nats.
+    pub logprob: f32,
+    /// Its place among all tokens, the likeliest being 1; only where the likeliest tokens are asked
+    /// for.
+    pub rank: Option<usize>,
+    /// The likeliest tokens at its position and their log-probs, likeliest first.
+    pub top: Vec<(u32, f32)>,
+}
+
 /// Why a sample ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -161,8 +105,8 @@ pub enum FinishReason {
 /// request in exactly one `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// Log-prob of each prompt token after the first; once, before any token, if asked for.
-    Prompt { logprobs: Vec<f32> },
+    /// Each prompt token after the first; once, before any token, if their log-probs are asked for.
+    Prompt { tokens: Vec<PromptToken> },
     /// A new token of sample `index`.
     Token { index: usize, token: Token },
     /// Sample `index` has ended.
@@ -203,6 +147,11 @@ impl EngineError {
     /// An [`EngineError::Invalid`] about one field.
     pub fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Invalid { field: field.into(), reason: reason.into() }
+    }
+
+    /// An [`EngineError::Unsupported`]: `what` is what the engine cannot do.
+    pub fn unsupported(what: impl Into<String>) -> Self {
+        Self::Unsupported(what.into())
     }
 }
 
@@ -245,4 +194,99 @@ pub trait Engine: Send + Sync {
 
     /// Version of the weights that the next step will use.
     fn weight_version(&self) -> u64;
+
+    /// True if the engine serves the storage that the trainer writes, so that it takes
+    /// [`WeightUpdate::InPlace`] and its log-probs are the trainer's.
+    fn shares_weights(&self) -> bool {
+        false
+    }
+
+    /// Changes the weights; blocks until they are in force. The version becomes `version`, or goes
+    /// up by one, and KV of older weights is not used by new requests. Returns the version.
+    ///
+    /// # Errors
+    /// The weights do not fit the model or cannot be read; nothing has changed then.
+    fn update_weights(
+        &self,
+        _update: WeightUpdate,
+        _version: Option<u64>,
+    ) -> Result<u64, EngineError> {
+        Err(EngineError::unsupported("changing its weights"))
+    }
+
+    /// Names the weights that it has; blocks until done.
+    ///
+    /// # Errors
+    /// The engine has no versions, or has stopped.
+    fn set_weight_version(&self, _version: u64) -> Result<(), EngineError> {
+        Err(EngineError::unsupported("naming its weights"))
+    }
+
+    /// A checksum of each weight, by name.
+    ///
+    /// # Errors
+    /// The engine cannot read its weights, or has stopped.
+    fn checksums(&self) -> Result<Vec<(String, u64)>, EngineError> {
+        Err(EngineError::unsupported("checksums of its weights"))
+    }
+
+    /// Takes no more steps until [`Engine::resume`]; requests are taken and wait. Blocks until
+    /// no step is under way. `clear_cache` forgets the KV of earlier requests.
+    ///
+    /// # Errors
+    /// The engine cannot pause, or has stopped.
+    fn pause(&self, _mode: PauseMode, _clear_cache: bool) -> Result<(), EngineError> {
+        Err(EngineError::unsupported("pausing"))
+    }
+
+    /// Goes on after [`Engine::pause`].
+    ///
+    /// # Errors
+    /// The engine cannot pause, or has stopped.
+    fn resume(&self) -> Result<(), EngineError> {
+        Err(EngineError::unsupported("pausing"))
+    }
+
+    /// Whether it is paused.
+    fn is_paused(&self) -> bool {
+        false
+    }
+
+    /// Ends all requests with [`FinishReason::Abort`]; blocks until done.
+    ///
+    /// # Errors
+    /// The engine cannot, or has stopped.
+    fn abort_all(&self) -> Result<(), EngineError> {
+        Err(EngineError::unsupported("aborting all requests"))
+    }
+
+    /// Forgets the KV of earlier requests; running ones keep theirs.
+    ///
+    /// # Errors
+    /// The engine cannot, or has stopped.
+    fn reset_prefix_cache(&self) -> Result<(), EngineError> {
+        Err(EngineError::unsupported("resetting the prefix cache"))
+    }
+
+    /// Gives memory back to the system until [`Engine::wake_up`]. What runs is aborted; requests
+    /// are refused meanwhile.
+    ///
+    /// # Errors
+    /// The engine cannot sleep so deep, or has stopped.
+    fn sleep(&self, _depth: Sleep) -> Result<(), EngineError> {
+        Err(EngineError::unsupported("sleeping"))
+    }
+
+    /// Takes memory again; once it has all of it, it serves.
+    ///
+    /// # Errors
+    /// The engine cannot sleep, or has stopped.
+    fn wake_up(&self, _memory: &[Memory]) -> Result<(), EngineError> {
+        Err(EngineError::unsupported("sleeping"))
+    }
+
+    /// Whether it sleeps.
+    fn is_sleeping(&self) -> bool {
+        false
+    }
 }

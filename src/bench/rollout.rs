@@ -302,15 +302,15 @@ fn in_process(
     seed: u64,
 ) -> Result<f64, anyhow::Error> {
     forget_prefixes(engine)?;
-    let request = |(index, prompt): (usize, &Prompt)| Request {
-        prompt: prompt.ids.clone(),
-        params: SamplingParams {
+    let request = |(index, prompt): (usize, &Prompt)| {
+        let params = SamplingParams {
             n: workload.samples,
             max_tokens: workload.new_tokens,
             ignore_eos: true,
             seed: Some(stream_of(seed, index)),
             ..SamplingParams::default()
-        },
+        };
+        Request::new(prompt.ids.clone(), params)
     };
     let requests = prompts.iter().enumerate().map(request).collect();
     let started = Instant::now();

@@ -55,7 +55,7 @@ impl Stream {
             ..SamplingParams::default()
         };
         let (sender, events) = channel();
-        let request = Request { prompt: prompt.ids.clone(), params };
+        let request = Request::new(prompt.ids.clone(), params);
         let id = engine.submit(request, Box::new(Clock(sender)))?;
         Ok(Self { id, events, tokens: Tokens(vec![Vec::new(); workload.samples]) })
     }

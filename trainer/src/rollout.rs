@@ -87,15 +87,15 @@ pub fn submit(
         .iter()
         .map(|problem| tokenizer.encode_chat(&Chat::from_messages(&problem.messages)))
         .collect::<Result<_, _>>()?;
-    let requests = prompts.iter().enumerate().map(|(index, prompt)| Request {
-        prompt: prompt.clone(),
-        params: SamplingParams {
+    let requests = prompts.iter().enumerate().map(|(index, prompt)| {
+        let params = SamplingParams {
             n: settings.group_size,
             temperature: settings.temperature,
             max_tokens: settings.max_new_tokens,
             seed: Some(stream_of(settings.seed, index)),
             ..SamplingParams::default()
-        },
+        };
+        Request::new(prompt.clone(), params)
     });
     let samples = collect::submit(engine, requests.collect())?;
     Ok(PendingRollouts { problems, prompts, samples, timeout: settings.timeout })

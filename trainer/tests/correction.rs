@@ -33,10 +33,10 @@ fn engine_logprobs(config: &ModelConfig, weights: &Weights, serve_dtype: ServeDt
     let settings = EngineConfig { kv_memory: 8 << 20, serve_dtype, ..EngineConfig::default() };
     let engine = EngineHandle::start(model, settings).expect("the engine starts");
     let params =
-        SamplingParams { prompt_logprobs: true, max_tokens: 1, ..SamplingParams::default() };
+        SamplingParams { prompt_logprobs: Some(0), max_tokens: 1, ..SamplingParams::default() };
     let prompt = |token| [&PROMPT[..], &[token]].concat();
     let requests = (0..config.vocab_size as u32)
-        .map(|token| Request { prompt: prompt(token), params: params.clone() })
+        .map(|token| Request::new(prompt(token), params.clone()))
         .collect();
     let deadline = Instant::now() + Duration::from_secs(60);
     let answers = collect(&engine, requests, deadline, &mut || {}).expect("the engine answers");

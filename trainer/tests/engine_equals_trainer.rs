@@ -41,7 +41,7 @@ fn the_engines_numbers_are_the_trainers() {
                 seed: Some(number),
                 ..SamplingParams::default()
             };
-            Request { prompt, params }
+            Request::new(prompt, params)
         });
         let requests: Vec<Request> = requests.collect();
         let deadline = Instant::now() + Duration::from_secs(300);

@@ -12,17 +12,17 @@ use crate::{
     scheduler::{Scheduler, SchedulerConfig},
     weights::{ServeDtype, Version, Weights},
 };
-use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, RequestId, Sink};
+use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, RequestId, Sink, WeightUpdate};
 use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
-        mpsc,
+        mpsc::{self, SyncSender},
     },
     thread::JoinHandle,
     time::Duration,
 };
-use worker::{Command, Submission, Worker};
+use worker::{Command, Submission, Update, Worker};
 
 /// What running samples do when the weights change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -224,30 +224,16 @@ impl EngineHandle {
         &self,
         write: impl FnOnce() -> Result<T, String> + Send + 'static,
     ) -> Result<(T, u64), EngineError> {
-        let (reply, answer) = mpsc::sync_channel(1);
         let value = Arc::new(Mutex::new(None));
         let slot = value.clone();
-        let write = Box::new(move || {
+        let write = WeightUpdate::InPlace(Box::new(move || {
             *slot.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(write()?);
             Ok(())
-        });
-        let command = Command::Update { write, reply };
-        self.inner.commands.send(command).map_err(|_| EngineError::Stopped)?;
-        let version = answer.recv().map_err(|_| EngineError::Stopped)??;
+        }));
+        let version = self.update_weights(write, None)?;
         let value = value.lock().unwrap_or_else(|poison| poison.into_inner()).take();
         let value = value.ok_or_else(|| EngineError::Internal("the update left nothing".into()))?;
         Ok((value, version))
-    }
-
-    /// Sets the version of the weights that the engine was started with, when a run resumes.
-    ///
-    /// # Errors
-    /// [`EngineError::Stopped`].
-    pub fn set_weight_version(&self, version: u64) -> Result<(), EngineError> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        let command = Command::SetVersion { version, reply };
-        self.inner.commands.send(command).map_err(|_| EngineError::Stopped)?;
-        answer.recv().map_err(|_| EngineError::Stopped)
     }
 
     /// Numbers of the engine between two steps; blocks until the one in progress is done.
@@ -255,9 +241,7 @@ impl EngineHandle {
     /// # Errors
     /// [`EngineError::Stopped`].
     pub fn stats(&self) -> Result<EngineStats, EngineError> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        self.inner.commands.send(Command::Stats { reply }).map_err(|_| EngineError::Stopped)?;
-        answer.recv().map_err(|_| EngineError::Stopped)
+        self.inner.ask(|reply| Command::Stats { reply })
     }
 
     /// Where the engine's time has gone so far; none if [`EngineConfig::profile`] is off. Blocks
@@ -266,9 +250,7 @@ impl EngineHandle {
     /// # Errors
     /// [`EngineError::Stopped`].
     pub fn profile(&self) -> Result<Option<Profile>, EngineError> {
-        let (reply, answer) = mpsc::sync_channel(1);
-        self.inner.commands.send(Command::Profile { reply }).map_err(|_| EngineError::Stopped)?;
-        answer.recv().map_err(|_| EngineError::Stopped)
+        self.inner.ask(|reply| Command::Profile { reply })
     }
 
     /// Fails what runs and waits with [`EngineError::Stopped`], and ends the thread. Blocks until
@@ -279,6 +261,13 @@ impl EngineHandle {
 }
 
 impl Inner {
+    /// Sends a command and waits for its answer.
+    fn ask<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> Result<T, EngineError> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.commands.send(command(reply)).map_err(|_| EngineError::Stopped)?;
+        answer.recv().map_err(|_| EngineError::Stopped)
+    }
+
     fn stop(&self) {
         let _ = self.commands.send(Command::Stop);
         let thread = self.thread.lock().unwrap_or_else(|poison| poison.into_inner()).take();
@@ -351,5 +340,24 @@ impl Engine for EngineHandle {
 
     fn weight_version(&self) -> u64 {
         self.inner.shared.version.get()
+    }
+
+    fn shares_weights(&self) -> bool {
+        true
+    }
+
+    fn update_weights(
+        &self,
+        update: WeightUpdate,
+        version: Option<u64>,
+    ) -> Result<u64, EngineError> {
+        let WeightUpdate::InPlace(write) = update else {
+            return Err(EngineError::unsupported("weights from a directory"));
+        };
+        self.inner.ask(|reply| Command::Update(Update { write, version, reply }))?
+    }
+
+    fn set_weight_version(&self, version: u64) -> Result<(), EngineError> {
+        self.inner.ask(|reply| Command::SetVersion { version, reply })
     }
 }

@@ -4,7 +4,9 @@ use crate::{
     sampler::{Draw, stream_of},
     sequence::Sequence,
 };
-use onpolicy_plugin_api::{EngineError, Event, FinishReason, Request, SamplingParams, Sink, Token};
+use onpolicy_plugin_api::{
+    EngineError, Event, FinishReason, PromptToken, Request, SamplingParams, Sink, Token,
+};
 
 /// A live request: its sink, how to draw, and which samples have not ended.
 pub struct LiveRequest {
@@ -42,7 +44,7 @@ impl LiveRequest {
 
     /// True while prompt log-probs are still to be collected.
     pub fn wants_prompt_logprobs(&self) -> bool {
-        self.params.prompt_logprobs && self.prompt_logprobs.len() + 1 < self.prompt_len
+        self.params.prompt_logprobs.is_some() && self.prompt_logprobs.len() + 1 < self.prompt_len
     }
 
     /// Adds log-probs of further prompt tokens, those of tokens `first..`. A prompt that is
@@ -52,9 +54,10 @@ impl LiveRequest {
         self.prompt_logprobs.extend_from_slice(&logprobs[known..]);
         let room = self.prompt_len.saturating_sub(1);
         self.prompt_logprobs.truncate(room);
-        if self.params.prompt_logprobs && self.prompt_logprobs.len() == room {
-            let logprobs = self.prompt_logprobs.clone();
-            self.sink.send(Event::Prompt { logprobs });
+        if self.params.prompt_logprobs.is_some() && self.prompt_logprobs.len() == room {
+            let token = |&logprob: &f32| PromptToken { logprob, rank: None, top: Vec::new() };
+            let tokens = self.prompt_logprobs.iter().map(token).collect();
+            self.sink.send(Event::Prompt { tokens });
         }
     }
 

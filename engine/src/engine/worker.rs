@@ -40,7 +40,7 @@ pub enum Command {
     /// End a request or one of its samples.
     Abort { id: RequestId, index: Option<usize> },
     /// Change the weights between two steps; the answer is the new version.
-    Update { write: Write, reply: SyncSender<Result<u64, EngineError>> },
+    Update(Update),
     /// Set the version without changing the weights.
     SetVersion { version: u64, reply: SyncSender<()> },
     /// Say how things stand.
@@ -49,6 +49,14 @@ pub enum Command {
     Profile { reply: SyncSender<Option<Profile>> },
     /// Fail everything and end.
     Stop,
+}
+
+/// New weights that wait for the end of the step in progress.
+pub struct Update {
+    pub write: Write,
+    /// The version to be; one more than before if none.
+    pub version: Option<u64>,
+    pub reply: SyncSender<Result<u64, EngineError>>,
 }
 
 /// One sample that gets a token from a logits row.
@@ -63,7 +71,7 @@ pub struct Worker {
     runner: Runner,
     scheduler: Scheduler,
     live: HashMap<RequestId, LiveRequest>,
-    updates: VecDeque<(Write, SyncSender<Result<u64, EngineError>>)>,
+    updates: VecDeque<Update>,
     shared: Arc<Shared>,
     on_update: OnUpdate,
     steps: u64,
@@ -96,8 +104,8 @@ impl Worker {
             timed(Phase::Delivery, || self.publish());
         }
         self.fail_all(&EngineError::Stopped);
-        for (_, reply) in self.updates.drain(..) {
-            let _ = reply.send(Err(EngineError::Stopped));
+        for update in self.updates.drain(..) {
+            let _ = update.reply.send(Err(EngineError::Stopped));
         }
         self.publish();
     }
@@ -129,7 +137,7 @@ impl Worker {
                 submissions.into_iter().for_each(|submission| self.submit(submission));
             }
             Command::Abort { id, index } => self.abort(id, index),
-            Command::Update { write, reply } => self.updates.push_back((write, reply)),
+            Command::Update(update) => self.updates.push_back(update),
             Command::SetVersion { version, reply } => {
                 self.set_version(version);
                 let _ = reply.send(());
@@ -154,7 +162,7 @@ impl Worker {
             id,
             n: params.n,
             max_tokens: params.max_tokens,
-            reuse_prefix: !params.prompt_logprobs,
+            reuse_prefix: params.prompt_logprobs.is_none(),
             prompt: request.prompt,
         });
         match taken {
@@ -199,14 +207,14 @@ impl Worker {
         if drain && !self.scheduler.is_drained() {
             return;
         }
-        while let Some((write, reply)) = self.updates.pop_front() {
+        while let Some(Update { write, version, reply }) = self.updates.pop_front() {
             let started = Instant::now();
             let write = || write().map(|()| self.refresh = self.runner.refresh());
             let written = catch_unwind(AssertUnwindSafe(write))
                 .unwrap_or_else(|panic| Err(panic_text(panic.as_ref())));
             let answer = match written {
                 Ok(()) => {
-                    let version = self.shared.version.get() + 1;
+                    let version = version.unwrap_or_else(|| self.shared.version.get() + 1);
                     self.set_version(version);
                     Ok(version)
                 }

@@ -7,6 +7,7 @@ use super::stream::Chunks;
 use super::text::Piece;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
+use onpolicy_plugin_api::PromptToken;
 use serde::Serialize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -24,13 +25,19 @@ pub trait Wording: Send + Sync + 'static {
     /// True if [`Wording::opening`] needs the prompt's log-probs.
     fn opens_with_logprobs(&self) -> bool;
     /// What a stream says of a sample before its first token.
-    fn opening(&self, index: usize, prompt_logprobs: Option<&[f32]>) -> Option<Self::Delta>;
+    fn opening(&self, index: usize, prompt_logprobs: Option<&[PromptToken]>)
+    -> Option<Self::Delta>;
     /// More of a sample; `None` if the client has asked for nothing that is in the piece.
     fn piece(&self, index: usize, piece: Piece) -> Option<Self::Delta>;
     /// The end of a sample.
     fn finish(&self, index: usize, finish: Finish) -> Self::Delta;
     /// A whole sample.
-    fn whole(&self, index: usize, sample: Sample, prompt_logprobs: Option<&[f32]>) -> Self::Choice;
+    fn whole(
+        &self,
+        index: usize,
+        sample: Sample,
+        prompt_logprobs: Option<&[PromptToken]>,
+    ) -> Self::Choice;
 }
 
 /// Token counts over all prompts and samples.

@@ -12,7 +12,7 @@ use super::text::{Piece, PlacedToken};
 use super::{Admission, AppState, Shared, neutral};
 use axum::extract::State;
 use axum::response::Response;
-use onpolicy_plugin_api::{FinishReason, Request};
+use onpolicy_plugin_api::{FinishReason, PromptToken, Request};
 use serde::Serialize;
 
 /// The route's path.
@@ -107,7 +107,7 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, ChatWording, Meta)
         include_usage: common.include_usage,
     };
     let rules = common.text_rules(&state.info);
-    Ok((Job { requests: vec![Request { prompt, params }], rules }, wording, meta))
+    Ok((Job { requests: vec![Request::new(prompt, params)], rules }, wording, meta))
 }
 
 /// `max_completion_tokens` is the newer name of `max_tokens`.
@@ -163,7 +163,7 @@ impl Wording for ChatWording {
         false
     }
 
-    fn opening(&self, index: usize, _: Option<&[f32]>) -> Option<Delta> {
+    fn opening(&self, index: usize, _: Option<&[PromptToken]>) -> Option<Delta> {
         let delta = Message { role: Some("assistant"), content: Some(String::new()) };
         Some(Delta { index, delta, details: Details::default() })
     }
@@ -181,7 +181,7 @@ impl Wording for ChatWording {
         Delta { index, delta: Message::default(), details }
     }
 
-    fn whole(&self, index: usize, sample: Sample, _: Option<&[f32]>) -> Choice {
+    fn whole(&self, index: usize, sample: Sample, _: Option<&[PromptToken]>) -> Choice {
         let details = self.details(&sample.piece.tokens).finished(sample.finish);
         let message = Message { role: Some("assistant"), content: Some(sample.piece.text) };
         Choice { index, message, details }

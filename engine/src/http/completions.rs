@@ -12,7 +12,7 @@ use super::text::{Piece, PlacedToken};
 use super::{Admission, AppState, Shared, neutral};
 use axum::extract::State;
 use axum::response::Response;
-use onpolicy_plugin_api::{FinishReason, Request, SamplingParams};
+use onpolicy_plugin_api::{FinishReason, PromptToken, Request, SamplingParams};
 use serde::Serialize;
 
 /// The route's path.
@@ -84,7 +84,7 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording,
 
     check_top("logprobs", logprobs.unwrap_or(0))?;
     common.params.top_logprobs = logprobs.unwrap_or(0);
-    common.params.prompt_logprobs = echo && logprobs.is_some();
+    common.params.prompt_logprobs = (echo && logprobs.is_some()).then_some(0);
     let mut wording = CompletionWording {
         prompts: Vec::with_capacity(prompts.len()),
         per_prompt: common.params.n,
@@ -97,7 +97,7 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording,
     for prompt in prompts {
         let ids = prompt.encode(special, state)?;
         let params = params_for(&common, ids.len(), state)?;
-        requests.push(Request { prompt: ids.clone(), params });
+        requests.push(Request::new(ids.clone(), params));
         let shown = wording.show(prompt, ids, common.skip_special)?;
         wording.prompts.push(shown);
     }
@@ -171,10 +171,10 @@ impl CompletionWording {
     }
 
     /// Log-probs of the echoed prompt; none if it is not echoed.
-    fn prompt_logprobs(&self, index: usize, logprobs: Option<&[f32]>) -> TextLogprobs {
+    fn prompt_logprobs(&self, index: usize, tokens: Option<&[PromptToken]>) -> TextLogprobs {
         let prompt = self.prompt(index);
         let mut shown = TextLogprobs::default();
-        let logprobs = logprobs.unwrap_or(&[]).iter().copied().map(Some);
+        let logprobs = tokens.unwrap_or(&[]).iter().map(|token| Some(token.logprob));
         let all = std::iter::once(None).chain(logprobs);
         for ((id, offset), logprob) in prompt.ids.iter().zip(&prompt.offsets).zip(all) {
             shown.push_prompt(*id, logprob, *offset, &self.names);
@@ -205,7 +205,7 @@ impl Wording for CompletionWording {
         self.echo && self.logprobs
     }
 
-    fn opening(&self, index: usize, prompt_logprobs: Option<&[f32]>) -> Option<Choice> {
+    fn opening(&self, index: usize, prompt_logprobs: Option<&[PromptToken]>) -> Option<Choice> {
         if !self.echo && !self.token_ids {
             return None;
         }
@@ -233,7 +233,12 @@ impl Wording for CompletionWording {
         choice
     }
 
-    fn whole(&self, index: usize, sample: Sample, prompt_logprobs: Option<&[f32]>) -> Choice {
+    fn whole(
+        &self,
+        index: usize,
+        sample: Sample,
+        prompt_logprobs: Option<&[PromptToken]>,
+    ) -> Choice {
         let prompt = self.prompt(index);
         let mut choice = self.finish(index, sample.finish);
         choice.text = format!("{}{}", prompt.text, sample.piece.text);

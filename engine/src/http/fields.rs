@@ -3,7 +3,7 @@
 use super::text::TextRules;
 use super::{AppState, Limits, body::Fields, error::ApiError, neutral};
 use axum::http::StatusCode;
-use onpolicy_plugin_api::engine::MAX_TOP_LOGPROBS;
+use onpolicy_plugin_api::sampling::MAX_TOP_LOGPROBS;
 use onpolicy_plugin_api::{ModelInfo, SamplingParams};
 use serde_json::{Number, Value};
 use std::sync::Arc;

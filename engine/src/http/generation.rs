@@ -5,7 +5,9 @@ use super::error::ApiError;
 use super::metrics::{RequestClock, SampleClock};
 use super::text::{Piece, SampleText, TextRules};
 use super::{Admission, AppState};
-use onpolicy_plugin_api::{Engine, Event, FinishReason, Request, RequestId, Sink, Token};
+use onpolicy_plugin_api::{
+    Engine, Event, FinishReason, PromptToken, Request, RequestId, Sink, Token,
+};
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -54,8 +56,8 @@ pub struct Finish {
 /// samples per prompt, plus sample.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Update {
-    /// Log-prob of each token of a prompt after the first.
-    Prompt { prompt: usize, logprobs: Vec<f32> },
+    /// Each token of a prompt after the first.
+    Prompt { prompt: usize, tokens: Vec<PromptToken> },
     /// More text of a sample.
     Piece { index: usize, piece: Piece },
     /// A sample has ended.
@@ -75,7 +77,7 @@ pub struct Sample {
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Answers {
     /// Log-probs of the prompts, where they were asked for.
-    pub prompt_logprobs: Vec<Option<Vec<f32>>>,
+    pub prompt_logprobs: Vec<Option<Vec<PromptToken>>>,
     /// The samples, by index.
     pub samples: Vec<Sample>,
 }
@@ -209,7 +211,7 @@ impl Generation {
         let mut finishes = vec![None; self.samples()];
         while let Some(update) = self.next().await {
             match update? {
-                Update::Prompt { prompt, logprobs } => prompt_logprobs[prompt] = Some(logprobs),
+                Update::Prompt { prompt, tokens } => prompt_logprobs[prompt] = Some(tokens),
                 Update::Piece { index, piece } => pieces[index].extend(piece),
                 Update::Finished { index, finish } => finishes[index] = Some(finish),
             }
@@ -221,7 +223,7 @@ impl Generation {
 
     fn take(&mut self, prompt: usize, event: Event) -> Result<(), ApiError> {
         match event {
-            Event::Prompt { logprobs } => self.ready.push_back(Update::Prompt { prompt, logprobs }),
+            Event::Prompt { tokens } => self.ready.push_back(Update::Prompt { prompt, tokens }),
             Event::Token { index, token } => {
                 self.token(prompt * self.samples_per_prompt + index, token)?;
             }

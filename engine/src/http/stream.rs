@@ -7,6 +7,7 @@ use super::generation::{Generation, Update};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, StreamExt};
+use onpolicy_plugin_api::PromptToken;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
@@ -59,10 +60,10 @@ impl<W: Wording> Chunks<W> {
 
     fn update(&mut self, update: Update) {
         match update {
-            Update::Prompt { prompt, logprobs } => {
+            Update::Prompt { prompt, tokens } => {
                 let per_prompt = self.generation.samples_per_prompt();
                 for sample in 0..per_prompt {
-                    self.open(prompt * per_prompt + sample, Some(&logprobs));
+                    self.open(prompt * per_prompt + sample, Some(&tokens));
                 }
             }
             Update::Piece { index, piece } => {
@@ -78,7 +79,7 @@ impl<W: Wording> Chunks<W> {
         }
     }
 
-    fn open(&mut self, index: usize, prompt_logprobs: Option<&[f32]>) {
+    fn open(&mut self, index: usize, prompt_logprobs: Option<&[PromptToken]>) {
         if let Some(delta) = self.wording.opening(index, prompt_logprobs) {
             self.chunk(vec![delta], None);
         }

@@ -141,7 +141,7 @@ async fn echo_puts_the_prompt_first() {
 
         let body = json!({"prompt": "héy", "echo": true, "logprobs": 1, "max_tokens": 1, "n": 2});
         let answer = server.ok(COMPLETIONS, body).await;
-        assert!(server.seen.requests.lock().unwrap()[2].params.prompt_logprobs);
+        assert!(server.seen.requests.lock().unwrap()[2].params.prompt_logprobs == Some(0));
         for choice in answer["choices"].as_array().unwrap() {
             assert_eq!(choice["text"], "héyo");
             let logprobs = &choice["logprobs"];

@@ -61,8 +61,7 @@ async fn sampling_fields_reach_the_engine() {
             min_tokens: 2,
             ignore_eos: true,
             stop_token_ids: vec![5, 6],
-            top_logprobs: 0,
-            prompt_logprobs: false,
+            ..SamplingParams::default()
         };
         for request in server.seen.requests.lock().unwrap().iter() {
             assert_eq!(request.params, expected);

@@ -2,8 +2,8 @@
 
 use crate::tokenizer::{EOS, VOCAB};
 use onpolicy_plugin_api::{
-    Engine, EngineError, Event, FinishReason, ModelInfo, Request, RequestId, Sink, Token,
-    TokenStats,
+    Engine, EngineError, Event, FinishReason, ModelInfo, PromptToken, Request, RequestId, Sink,
+    Token, TokenStats,
 };
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
@@ -139,9 +139,10 @@ impl Run {
 
     /// Plays the script; `None` if nobody listens.
     fn play(mut self) -> Option<()> {
-        if self.request.params.prompt_logprobs {
+        if self.request.params.prompt_logprobs.is_some() {
             let count = self.request.prompt.len() - 1;
-            self.send(Event::Prompt { logprobs: (0..count).map(|i| -(i as f32)).collect() })?;
+            let token = |i| PromptToken { logprob: -(i as f32), rank: None, top: Vec::new() };
+            self.send(Event::Prompt { tokens: (0..count).map(token).collect() })?;
         }
         let n = self.request.params.n;
         let mut lines: Vec<Option<Vec<u32>>> =
