@@ -2,8 +2,10 @@
 
 mod keys;
 mod rope;
+mod vocabulary;
 
 pub use rope::{RopeConfig, RopeScaling, Yarn};
+pub(in crate::model) use vocabulary::vocabulary;
 
 use crate::model::loading::LoadError;
 use keys::Keys;

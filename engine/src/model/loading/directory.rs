@@ -7,9 +7,19 @@ use std::path::{Path, PathBuf};
 
 /// Loads the model in `dir`.
 pub(super) fn load(dir: &Path, name: String) -> Result<Checkpoint, LoadError> {
-    let Some(config_text) = read_optional(dir, "config.json")? else {
+    let Some(source) = source(dir)? else {
         return gguf::load(&only_gguf(dir)?, name);
     };
+    let (config, generation) = settings(dir, &source)?;
+    let config = ModelConfig::from_hf(&config, generation.as_ref())?;
+    let tokenizer = source.chat_tokenizer()?;
+    let tensors = safetensors::load(dir, &config)?;
+    Ok(Checkpoint { name, config, tensors, tokenizer, source })
+}
+
+/// The text files of the model in `dir`; none if it has no `config.json`.
+pub(super) fn source(dir: &Path) -> Result<Option<Source>, LoadError> {
+    let Some(config) = read_optional(dir, "config.json")? else { return Ok(None) };
     let no_tokenizer = || {
         LoadError::Tokenizer(format!(
             "{} has no tokenizer.json; write one with transformers: \
@@ -17,23 +27,24 @@ pub(super) fn load(dir: &Path, name: String) -> Result<Checkpoint, LoadError> {
             dir.display()
         ))
     };
-    let source = Source {
-        config: config_text,
+    Ok(Some(Source {
+        config,
         tokenizer: read_optional(dir, "tokenizer.json")?.ok_or_else(no_tokenizer)?,
         tokenizer_config: read_optional(dir, "tokenizer_config.json")?,
         special_tokens_map: read_optional(dir, "special_tokens_map.json")?,
         chat_template: read_optional(dir, "chat_template.jinja")?,
         generation_config: read_optional(dir, "generation_config.json")?,
-    };
+    }))
+}
+
+/// `config.json` and, where there is one, `generation_config.json`.
+pub(super) fn settings(dir: &Path, source: &Source) -> Result<(Value, Option<Value>), LoadError> {
     let parse = |file: &str, text: &str| -> Result<Value, LoadError> {
         serde_json::from_str(text).map_err(|e| LoadError::corrupt(&dir.join(file), e.to_string()))
     };
     let generation = source.generation_config.as_deref();
     let generation = generation.map(|text| parse("generation_config.json", text)).transpose()?;
-    let config = ModelConfig::from_hf(&parse("config.json", &source.config)?, generation.as_ref())?;
-    let tokenizer = source.chat_tokenizer()?;
-    let tensors = safetensors::load(dir, &config)?;
-    Ok(Checkpoint { name, config, tensors, tokenizer, source })
+    Ok((parse("config.json", &source.config)?, generation))
 }
 
 /// The text of a file that may be absent.
@@ -47,7 +58,7 @@ fn read_optional(dir: &Path, file: &str) -> Result<Option<String>, LoadError> {
 }
 
 /// The one GGUF file of a directory without `config.json`.
-fn only_gguf(dir: &Path) -> Result<PathBuf, LoadError> {
+pub(super) fn only_gguf(dir: &Path) -> Result<PathBuf, LoadError> {
     let entries = std::fs::read_dir(dir).map_err(LoadError::io(dir))?;
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let mut files: Vec<PathBuf> =

@@ -112,14 +112,14 @@ fn check_biases(config: &ModelConfig) -> Result<(), LoadError> {
     Err(LoadError::unsupported("set of biases", found, format!("what {family} has")))
 }
 
-fn vocab_size(header: &Header) -> Result<usize, LoadError> {
+pub(super) fn vocab_size(header: &Header) -> Result<usize, LoadError> {
     let embedding = header.tensors.get("token_embd.weight");
     let rows = embedding.and_then(|info| info.shape.first().copied()).filter(|rows| *rows > 0);
     rows.ok_or_else(|| LoadError::tensor("token_embd.weight", "is missing from the GGUF file"))
 }
 
 /// The end of a text and the end of a turn.
-fn end_tokens(metadata: &Metadata) -> Result<Vec<u32>, LoadError> {
+pub(super) fn end_tokens(metadata: &Metadata) -> Result<Vec<u32>, LoadError> {
     let mut ids = Vec::new();
     for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
         ids.extend(metadata.token_id(key)?.filter(|id| !ids.contains(id)));

@@ -9,9 +9,10 @@ mod tokenizer;
 mod values;
 mod weights;
 
-use super::{Checkpoint, LoadError, Source};
+use super::{Card, Checkpoint, LoadError, Source};
 use header::Header;
 use std::{fs::File, path::Path};
+use tokenizer::{Bounds, Vocabulary};
 
 /// Loads the model in a GGUF file.
 pub(super) fn load(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
@@ -19,18 +20,40 @@ pub(super) fn load(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
     let header = Header::read(&file, path)?;
     let weights = weights::Weights { path, file: &file, header: &header };
     let config = config::model_config(&header, &weights)?;
-    let vocabulary = tokenizer::Vocabulary::from_metadata(&header.metadata)?;
-    let source = Source {
-        config: pretty(&config.to_hf()),
-        tokenizer: vocabulary.tokenizer_json()?.to_string(),
-        tokenizer_config: Some(pretty(&vocabulary.tokenizer_config(&config))),
-        special_tokens_map: None,
-        chat_template: None,
-        generation_config: Some(pretty(&vocabulary.generation_config(&config))),
+    let bounds = Bounds {
+        bos: config.bos_token_id,
+        eos: config.eos_token_ids.clone(),
+        max_length: Some(config.max_position_embeddings),
     };
+    let texts = texts(&header, &bounds)?;
+    let source = Source { config: pretty(&config.to_hf()), ..texts };
     let tokenizer = source.chat_tokenizer()?;
     let tensors = weights.load(&config)?;
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
+}
+
+/// What a GGUF file says beside its weights.
+pub(super) fn card(path: &Path, name: String) -> Result<Card, LoadError> {
+    let file = File::open(path).map_err(LoadError::io(path))?;
+    let header = Header::read(&file, path)?;
+    let vocab_size = config::vocab_size(&header)?;
+    let bos = header.metadata.token_id("tokenizer.ggml.bos_token_id")?;
+    let mut eos = config::end_tokens(&header.metadata)?;
+    eos.retain(|&id| (id as usize) < vocab_size);
+    let bounds = Bounds { bos, eos, max_length: None };
+    let tokenizer = texts(&header, &bounds)?.chat_tokenizer()?;
+    Ok(Card { name, path: path.into(), tokenizer, vocab_size, eos_token_ids: bounds.eos })
+}
+
+/// The tokenizer's files.
+fn texts(header: &Header, bounds: &Bounds) -> Result<Source, LoadError> {
+    let vocabulary = Vocabulary::from_metadata(&header.metadata)?;
+    Ok(Source {
+        tokenizer: vocabulary.tokenizer_json()?.to_string(),
+        tokenizer_config: Some(pretty(&vocabulary.tokenizer_config(bounds))),
+        generation_config: Some(pretty(&vocabulary.generation_config(bounds))),
+        ..Source::default()
+    })
 }
 
 /// JSON for people to read.

@@ -5,7 +5,6 @@
 
 use super::super::LoadError;
 use super::values::{Metadata, missing};
-use crate::model::config::ModelConfig;
 use serde_json::{Map, Value, json};
 
 /// Words of Qwen2 and, with digits in threes, of Llama 3.
@@ -35,6 +34,13 @@ struct Rule {
     ignore_merges: bool,
     /// Whether a BOS goes before a text if the file does not say.
     add_bos: bool,
+}
+
+/// Where a text begins and ends, and how long it may be.
+pub(super) struct Bounds {
+    pub bos: Option<u32>,
+    pub eos: Vec<u32>,
+    pub max_length: Option<usize>,
 }
 
 /// The vocabulary of a GGUF file.
@@ -169,17 +175,17 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// `tokenizer_config.json`.
-    pub fn tokenizer_config(&self, config: &ModelConfig) -> Value {
+    pub fn tokenizer_config(&self, bounds: &Bounds) -> Value {
         let mut keys = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": config.max_position_embeddings,
+            "model_max_length": bounds.max_length,
             "clean_up_tokenization_spaces": false,
             "add_bos_token": self.before.is_some(),
             "add_eos_token": self.after.is_some(),
         });
         let named = [
-            ("bos_token", config.bos_token_id),
-            ("eos_token", config.eos_token_ids.first().copied()),
+            ("bos_token", bounds.bos),
+            ("eos_token", bounds.eos.first().copied()),
             ("unk_token", self.unknown),
             ("pad_token", self.padding),
         ];
@@ -201,12 +207,11 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// `generation_config.json`.
-    pub fn generation_config(&self, config: &ModelConfig) -> Value {
+    pub fn generation_config(&self, bounds: &Bounds) -> Value {
         let mut keys = Map::new();
-        let ids = config.eos_token_ids.iter();
         let named = [
-            ("bos_token_id", config.bos_token_id.map(|id| json!(id))),
-            ("eos_token_id", (ids.len() > 0).then(|| json!(config.eos_token_ids))),
+            ("bos_token_id", bounds.bos.map(|id| json!(id))),
+            ("eos_token_id", (!bounds.eos.is_empty()).then(|| json!(bounds.eos))),
             ("pad_token_id", self.padding.map(|id| json!(id))),
         ];
         keys.extend(named.into_iter().filter_map(|(name, id)| Some((name.to_string(), id?))));
