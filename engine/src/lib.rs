@@ -29,6 +29,8 @@ pub mod http;
 pub mod kernels;
 pub mod kv_cache;
 pub mod logits;
+#[cfg(feature = "mistralrs")]
+pub mod mistral;
 pub mod model;
 pub mod ops;
 pub mod profile;
