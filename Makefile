@@ -6,13 +6,16 @@ MODEL ?= $(CACHE)/models/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf
 RESULTS ?= benches/results
 BENCH = cargo run --release --quiet -- bench
 
-.PHONY: quickstart test setup build bench fmt lint doc
+.PHONY: quickstart test test-mistralrs setup build bench fmt lint doc
 
 quickstart: setup          ## train the real model on one-digit sums, served the whole time
 	cargo run --release -- train --config examples/quickstart.toml --model $(MODEL) $(ARGS)
 
 test: setup                ## everything that CI checks
 	scripts/test
+
+test-mistralrs: setup      ## the engine over mistral.rs; compiles for half an hour the first time
+	scripts/test-mistralrs
 
 setup:                     ## libtorch and the model, into the cache
 	@scripts/setup
