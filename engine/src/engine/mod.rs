@@ -1,6 +1,7 @@
 //! The engine's handle. Its thread (see [`worker`]) owns the model; commands go in by channel,
 //! events come out through each request's sink.
 
+mod check;
 mod request;
 mod runner;
 mod worker;
@@ -276,25 +277,6 @@ impl Inner {
             let _ = thread.join();
         }
     }
-
-    fn check_ids(&self, field: &str, ids: &[u32]) -> Result<(), EngineError> {
-        let vocab = self.info.vocab_size;
-        match ids.iter().find(|&&id| id as usize >= vocab) {
-            Some(id) => {
-                let reason = format!("token id {id} is not below the vocabulary's {vocab}");
-                Err(EngineError::invalid(field, reason))
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn check(&self, request: &Request) -> Result<(), EngineError> {
-        request.params.validate()?;
-        self.check_ids("prompt", &request.prompt)?;
-        self.check_ids("stop_token_ids", &request.params.stop_token_ids)?;
-        let params = &request.params;
-        self.limits.admissible_len(request.prompt.len(), params.n, params.max_tokens).map(|_| ())
-    }
 }
 
 impl Drop for Inner {
@@ -317,7 +299,8 @@ impl Engine for EngineHandle {
         requests: Vec<(Request, Box<dyn Sink>)>,
     ) -> Result<Vec<RequestId>, EngineError> {
         let inner = &self.inner;
-        requests.iter().try_for_each(|(request, _)| inner.check(request))?;
+        let check = |request| check::check(request, &inner.info, &inner.limits);
+        requests.iter().try_for_each(|(request, _)| check(request))?;
         let waiting = inner.shared.queued();
         if waiting + requests.len() > inner.limits.max_waiting {
             return Err(EngineError::Overloaded { waiting });
