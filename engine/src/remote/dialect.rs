@@ -102,11 +102,16 @@ impl Dialect {
         }
     }
 
-    /// Forgets the KV of earlier requests.
-    pub fn reset_cache(self) -> Call {
+    /// Forgets the KV of earlier requests; the routes are tried in this order. A vLLM that is not
+    /// told to take running requests' KV away does nothing while there are any.
+    pub fn reset_cache(self) -> Vec<Call> {
+        let path = "/reset_prefix_cache";
         match self {
-            Self::Vllm => Call::bare("/reset_prefix_cache?reset_running_requests=true"),
-            Self::Sglang => Call::bare("/flush_cache"),
+            Self::Vllm => {
+                let all = format!("{path}?reset_running_requests=true");
+                vec![Call::bare(all), Call::bare(path)]
+            }
+            Self::Sglang => vec![Call::bare("/flush_cache")],
         }
     }
 
