@@ -7,6 +7,7 @@ mod runner;
 mod worker;
 
 use crate::{
+    in_place::update_in_place,
     kv_cache::KvCache,
     model::config::ModelConfig,
     profile::{self, Profile},
@@ -225,16 +226,7 @@ impl EngineHandle {
         &self,
         write: impl FnOnce() -> Result<T, String> + Send + 'static,
     ) -> Result<(T, u64), EngineError> {
-        let value = Arc::new(Mutex::new(None));
-        let slot = value.clone();
-        let write = WeightUpdate::InPlace(Box::new(move || {
-            *slot.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(write()?);
-            Ok(())
-        }));
-        let version = self.update_weights(write, None)?;
-        let value = value.lock().unwrap_or_else(|poison| poison.into_inner()).take();
-        let value = value.ok_or_else(|| EngineError::Internal("the update left nothing".into()))?;
-        Ok((value, version))
+        update_in_place(self, write)
     }
 
     /// Numbers of the engine between two steps; blocks until the one in progress is done.

@@ -7,23 +7,8 @@ use std::path::{Path, PathBuf};
 
 /// Loads the model in `dir`.
 pub(super) fn load(dir: &Path, name: String) -> Result<Checkpoint, LoadError> {
-    let Some(config_text) = read_optional(dir, "config.json")? else {
+    let Some(source) = source(dir)? else {
         return gguf::load(&only_gguf(dir)?, name);
-    };
-    let no_tokenizer = || {
-        LoadError::Tokenizer(format!(
-            "{} has no tokenizer.json; write one with transformers: \
-             AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-            dir.display()
-        ))
-    };
-    let source = Source {
-        config: config_text,
-        tokenizer: read_optional(dir, "tokenizer.json")?.ok_or_else(no_tokenizer)?,
-        tokenizer_config: read_optional(dir, "tokenizer_config.json")?,
-        special_tokens_map: read_optional(dir, "special_tokens_map.json")?,
-        chat_template: read_optional(dir, "chat_template.jinja")?,
-        generation_config: read_optional(dir, "generation_config.json")?,
     };
     let parse = |file: &str, text: &str| -> Result<Value, LoadError> {
         serde_json::from_str(text).map_err(|e| LoadError::corrupt(&dir.join(file), e.to_string()))
@@ -34,6 +19,26 @@ pub(super) fn load(dir: &Path, name: String) -> Result<Checkpoint, LoadError> {
     let tokenizer = source.chat_tokenizer()?;
     let tensors = safetensors::load(dir, &config)?;
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
+}
+
+/// The text files of a directory of Hugging Face's form; none if it has no `config.json`.
+pub(super) fn source(dir: &Path) -> Result<Option<Source>, LoadError> {
+    let Some(config) = read_optional(dir, "config.json")? else { return Ok(None) };
+    let no_tokenizer = || {
+        LoadError::Tokenizer(format!(
+            "{} has no tokenizer.json; write one with transformers: \
+             AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            dir.display()
+        ))
+    };
+    Ok(Some(Source {
+        config,
+        tokenizer: read_optional(dir, "tokenizer.json")?.ok_or_else(no_tokenizer)?,
+        tokenizer_config: read_optional(dir, "tokenizer_config.json")?,
+        special_tokens_map: read_optional(dir, "special_tokens_map.json")?,
+        chat_template: read_optional(dir, "chat_template.jinja")?,
+        generation_config: read_optional(dir, "generation_config.json")?,
+    }))
 }
 
 /// The text of a file that may be absent.
@@ -47,7 +52,7 @@ fn read_optional(dir: &Path, file: &str) -> Result<Option<String>, LoadError> {
 }
 
 /// The one GGUF file of a directory without `config.json`.
-fn only_gguf(dir: &Path) -> Result<PathBuf, LoadError> {
+pub(super) fn only_gguf(dir: &Path) -> Result<PathBuf, LoadError> {
     let entries = std::fs::read_dir(dir).map_err(LoadError::io(dir))?;
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let mut files: Vec<PathBuf> =

@@ -4,9 +4,11 @@
 //! - `directory`: Hugging Face's files: configuration, tokenizer, safetensors.
 //! - `safetensors`: tensors of one or many shards.
 //! - `gguf`: one file with everything; dequantised, and brought into Hugging Face's form.
+//! - `describe`: what can be said of a model without its weights.
 //! - `hub`: a hub id becomes a directory.
 //! - `tensors`: what the two formats share: names checked, tensors read in parallel.
 
+mod describe;
 mod directory;
 mod error;
 mod gguf;
@@ -14,6 +16,7 @@ mod hub;
 mod safetensors;
 mod tensors;
 
+pub use describe::{Description, describe};
 pub use error::LoadError;
 
 use crate::{chat::ChatTokenizer, model::config::ModelConfig};
@@ -90,10 +93,14 @@ pub fn load(spec: &str) -> Result<Checkpoint, LoadError> {
     }
     match hub::ModelId::parse(spec) {
         Some(id) => load_path(&id.fetch(&hub::Hub::from_env())?, id.to_string()),
-        None => Err(LoadError::NotFound {
-            spec: spec.to_string(),
-            hint: "there is no such path, and it is no hub id like org/name either".to_string(),
-        }),
+        None => Err(not_found(spec)),
+    }
+}
+
+fn not_found(spec: &str) -> LoadError {
+    LoadError::NotFound {
+        spec: spec.to_string(),
+        hint: "there is no such path, and it is no hub id like org/name either".to_string(),
     }
 }
 

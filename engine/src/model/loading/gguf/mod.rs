@@ -10,6 +10,7 @@ mod values;
 mod weights;
 
 use super::{Checkpoint, LoadError, Source};
+use crate::model::config::ModelConfig;
 use header::Header;
 use std::{fs::File, path::Path};
 
@@ -19,18 +20,32 @@ pub(super) fn load(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
     let header = Header::read(&file, path)?;
     let weights = weights::Weights { path, file: &file, header: &header };
     let config = config::model_config(&header, &weights)?;
-    let vocabulary = tokenizer::Vocabulary::from_metadata(&header.metadata)?;
-    let source = Source {
-        config: pretty(&config.to_hf()),
-        tokenizer: vocabulary.tokenizer_json()?.to_string(),
-        tokenizer_config: Some(pretty(&vocabulary.tokenizer_config(&config))),
-        special_tokens_map: None,
-        chat_template: None,
-        generation_config: Some(pretty(&vocabulary.generation_config(&config))),
-    };
+    let source = source(&header, &config)?;
     let tokenizer = source.chat_tokenizer()?;
     let tensors = weights.load(&config)?;
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
+}
+
+/// Reads everything but the tensors.
+pub(super) fn describe(path: &Path) -> Result<(ModelConfig, Source), LoadError> {
+    let file = File::open(path).map_err(LoadError::io(path))?;
+    let header = Header::read(&file, path)?;
+    let config =
+        config::model_config(&header, &weights::Weights { path, file: &file, header: &header })?;
+    let source = source(&header, &config)?;
+    Ok((config, source))
+}
+
+fn source(header: &Header, config: &ModelConfig) -> Result<Source, LoadError> {
+    let vocabulary = tokenizer::Vocabulary::from_metadata(&header.metadata)?;
+    Ok(Source {
+        config: pretty(&config.to_hf()),
+        tokenizer: vocabulary.tokenizer_json()?.to_string(),
+        tokenizer_config: Some(pretty(&vocabulary.tokenizer_config(config))),
+        special_tokens_map: None,
+        chat_template: None,
+        generation_config: Some(pretty(&vocabulary.generation_config(config))),
+    })
 }
 
 /// JSON for people to read.
