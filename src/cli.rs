@@ -64,13 +64,31 @@ struct Serving {
     /// Type that linear layers and head are served in: f32, f16, bf16, int8 (engine.serve_dtype)
     #[arg(long, value_name = "TYPE")]
     serve_dtype: Option<String>,
+    #[command(flatten)]
+    engine: EngineChoice,
+}
+
+/// Which engine draws the samples.
+#[derive(Debug, Args)]
+struct EngineChoice {
+    /// Engine: native, mistralrs, a plug-in, or vLLM and SGLang servers as
+    /// http://host:port[,http://...] (engine.kind)
+    #[arg(long, value_name = "ENGINE")]
+    engine: Option<String>,
+}
+
+impl EngineChoice {
+    fn flag(&self) -> (&'static str, Option<String>) {
+        ("engine.kind", self.engine.as_ref().map(|engine| format!("{engine:?}")))
+    }
 }
 
 impl Serving {
     /// As flags of [`Source::load`].
-    fn flags(&self) -> [(&'static str, Option<String>); 2] {
+    fn flags(&self) -> [(&'static str, Option<String>); 3] {
         let serve_dtype = self.serve_dtype.as_ref().map(|dtype| format!("{dtype:?}"));
         [
+            self.engine.flag(),
             ("engine.profile", self.profile.then(|| "true".into())),
             ("engine.serve_dtype", serve_dtype),
         ]
@@ -104,12 +122,13 @@ pub struct Train {
 impl Train {
     /// The configuration of the run.
     pub fn config(&self) -> Result<Config, ConfigError> {
-        let [profile, serve_dtype] = self.serving.flags();
+        let [engine, profile, serve_dtype] = self.serving.flags();
         self.source.load(&[
             ("output.dir", self.output.as_ref().map(|dir| format!("{dir:?}"))),
             ("train.steps", self.steps.map(|n| n.to_string())),
             ("train.seed", self.seed.map(|n| n.to_string())),
             ("server.port", self.port.map(|n| n.to_string())),
+            engine,
             profile,
             serve_dtype,
         ])
@@ -134,10 +153,11 @@ pub struct Serve {
 impl Serve {
     /// The configuration of the server.
     pub fn config(&self) -> Result<Config, ConfigError> {
-        let [profile, serve_dtype] = self.serving.flags();
+        let [engine, profile, serve_dtype] = self.serving.flags();
         self.source.load(&[
             ("server.host", self.host.as_ref().map(|host| format!("{host:?}"))),
             ("server.port", self.port.map(|n| n.to_string())),
+            engine,
             profile,
             serve_dtype,
         ])
@@ -155,6 +175,8 @@ pub struct Eval {
     /// Samples per problem: the K of Avg@K (eval.samples)
     #[arg(long, value_name = "K")]
     samples: Option<usize>,
+    #[command(flatten)]
+    engine: EngineChoice,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
@@ -164,6 +186,7 @@ impl Eval {
     /// The configuration of the evaluation.
     pub fn config(&self) -> Result<Config, ConfigError> {
         self.source.load(&[
+            self.engine.flag(),
             ("eval.problems", self.problems.map(|n| n.to_string())),
             ("eval.samples", self.samples.map(|n| n.to_string())),
         ])

@@ -8,16 +8,16 @@ const INTERVAL: Duration = Duration::from_secs(10);
 
 /// Prints the engine's profile to standard error; nothing if it keeps none.
 pub struct Printer {
-    engine: EngineHandle,
+    engine: Option<EngineHandle>,
     printed: Option<Profile>,
     at: Instant,
 }
 
 impl Printer {
-    /// A printer of what the engine does from now on.
-    pub fn new(engine: &EngineHandle) -> Self {
-        let engine = engine.clone();
-        Self { printed: engine.profile().ok().flatten(), engine, at: Instant::now() }
+    /// A printer of what the engine does from now on; without a native engine it prints nothing.
+    pub fn new(engine: Option<&EngineHandle>) -> Self {
+        let printed = engine.and_then(|engine| engine.profile().ok().flatten());
+        Self { printed, engine: engine.cloned(), at: Instant::now() }
     }
 
     /// Prints what was done since it last printed, if it is time and there was a step.
@@ -30,7 +30,8 @@ impl Printer {
     /// Prints what was done since it last printed, if there was a step.
     pub fn print(&mut self) {
         self.at = Instant::now();
-        let (Some(printed), Ok(Some(now))) = (self.printed, self.engine.profile()) else { return };
+        let now = self.engine.as_ref().and_then(|engine| engine.profile().ok().flatten());
+        let (Some(printed), Some(now)) = (self.printed, now) else { return };
         if now.steps > printed.steps {
             eprint!("engine profile: {}", now.since(&printed));
             self.printed = Some(now);

@@ -1,8 +1,12 @@
 //! The HTTP endpoint, on threads of its own.
 
 use anyhow::Context;
-use onpolicy_engine::http::{self, AppState, Limits, metrics::PrometheusHandle};
-use onpolicy_trainer::{config::Config, served::Served};
+use onpolicy_engine::{
+    chat::ChatTokenizer,
+    http::{self, AppState, Limits, metrics::PrometheusHandle},
+};
+use onpolicy_plugin_api::Engine;
+use onpolicy_trainer::config::Config;
 use std::{
     net::SocketAddr,
     sync::{
@@ -32,7 +36,7 @@ pub fn record_metrics() -> Result<PrometheusHandle, anyhow::Error> {
 /// Starts the endpoint, unless the configuration says that there is none.
 pub fn start(
     config: &Config,
-    served: &Served,
+    (engine, tokenizer): (&Arc<dyn Engine>, &ChatTokenizer),
     metrics: PrometheusHandle,
 ) -> Result<Option<Server>, anyhow::Error> {
     if !config.server.enabled {
@@ -44,8 +48,7 @@ pub fn start(
         format!("cannot listen on {}:{}; choose another --port, or 0 for any", wanted.0, wanted.1)
     })?;
     let address = listener.local_addr()?;
-    let engine = Arc::new(served.engine.clone());
-    let state = AppState::new(engine, served.tokenizer.clone(), Limits::default(), metrics);
+    let state = AppState::new(engine.clone(), tokenizer.clone(), Limits::default(), metrics);
     let (shutdown, signal) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("http".into()).spawn(move || {
         let stopped = async {

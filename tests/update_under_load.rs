@@ -46,7 +46,7 @@ fn push(served: &Served, mut optimizer: Optimizer, seed: i64) -> Optimizer {
     for (_, weight) in served.weights.iter() {
         set_grad(weight, &weight.detach().randn_like()).expect("a gradient");
     }
-    let update = served.engine.update(move || {
+    let update = served.native().expect("the native engine").update(move || {
         optimizer.step(2e-4, 1.0).map_err(|error| error.to_string())?;
         Ok(optimizer)
     });
@@ -74,6 +74,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
     let config = format!("[model]\npath = {:?}", common::smollm2().display().to_string());
     let config = Config::parse(&config, &set).expect("a configuration");
     let served = Served::start(&config.model.path, &config).expect("the model");
+    let native = served.native().expect("the native engine").clone();
     let prompts: Vec<Vec<u32>> = QUESTIONS
         .iter()
         .map(|question| {
@@ -82,7 +83,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
             served.tokenizer.encode_chat(&chat).expect("a prompt")
         })
         .collect();
-    let before: Vec<Vec<u32>> = prompts.iter().map(|p| greedy(&served.engine, p)).collect();
+    let before: Vec<Vec<u32>> = prompts.iter().map(|p| greedy(&native, p)).collect();
 
     let settings =
         OptimizerSettings { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
@@ -91,7 +92,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
     let mixed = std::sync::Mutex::new(BTreeSet::new());
     let optimizer = std::thread::scope(|scope| {
         for prompt in &prompts {
-            let (engine, stop, ended, mixed) = (served.engine.clone(), &stop, &ended, &mixed);
+            let (engine, stop, ended, mixed) = (native.clone(), &stop, &ended, &mixed);
             scope.spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     for sample in answers(&engine, request(prompt, 4, 1.0)) {
@@ -106,7 +107,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
         for update in 1..=UPDATES {
             std::thread::sleep(Duration::from_millis(300));
             optimizer = push(&served, optimizer, update as i64);
-            assert_eq!(served.engine.weight_version(), update);
+            assert_eq!(native.weight_version(), update);
         }
         std::thread::sleep(Duration::from_millis(300));
         stop.store(true, Ordering::Relaxed);
@@ -114,26 +115,22 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
     });
     assert!(ended.load(Ordering::Relaxed) >= 4, "there was load");
     assert!(mixed.into_inner().expect("no panic").len() > 1, "some samples saw an update");
-    assert_eq!(
-        served.engine.stats().expect("the engine runs").blocks_used,
-        0,
-        "all blocks are back"
-    );
+    assert_eq!(native.stats().expect("the engine runs").blocks_used, 0, "all blocks are back");
 
     // One more update while nothing runs: the prefixes cached just now must not be found.
     let _optimizer = push(&served, optimizer, 99);
-    let hits = served.engine.stats().expect("the engine runs").prefix_hits;
-    let first = greedy(&served.engine, &prompts[0]);
+    let hits = native.stats().expect("the engine runs").prefix_hits;
+    let first = greedy(&native, &prompts[0]);
     assert_eq!(
-        served.engine.stats().expect("the engine runs").prefix_hits,
+        native.stats().expect("the engine runs").prefix_hits,
         hits,
         "no KV of old weights is reused"
     );
-    let after: Vec<Vec<u32>> = prompts.iter().map(|p| greedy(&served.engine, p)).collect();
+    let after: Vec<Vec<u32>> = prompts.iter().map(|p| greedy(&native, p)).collect();
     assert_ne!(before, after, "the updates changed the answers");
     assert_eq!(first, after[0]);
     assert!(
-        served.engine.stats().expect("the engine runs").prefix_hits > hits,
+        native.stats().expect("the engine runs").prefix_hits > hits,
         "prefixes of this version are found"
     );
 

@@ -39,9 +39,8 @@ fn race_rows(weight: &Tensor, rows: usize) {
     let params = [("sample", 1.0), ("greedy", 0.0)]
         .map(|(name, temperature)| (name, SamplingParams { temperature, ..Default::default() }));
     for (name, params) in &params {
-        let draws: Vec<Draw> = (0..rows)
-            .map(|row| Draw { row, params, stream: row as u64, position: 0, forbidden: &[] })
-            .collect();
+        let draws: Vec<Draw> =
+            (0..rows).map(|row| Draw { stream: row as u64, ..Draw::new(row, params) }).collect();
         race(
             name,
             rows,

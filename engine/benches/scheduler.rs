@@ -123,6 +123,8 @@ fn requests(count: usize) -> Vec<NewRequest> {
         n: GROUP,
         max_tokens: NEW,
         reuse_prefix: true,
+        priority: 0,
+        cache_salt: None,
     };
     (0..count).map(request).collect()
 }

@@ -11,8 +11,10 @@
 
 mod lru;
 mod prefix;
+mod salt;
 
-pub use prefix::{BlockHash, Chain};
+pub use prefix::{BlockHash, Chain, Root};
+pub use salt::Salt;
 
 use lru::Lru;
 use prefix::PrefixCache;
@@ -122,10 +124,11 @@ impl BlockManager {
         }
     }
 
-    /// The longest registered chain of at most `limit` blocks that starts `tokens`, computed under
-    /// weights `version`, and its blocks. They are not taken: [`share`](Self::share) does that.
-    pub fn lookup(&self, version: u64, tokens: &[u32], limit: usize) -> (Chain, Vec<u32>) {
-        let mut chain = Chain::root(version);
+    /// The longest registered chain of this root (a weight version, or one and a salt) and at most
+    /// `limit` blocks that starts `tokens`, and its blocks. They are not taken:
+    /// [`share`](Self::share) does that.
+    pub fn lookup(&self, root: impl Into<Root>, tokens: &[u32], limit: usize) -> (Chain, Vec<u32>) {
+        let mut chain = Chain::root(root);
         let mut blocks = Vec::new();
         for page in tokens.as_chunks().0.iter().take(limit) {
             let Some((next, block)) = self.prefix.find(chain, page) else { break };

@@ -16,7 +16,9 @@
 //! - [`logits`]: logits to log-prob, entropy, discriminator, baseline.
 //! - [`sampler`]: logits to the next token.
 //! - [`head`]: hidden states to the next token, without logits in memory where none is needed.
+//! - [`remote`]: vLLM or SGLang servers elsewhere, as an engine.
 //! - [`profile`]: where the engine's time goes, by phase of a step.
+//! - [`in_place`]: updates of the weights that engine and trainer share.
 //! - [`weights`]: the shared policy: names, version, exclusive update between two steps.
 //! - [`torch`]: what tch does not bind.
 
@@ -26,6 +28,7 @@ pub mod collect;
 pub mod engine;
 pub mod head;
 pub mod http;
+pub mod in_place;
 pub mod kernels;
 pub mod kv_cache;
 pub mod logits;
@@ -34,6 +37,7 @@ pub mod mistral;
 pub mod model;
 pub mod ops;
 pub mod profile;
+pub mod remote;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;

@@ -3,16 +3,21 @@
 //! A draw is one pass over the row for the statistics, which also leaves the mass of each block
 //! of the row, and then a search for a random number among these masses and in one block. Only
 //! `min_p`, `top_k` and `top_p` look for the likeliest tokens (see `truncate`); what they leave is
-//! a shorter row, drawn from in the same way.
+//! a shorter row, drawn from in the same way. What changes logits (penalties, biases, tokens that
+//! may not be drawn) works on a copy of the row (see `adjust`).
 
+mod adjust;
+mod past;
 mod random;
 pub(crate) mod summed;
 mod truncate;
 
 use std::cell::RefCell;
 
-use onpolicy_plugin_api::{SamplingParams, TokenStats};
+use onpolicy_plugin_api::{LogprobsMode, PromptToken, SamplingParams, TokenStats};
 
+pub(crate) use self::adjust::has_penalties;
+pub use self::past::{Counts, Past};
 pub use self::random::stream_of;
 use self::random::uniform;
 use self::summed::inv_temperature;
@@ -34,14 +39,27 @@ pub struct Draw<'a> {
     pub position: usize,
     /// Ids that may not be drawn here; their probability is 0.
     pub forbidden: &'a [u32],
+    /// The tokens before.
+    pub past: Past<'a>,
 }
+
+impl<'a> Draw<'a> {
+    /// The first draw of stream 0, with nothing forbidden and nothing before.
+    pub fn new(row: usize, params: &'a SamplingParams) -> Self {
+        Self { row, params, stream: 0, position: 0, forbidden: &[], past: Past::default() }
+    }
+}
+
+/// What is said of a row whose tokens are all forbidden.
+pub(crate) const NOTHING_LEFT: &str = "no token can be drawn, every one is forbidden";
 
 /// A token that was drawn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Drawn {
     /// The token.
     pub id: u32,
-    /// Statistics of the distribution it was drawn from.
+    /// Statistics of the distribution it was drawn from, or of the model's own (see
+    /// [`LogprobsMode`]).
     pub stats: TokenStats,
     /// The likeliest tokens of that distribution and their log-probs, likeliest first, the lower
     /// id first where two are equally likely; fewer than asked for if fewer were left.
@@ -70,6 +88,20 @@ pub(crate) fn sample_row(row: &[f32], draw: &Draw) -> Result<Drawn, String> {
     SCRATCH.with_borrow_mut(|scratch| scratch.draw(row, draw))
 }
 
+/// What rows of `logits`, `[tokens.len(), vocab]`, say of one token each at temperature 1: its
+/// log-prob (NaN where a row is no distribution), its rank in the order of [`Drawn::top`], and the
+/// `top` likeliest tokens.
+///
+/// # Panics
+/// If the shapes do not fit, or a token is not below `vocab`.
+pub fn place(logits: &[f32], vocab: usize, tokens: &[u32], top: usize) -> Vec<PromptToken> {
+    assert_eq!(logits.len(), tokens.len() * vocab, "one row of logits per token");
+    disjoint::map(tokens.len(), &|i| {
+        let row = &logits[i * vocab..][..vocab];
+        SCRATCH.with_borrow_mut(|scratch| scratch.work.place(row, tokens[i], top))
+    })
+}
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
@@ -77,8 +109,8 @@ thread_local! {
 /// What a draw works on; kept from draw to draw by each thread.
 #[derive(Default)]
 struct Scratch {
-    /// The row without its forbidden tokens.
-    allowed: Vec<f32>,
+    /// The row as it is drawn from, where that is not the model's own.
+    changed: Vec<f32>,
     work: Work,
 }
 
@@ -93,44 +125,50 @@ struct Work {
 
 impl Scratch {
     fn draw(&mut self, row: &[f32], draw: &Draw) -> Result<Drawn, String> {
-        if draw.forbidden.is_empty() {
-            return self.work.draw(row, draw);
-        }
-        self.allowed.clear();
-        self.allowed.extend_from_slice(row);
-        for &id in draw.forbidden {
-            if let Some(logit) = self.allowed.get_mut(id as usize) {
-                *logit = f32::NEG_INFINITY;
+        let Self { changed, work } = self;
+        let top = draw.params.top_logprobs;
+        let drawn_from = if adjust::changes(draw) {
+            adjust::apply(row, draw, changed);
+            &changed[..]
+        } else {
+            row
+        };
+        match draw.params.logprobs_mode {
+            LogprobsMode::Processed => work.draw(drawn_from, draw, top),
+            LogprobsMode::Raw => {
+                let drawn = work.draw(drawn_from, draw, 0)?;
+                let stats = check(row_stats(row, 1.0), row)?;
+                Ok(work.whole(row, drawn.id as usize, &stats, top))
             }
         }
-        self.work.draw(&self.allowed, draw)
     }
 }
 
 impl Work {
-    fn draw(&mut self, row: &[f32], draw: &Draw) -> Result<Drawn, String> {
+    /// Draws from the row, and lists its `top` likeliest tokens.
+    fn draw(&mut self, row: &[f32], draw: &Draw, top: usize) -> Result<Drawn, String> {
         if draw.params.temperature == 0.0 {
-            return self.greedy(row, draw.params);
+            return self.greedy(row, top);
         }
         let inv_temperature = inv_temperature(draw);
         let stats = check(row_stats_and_masses(row, inv_temperature, &mut self.masses), row)?;
         let u = uniform(draw.stream, draw.position);
         if truncate::keeps_all(draw.params, row.len()) {
             let id = pick(row, &stats, &self.masses, u);
-            return Ok(self.whole(row, id, &stats, draw.params.top_logprobs));
+            return Ok(self.whole(row, id, &stats, top));
         }
         truncate::keep(row, &stats, draw.params, (&mut self.candidates, &mut self.maxima));
         self.kept.clear();
         self.kept.extend(self.candidates.iter().map(|&(_, logit)| logit));
         let stats = row_stats_and_masses(&self.kept, inv_temperature, &mut self.masses);
         let (id, logit) = self.candidates[pick(&self.kept, &stats, &self.masses, u)];
-        Ok(self.drawn(id, logit, &stats, draw.params.top_logprobs))
+        Ok(self.drawn(id, logit, &stats, top))
     }
 
-    fn greedy(&mut self, row: &[f32], params: &SamplingParams) -> Result<Drawn, String> {
+    fn greedy(&mut self, row: &[f32], top: usize) -> Result<Drawn, String> {
         let stats = check(row_stats(row, 1.0), row)?;
         let id = rows::find(Level::best(), row, stats.max).expect("a row holds its maximum");
-        Ok(self.whole(row, id, &stats, params.top_logprobs))
+        Ok(self.whole(row, id, &stats, top))
     }
 
     /// Token `id` of the whole row.
@@ -141,6 +179,16 @@ impl Work {
             rows::gather(Level::best(), row, floor, &mut self.candidates);
         }
         self.drawn(id as u32, row[id], stats, top)
+    }
+
+    /// Token `id` as the row sees it, with its `top` likeliest tokens.
+    fn place(&mut self, row: &[f32], id: u32, top: usize) -> PromptToken {
+        let own = row[id as usize];
+        let Drawn { stats, top, .. } = self.whole(row, id as usize, &row_stats(row, 1.0), top);
+        let (before, after) = row.split_at(id as usize);
+        let likelier = before.iter().filter(|logit| **logit >= own).count()
+            + after.iter().filter(|logit| **logit > own).count();
+        PromptToken { logprob: stats.logprob, rank: Some(1 + likelier), top }
     }
 
     /// A token, with the `top` likeliest of the candidates.
@@ -165,7 +213,7 @@ fn check(stats: RowStats, row: &[f32]) -> Result<RowStats, String> {
     } else if stats.max == f32::INFINITY {
         "the model produced infinite logits; its weights are broken".into()
     } else {
-        "no token can be drawn, every one is forbidden".into()
+        NOTHING_LEFT.into()
     })
 }
 

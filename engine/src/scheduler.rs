@@ -9,11 +9,13 @@
 //! each chunk with a row, [`fork`](Scheduler::fork) says which sequences draw from it, and each of
 //! them gets its token by [`append`](Scheduler::append) or ends by [`finish`](Scheduler::finish).
 //!
-//! Order is arrival. A request is one unit until its prompt is computed by its leader; then its
-//! samples part, sharing the prompt's blocks. When blocks run out, the latest running sequence
-//! gives back its own and waits to be computed again, before any request that has not begun. So all
-//! that runs is older than all that waits, and the oldest sequence always goes on: it may take the
-//! blocks of all others, and a request that needs more than the pool is refused.
+//! Requests begin by priority, those of equal priority in the order of arrival; from then on order
+//! is that of beginning, and an older sequence is one that began earlier. A request is one unit
+//! until its prompt is computed by its leader; then its samples part, sharing the prompt's blocks.
+//! When blocks run out, the latest running sequence gives back its own and waits to be computed
+//! again, before any request that has not begun. So all that runs is older than all that waits, and
+//! the oldest sequence always goes on: it may take the blocks of all others, and a request that
+//! needs more than the pool is refused.
 
 mod admission;
 mod config;
@@ -23,7 +25,7 @@ mod integrity;
 
 pub use config::SchedulerConfig;
 
-use crate::block_manager::{BlockHash, BlockManager, Chain};
+use crate::block_manager::{BlockHash, BlockManager};
 use crate::sequence::{Place, SeqId, Sequence};
 use group::Group;
 use id_map::IdMap;
@@ -43,6 +45,10 @@ pub struct NewRequest {
     pub max_tokens: usize,
     /// False if all of the prompt must be computed, as its log-probs need.
     pub reuse_prefix: bool,
+    /// Of the requests that wait, those of lower numbers begin first.
+    pub priority: i32,
+    /// KV is shared with requests of the same salt alone.
+    pub cache_salt: Option<String>,
 }
 
 /// Tokens `start..start + len` of a sequence, to be computed in this step.
@@ -108,7 +114,7 @@ pub struct Scheduler {
     blocks: BlockManager,
     sequences: IdMap<SeqId, Sequence>,
     groups: IdMap<RequestId, Group>,
-    /// Leaders of requests that have not begun, by age.
+    /// Leaders of requests that have not begun, by priority and age.
     waiting: VecDeque<SeqId>,
     /// Sequences that lost their blocks, by age; all older than those that wait.
     preempted: VecDeque<SeqId>,
@@ -119,6 +125,8 @@ pub struct Scheduler {
     /// True while no request may begin.
     held: bool,
     next_id: u64,
+    /// Requests that have begun.
+    begun: i64,
     version: u64,
     stats: Stats,
 }
@@ -156,6 +164,7 @@ impl Scheduler {
             reserved: 0,
             held: false,
             next_id: 0,
+            begun: 0,
             version: 0,
             stats: Stats::default(),
         }
@@ -272,7 +281,7 @@ impl Scheduler {
                 sequence.mark_mixed();
             } else {
                 sequence.kv_version = Some(version);
-                sequence.chain = sequence.chain.map(|_| Chain::root(version));
+                sequence.chain = sequence.chain.map(|chain| chain.restart(version));
             }
         }
     }

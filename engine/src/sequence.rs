@@ -1,6 +1,6 @@
 //! One sample of a request: its tokens, its block table, and how far its KV is computed.
 
-use crate::block_manager::{BLOCK_SIZE, Chain, blocks_for};
+use crate::block_manager::{BLOCK_SIZE, Chain, Salt, blocks_for};
 use onpolicy_plugin_api::RequestId;
 
 /// Names a sequence for as long as the scheduler lives. Ids grow with arrival: a request's samples
@@ -45,6 +45,11 @@ pub struct Sequence {
     pub kv_version: Option<u64>,
     /// Where it stands.
     pub place: Place,
+    /// Its turn in its line, lower ones first and of equal ones that with the lower id: the
+    /// request's priority while it waits, then the number of the request among those begun.
+    pub turn: i64,
+    /// Whom it shares KV with.
+    pub salt: Salt,
     /// How much of its table is in the prefix cache; `None` if no more may be registered.
     pub(crate) chain: Option<Chain>,
 }

@@ -9,7 +9,10 @@ use onpolicy_engine::scheduler::SchedulerConfig;
 use world::{Seen, World};
 
 fn run(seed: u64, rounds: usize, config: SchedulerConfig, hash: Option<BlockHash>) -> Seen {
-    let mut world = World::new(seed, config, hash);
+    run_in(World::new(seed, config, hash), rounds)
+}
+
+fn run_in(mut world: World, rounds: usize) -> Seen {
     for _ in 0..rounds {
         world.round();
     }
@@ -47,6 +50,19 @@ fn a_roomy_pool_shares_prefixes_and_loses_nothing() {
         let seen = run(100 + seed as u64, 12_000, config.clone(), None);
         assert!(seen.accepted > 1000 && seen.copies > 1000, "{seen:?}");
         assert!(seen.stats.prefix_hits * 10 > seen.stats.prefix_queries, "{seen:?}");
+    }
+}
+
+#[test]
+fn priorities_decide_who_begins_and_salts_who_shares() {
+    let tables = [[12, 8, 16, 100, 8], [96, 16, 128, 90, 8]];
+    for (seed, config) in tables.map(limits).iter().enumerate() {
+        let world = World::new(600 + seed as u64, config.clone(), None).ranked();
+        let seen = run_in(world, 12_000);
+        assert!(seen.accepted > 1000 && seen.overtaken > 300, "{seen:?}");
+        assert!(seen.stats.prefix_hits > 10_000, "{seen:?}");
+        let crowded = World::new(700 + seed as u64, config.clone(), Some(|_, _| 0)).ranked();
+        assert!(run_in(crowded, 2_000).accepted > 100, "{seen:?}");
     }
 }
 

@@ -4,7 +4,7 @@ use crate::{
     control::{Memory, PauseMode, Sleep, WeightUpdate},
     sampling::SamplingParams,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// What a caller may need to know about the model behind an engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,15 +46,23 @@ impl Request {
 pub struct RequestId(pub u64);
 
 /// Numbers of one position's distribution `p`, the one that the token `k` was drawn from.
+/// An engine that cannot tell entropy and baseline gives NaN, which JSON writes as null.
 /// Source of the discriminator: arXiv 2602.03392.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct TokenStats {
     /// `ln p_k`, in nats.
     pub logprob: f32,
-    /// Entropy `H = -sum_i p_i ln p_i`, in nats.
+    /// Entropy `H = -sum_i p_i ln p_i`, in nats; NaN if the engine does not tell it.
+    #[serde(deserialize_with = "number_or_nan")]
     pub entropy: f32,
-    /// Baseline `E_p[S] = sum_i p_i S_i` of the scores `S_i = p_i (H + ln p_i)`.
+    /// Baseline `E_p[S] = sum_i p_i S_i` of the scores `S_i = p_i (H + ln p_i)`; NaN if the engine
+    /// does not tell it.
+    #[serde(deserialize_with = "number_or_nan")]
     pub baseline: f32,
+}
+
+fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f32, D::Error> {
+    Option::<f32>::deserialize(from).map(|number| number.unwrap_or(f32::NAN))
 }
 
 impl TokenStats {

@@ -1,6 +1,6 @@
 //! The table that maps a name in a configuration file to a plug-in.
 
-use crate::{gate::TokenGate, task::TaskSource, verifier::Verifier};
+use crate::{engine::Engine, gate::TokenGate, task::TaskSource, verifier::Verifier};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 
@@ -67,6 +67,7 @@ pub struct Plugins {
     tasks: Table<dyn TaskSource>,
     verifiers: Table<dyn Verifier>,
     gates: Table<dyn TokenGate>,
+    engines: Table<dyn Engine>,
 }
 
 impl Default for Plugins {
@@ -75,6 +76,7 @@ impl Default for Plugins {
             tasks: Table::new("task"),
             verifiers: Table::new("verifier"),
             gates: Table::new("gate"),
+            engines: Table::new("engine"),
         }
     }
 }
@@ -109,4 +111,5 @@ impl Plugins {
     kind!(tasks, with_task, make_task, TaskSource, "task source");
     kind!(verifiers, with_verifier, make_verifier, Verifier, "verifier");
     kind!(gates, with_gate, make_gate, TokenGate, "token gate");
+    kind!(engines, with_engine, make_engine, Engine, "engine");
 }

@@ -106,7 +106,7 @@ impl Start {
     fn restore(&self, session: &Session) -> Result<(), anyhow::Error> {
         let served = session.served.weights.iter().map(|(_, weight)| weight.detach());
         let pairs: Vec<_> = served.zip(self.0.iter().map(Tensor::shallow_clone)).collect();
-        session.served.engine.update(move || {
+        session.engine.update(move || {
             pairs.into_iter().for_each(|(mut served, start)| served.copy_(&start));
             Ok(())
         })?;
@@ -127,10 +127,8 @@ fn train(
     config.train.seed = round.seed >> 1;
     config.train.steps = if round.counts { arguments.steps as u64 } else { 1 };
     let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
-    let serving = (served.engine.clone(), served.tokenizer.clone());
-    let training = (served.decoder(), optimizer);
     let parts = parts(&config, |plugins| plugins)?;
-    let trainer = Trainer::new(config.clone(), parts, serving, training, (0, VecDeque::new()));
+    let trainer = Trainer::new(config.clone(), parts, served, optimizer, (0, VecDeque::new()));
     let mut runner = Runner { session, config, trainer, seconds: 0.0, samples: 0 };
     let seed = runner.config.train.seed;
     let mut run = Run { mode, seed, steps: vec![], standings: vec![] };
@@ -177,7 +175,7 @@ impl Runner<'_> {
         let (served, parts) = (&self.session.served, self.trainer.parts());
         let judges = (parts.task.as_ref(), parts.verifier.as_ref());
         let settings = EvalSettings::new(&self.config);
-        let report = evaluate(&served.engine, &served.tokenizer, judges, &settings)?;
+        let report = evaluate(&*served.engine, &served.tokenizer, judges, &settings)?;
         let (seconds, samples) = (self.seconds, self.samples as f64);
         Ok(Standing { seconds, samples, reward: report.average })
     }

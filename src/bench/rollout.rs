@@ -156,7 +156,7 @@ impl Arguments {
 
     /// The ways to ask our own engine.
     fn contestants(&self, session: &Session, url: &str) -> Result<Vec<Contestant>, anyhow::Error> {
-        let engine = || session.served.engine.clone();
+        let engine = || session.engine.clone();
         let connect = |name: &str, asks: Asks| {
             let server = Server::connect(name, url, asks, self.compare.timeout())?;
             Ok::<_, anyhow::Error>(Contestant::Http(server, engine()))
@@ -202,7 +202,8 @@ fn memory(
 fn serve(session: &Session, metrics: PrometheusHandle) -> Result<server::Server, anyhow::Error> {
     let mut config = session.config.clone();
     config.server.enabled = true;
-    let server = server::start(&config, &session.served, metrics)?;
+    let server =
+        server::start(&config, (&session.served.engine, &session.served.tokenizer), metrics)?;
     server.ok_or_else(|| anyhow::anyhow!("the server did not start"))
 }
 

@@ -7,7 +7,9 @@ use super::{
     report::{Line, ModelFacts, Report, Settings},
     roofline::Rates,
 };
+use anyhow::Context;
 use onpolicy_engine::{
+    engine::EngineHandle,
     model::loading::{Checkpoint, load},
     sampler::stream_of,
 };
@@ -17,6 +19,8 @@ use onpolicy_trainer::{config::Config, served::Served};
 pub struct Session {
     /// The model and its engine.
     pub served: Served,
+    /// The engine.
+    pub engine: EngineHandle,
     /// Its configuration.
     pub config: Config,
     /// What its work costs.
@@ -73,12 +77,13 @@ impl Session {
             runs: common.runs,
             threads: usize::try_from(tch::get_num_threads())?,
         };
-        let served = Served::over(checkpoint, &config)?;
-        let costs = costs.serving_copies(served.engine.stats()?.copied_bytes);
+        let served = Served::over(checkpoint, &config, None)?;
+        let engine = served.native().context("only the native engine is measured")?.clone();
+        let costs = costs.serving_copies(engine.stats()?.copied_bytes);
         eprintln!("measuring the machine ...");
         let rates = Rates::measure(&served.weights);
         machine::reset_peak();
-        Ok(Self { served, config, costs, settings, machine, model, rates })
+        Ok(Self { served, engine, config, costs, settings, machine, model, rates })
     }
 
     /// The runs, those that warm up first.
@@ -102,7 +107,7 @@ impl Session {
 
     /// The report on `lines`.
     pub fn report(self, bench: &str, lines: Vec<Line>, notes: Vec<String>) -> Report {
-        self.served.engine.shutdown();
+        self.engine.shutdown();
         Report {
             bench: bench.into(),
             command: command(),

@@ -108,9 +108,7 @@ fn trainer(session: &Session) -> Result<Trainer, anyhow::Error> {
     let mut parts = run::parts(config, |plugins| plugins)?;
     parts.verifier = Box::new(EverySecond);
     let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
-    let serving = (served.engine.clone(), served.tokenizer.clone());
-    let training = (served.decoder(), optimizer);
-    Ok(Trainer::new(config.clone(), parts, serving, training, (0, VecDeque::new())))
+    Ok(Trainer::new(config.clone(), parts, served, optimizer, (0, VecDeque::new())))
 }
 
 fn check(arguments: &Arguments, metrics: &StepMetrics) -> Result<(), anyhow::Error> {

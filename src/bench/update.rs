@@ -77,7 +77,7 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
     let weights = session.served.weights.iter().zip(&loaded);
     let copied: Vec<usize> = weights.filter_map(elsewhere).collect();
     let group = format!("an AdamW step while {} samples stream", arguments.samples);
-    let refreshed = session.served.engine.stats()?.copied_bytes;
+    let refreshed = session.engine.stats()?.copied_bytes;
     let beyond = copied.iter().sum::<usize>() + refreshed;
     let lines = lines(&mut session, &group, &runs, beyond);
     let note = format!(
@@ -113,7 +113,7 @@ fn one_run(
     optimizer: Optimizer,
     round: Round,
 ) -> Result<(Optimizer, Run), anyhow::Error> {
-    let engine = &session.served.engine;
+    let engine = &session.engine;
     let prompt = workload.prompts(&session.served.tokenizer, round.seed)?.remove(0);
     let norm = gradients(session, round.seed)?;
     let (optimizer, alone) = apply(engine, optimizer, norm)?;

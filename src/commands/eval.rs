@@ -5,7 +5,7 @@ use onpolicy_plugin_api::Plugins;
 use onpolicy_trainer::{
     eval::{EvalSettings, evaluate},
     run,
-    served::Served,
+    served::Serving,
 };
 
 pub fn run(
@@ -15,16 +15,16 @@ pub fn run(
     let config = arguments.config()?;
     let parts = run::parts(&config, plugins)?;
     eprintln!("loading {} ...", config.model.path);
-    let served = Served::start(&config.model.path, &config)?;
+    let served = Serving::start(&config.model.path, &config, parts.engine.clone())?;
     let settings = EvalSettings::new(&config);
     eprintln!("{} problems x {} samples ...", settings.problems, settings.rollout.group_size);
     let judges = (parts.task.as_ref(), parts.verifier.as_ref());
-    let report = evaluate(&served.engine, &served.tokenizer, judges, &settings)?;
+    let report = evaluate(&*served.engine, &served.tokenizer, judges, &settings)?;
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{report}");
     }
-    served.engine.shutdown();
+    served.shutdown();
     Ok(())
 }

@@ -18,7 +18,7 @@ pub fn run(
 ) -> Result<(), anyhow::Error> {
     match arguments.command {
         Command::Train(arguments) => train::run(&arguments, plugins),
-        Command::Serve(arguments) => serve::run(&arguments),
+        Command::Serve(arguments) => serve::run(&arguments, plugins),
         Command::Eval(arguments) => eval::run(&arguments, plugins),
         Command::Plot(arguments) => plot::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),

@@ -1,27 +1,32 @@
 //! `onpolicy serve`
 
 use crate::{cli, profile::Printer, server};
-use onpolicy_trainer::served::Served;
+use onpolicy_plugin_api::Plugins;
+use onpolicy_trainer::{engines, served::Serving};
 use std::sync::atomic::AtomicBool;
 
-pub fn run(arguments: &cli::Serve) -> Result<(), anyhow::Error> {
+pub fn run(
+    arguments: &cli::Serve,
+    plugins: impl FnOnce(Plugins) -> Plugins,
+) -> Result<(), anyhow::Error> {
     let mut config = arguments.config()?;
     config.server.enabled = true;
     let metrics = server::record_metrics()?;
     eprintln!("loading {} ...", config.model.path);
-    let served = Served::start(&config.model.path, &config)?;
-    if let Some(copies) = served.copies()? {
+    let plugin = engines::plugin(&config, &plugins(Plugins::default()))?;
+    let served = Serving::start(&config.model.path, &config, plugin)?;
+    if let Some(copies) = served.copies() {
         eprintln!("{copies}");
     }
-    let server = server::start(&config, &served, metrics)?;
+    let server = server::start(&config, (&served.engine, &served.tokenizer), metrics)?;
     let Some(server) = server else { anyhow::bail!("the server did not start") };
     println!("serving on {}/v1 (Ctrl-C stops it)", server.url());
     let stop: &'static AtomicBool = Box::leak(Box::default());
     server::stop_on_signal(stop, "finishing what runs")?;
-    let mut profile = Printer::new(&served.engine);
+    let mut profile = Printer::new(served.native());
     server.wait_for(stop, || profile.tick());
     server.stop();
     profile.print();
-    served.engine.shutdown();
+    served.shutdown();
     Ok(())
 }

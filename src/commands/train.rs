@@ -2,7 +2,11 @@
 
 use crate::{cli, profile::Printer, progress::Bar, server};
 use onpolicy_plugin_api::Plugins;
-use onpolicy_trainer::{config::Config, metrics::memory, run};
+use onpolicy_trainer::{
+    config::{Config, EngineKind},
+    metrics::memory,
+    run,
+};
 use std::sync::atomic::AtomicBool;
 
 pub fn run(
@@ -15,14 +19,14 @@ pub fn run(
     eprintln!("loading {} ...", config.model.path);
     let mut run = run::Run::start(config.clone(), parts, arguments.resume)?;
     let served = run.served();
-    let server = server::start(&config, served, metrics)?;
+    let server = server::start(&config, (&served.engine, &served.tokenizer), metrics)?;
     describe(&config, &run, server.as_ref())?;
     let plan = run.memory_plan()?;
     eprintln!("{plan}");
 
     let stop: &'static AtomicBool = Box::leak(Box::default());
     server::stop_on_signal(stop, "finishing the step and saving a checkpoint")?;
-    let mut profile = Printer::new(&run.served().engine);
+    let mut profile = Printer::new(run.served().native());
     let mut bar = Bar::new(&config, run.steps_done());
     let outcome = run.train(stop, &mut |event| bar.show(&event));
     bar.finish();
@@ -39,7 +43,7 @@ pub fn run(
     if let Some(server) = server {
         server.stop();
     }
-    run.served().engine.shutdown();
+    run.served().shutdown();
     Ok(())
 }
 
@@ -62,6 +66,9 @@ fn describe(
     );
     if let Some(copies) = served.copies()? {
         eprintln!("{copies}");
+    }
+    if config.engine.kind() != EngineKind::Native {
+        eprintln!("samples are drawn by {}", config.engine.kind());
     }
     if let Some(warning) = config.warning() {
         eprintln!("warning: {warning}");

@@ -8,7 +8,9 @@ use crate::{
         countdown::Countdown as CountdownTask,
         jsonl::Jsonl,
     },
-    verifiers::{boxed::Boxed, countdown::Countdown, exact::Exact, http::Http, numeric},
+    verifiers::{
+        boxed::Boxed, countdown::Countdown, exact::Exact, http::Http, judge::Judge, numeric,
+    },
 };
 use onpolicy_plugin_api::Plugins;
 
@@ -16,7 +18,7 @@ use onpolicy_plugin_api::Plugins;
 /// option says otherwise. Whatever is added afterwards replaces a built-in of the same name.
 ///
 /// - tasks: `sum`, `product`, `chain`, `countdown`, `jsonl`
-/// - verifiers: `last_integer`, `exact`, `gsm8k`, `boxed`, `countdown`, `http`
+/// - verifiers: `last_integer`, `exact`, `gsm8k`, `boxed`, `countdown`, `http`, `judge`
 /// - gates: `clip_b`, `clip_v`, `none`
 #[must_use]
 pub fn register(plugins: Plugins, seed: u64) -> Plugins {
@@ -34,6 +36,7 @@ pub fn register(plugins: Plugins, seed: u64) -> Plugins {
         .with_verifier("boxed", Boxed::from_options)
         .with_verifier("countdown", Countdown::from_options)
         .with_verifier("http", Http::from_options)
+        .with_verifier("judge", Judge::from_options)
         .with_gate("clip_b", ClipB::from_options)
         .with_gate("clip_v", ClipV::from_options)
         .with_gate("none", KeepAll::from_options)

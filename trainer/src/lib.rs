@@ -4,11 +4,13 @@
 //! In the order that a run's data flows:
 //! - [`config`]: raw TOML and flags become one validated configuration.
 //! - [`builtins`]: the plug-ins that come with the crate: [`tasks`], [`verifiers`], [`entropy`].
-//! - [`served`]: a model that is loaded, served, and ready to be trained.
+//! - [`served`]: a model that is loaded, served, and ready to be trained. [`engines`]: by which
+//!   engine. [`transfer`]: new weights for one that has its own.
 //! - [`run`]: a run from start to end. [`train`]: one step from top to bottom.
 //! - [`rollout`]: problems become groups of samples. [`queue`]: those of the next steps.
 //! - [`reward`]: samples become rewards.
 //! - [`advantage`], [`entropy`]: rewards and token statistics become advantages and a keep mask.
+//! - [`own_stats`]: token statistics where the engine tells none.
 //! - [`batch`]: scored groups become packs. [`loss`]: packs become gradients. [`correction`]: the
 //!   engine's log-probs against the trainer's.
 //! - [`optimizer`], [`schedule`]: gradients become new weights. [`checkpoint`]: weights and moments on disk.
@@ -21,6 +23,7 @@ pub mod checkpoint;
 mod clock;
 pub mod config;
 pub mod correction;
+pub mod engines;
 pub mod entropy;
 pub mod error;
 pub mod eval;
@@ -28,6 +31,7 @@ pub mod loss;
 pub mod memory_plan;
 pub mod metrics;
 pub mod optimizer;
+pub mod own_stats;
 pub mod plot;
 pub mod queue;
 pub mod reward;
@@ -38,4 +42,5 @@ pub mod schedule;
 pub mod served;
 pub mod tasks;
 pub mod train;
+pub mod transfer;
 pub mod verifiers;

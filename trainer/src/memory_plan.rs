@@ -1,7 +1,7 @@
 //! How much memory a run will need, part by part, before it has taken it.
 
 use crate::{
-    config::{Config, Rollout},
+    config::{Config, EngineKind, Rollout},
     loss::HEAD_ROWS,
 };
 use onpolicy_engine::{
@@ -31,7 +31,11 @@ impl MemoryPlan {
             false => model.num_layers * layer_floats(model),
         };
         let block = KvCache::block_bytes(model);
+        let native = config.engine.kind() == EngineKind::Native;
         let pool = (config.engine.kv_memory_mb << 20) / block * block;
+        let pages = if native { pool.min(kv_blocks(&config.rollout, prompts) * block) } else { 0 };
+        // Two versions lie there, and a third while it is written.
+        let underway = if native { 0 } else { 3 * weights };
         let parts = vec![
             ("weights", weights),
             ("gradients", weights),
@@ -39,10 +43,11 @@ impl MemoryPlan {
             ("activations", rows * kept * float),
             ("their gradients", rows * gradient_floats(model) * float),
             ("output head", HEAD_ROWS * (model.vocab_size + 2 * model.hidden_size) * float),
-            ("KV pages", pool.min(kv_blocks(&config.rollout, prompts) * block)),
+            ("KV pages", pages),
+            ("weights on their way", underway),
             ("libraries and the rest", resident.saturating_sub(4 * weights)),
         ];
-        Self { parts }
+        Self { parts: parts.into_iter().filter(|(_, bytes)| *bytes > 0).collect() }
     }
 
     /// All parts together, in bytes.

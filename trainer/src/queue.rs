@@ -5,10 +5,10 @@ use crate::{
     error::TrainError,
     rollout::{PendingRollouts, Rollout, RolloutSettings, submit},
 };
-use onpolicy_engine::{chat::ChatTokenizer, engine::EngineHandle};
-use onpolicy_plugin_api::Problem;
+use onpolicy_engine::chat::ChatTokenizer;
+use onpolicy_plugin_api::{Engine, Problem};
 use serde::{Deserialize, Serialize};
-use std::{collections::VecDeque, time::Instant};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 /// The rollouts of one step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,7 +27,7 @@ impl Drawn {
 
 /// The rollouts of the next steps, in the order of the steps.
 pub struct RolloutQueue {
-    engine: EngineHandle,
+    engine: Arc<dyn Engine>,
     tokenizer: ChatTokenizer,
     /// Steps whose rollouts are under way at a time, at most.
     window: usize,
@@ -40,7 +40,7 @@ impl RolloutQueue {
     /// A queue over `engine` that begins with what a checkpoint held.
     pub fn new(
         config: &Config,
-        engine: EngineHandle,
+        engine: Arc<dyn Engine>,
         tokenizer: ChatTokenizer,
         drawn: VecDeque<Drawn>,
     ) -> Self {
@@ -78,7 +78,7 @@ impl RolloutQueue {
             self.wait_for_oldest(progress)?;
         }
         let submitted = Instant::now();
-        let pending = submit(&self.engine, &self.tokenizer, problems, settings)?;
+        let pending = submit(&*self.engine, &self.tokenizer, problems, settings)?;
         self.pending.push_back((submitted, pending));
         Ok(())
     }
@@ -116,7 +116,7 @@ impl RolloutQueue {
     /// The seconds of the oldest count from the end of the one before, so that none counts twice.
     fn wait_for_oldest(&mut self, progress: &mut dyn FnMut()) -> Result<(), TrainError> {
         let (submitted, pending) = self.pending.pop_front().expect("rollouts are under way");
-        let (rollouts, ended) = pending.wait(&self.engine, &self.tokenizer, progress)?;
+        let (rollouts, ended) = pending.wait(&*self.engine, &self.tokenizer, progress)?;
         let began = self.last_ended.map_or(submitted, |last| last.max(submitted));
         let seconds = ended.saturating_duration_since(began).as_secs_f64();
         self.last_ended = Some(ended.max(began));

@@ -4,6 +4,7 @@ use crate::{
     builtins,
     checkpoint::{self, Snapshot, TrainState},
     config::Config,
+    engines,
     error::TrainError,
     eval::{EvalReport, EvalSettings, evaluate},
     memory_plan::MemoryPlan,
@@ -14,9 +15,10 @@ use crate::{
     samples,
     served::Served,
     train::{Parts, Progress, Trainer},
+    transfer::Transfer,
 };
-use onpolicy_engine::{chat::Chat, sampler::stream_of};
-use onpolicy_plugin_api::{Engine, Plugins, Problem};
+use onpolicy_engine::{chat::Chat, model::loading::load, sampler::stream_of};
+use onpolicy_plugin_api::{Plugins, Problem};
 use std::{
     collections::VecDeque,
     fs,
@@ -42,8 +44,8 @@ pub enum RunEvent<'a> {
     Saved(&'a Path),
 }
 
-/// Makes the task, verifier and gate that the configuration names, out of the built-ins and what
-/// `plugins` adds to them.
+/// Makes the task, verifier, gate and engine that the configuration names, out of the built-ins and
+/// what `plugins` adds to them; the engine only if it is a plug-in's.
 ///
 /// # Errors
 /// A name that there is no plug-in of, or wrong options.
@@ -53,6 +55,7 @@ pub fn parts(
 ) -> Result<Parts, TrainError> {
     let plugins = plugins(builtins::register(Plugins::default(), config.train.seed));
     Ok(Parts {
+        engine: engines::plugin(config, &plugins)?,
         task: plugins.make_task(&config.task.name, &config.task.options())?,
         verifier: plugins.make_verifier(&config.verifier.name, &config.verifier.options())?,
         gate: plugins.make_gate(&config.gate.name, &config.gate.options())?,
@@ -89,15 +92,17 @@ impl Run {
             )));
         }
         let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
-        let served = Served::start(&model.to_string_lossy(), &config)?;
+        let checkpoint = load(&model.to_string_lossy())?;
+        let served = Served::over(checkpoint, &config, parts.engine.clone())?;
         let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
         let (mut step, mut seconds, mut drawn) = (0, 0.0, VecDeque::new());
         if let Some((checkpoint, state)) = &resumed {
             optimizer.load(&checkpoint::optimizer_file(checkpoint), state.optimizer_steps)?;
-            served.engine.set_weight_version(state.weight_version)?;
             (step, seconds) = (state.step, state.seconds);
             drawn = checkpoint::drawn(checkpoint)?;
         }
+        let version = resumed.as_ref().map_or(0, |(_, state)| state.weight_version);
+        let transfer = equal_weights(&config, &served, version)?;
         let file = dir.join("config.toml");
         fs::write(&file, config.to_toml()).map_err(|e| TrainError::file(&file, e))?;
         let file = dir.join("metrics.jsonl");
@@ -105,9 +110,8 @@ impl Run {
             Some(_) => MetricsLog::resume(&file, step)?.0,
             None => MetricsLog::create(&file)?,
         };
-        let serving = (served.engine.clone(), served.tokenizer.clone());
-        let training = (served.decoder(), optimizer);
-        let trainer = Trainer::new(config.clone(), parts, serving, training, (step, drawn));
+        let trainer = Trainer::new(config.clone(), parts, &served, optimizer, (step, drawn));
+        let trainer = trainer.with_transfer(transfer);
         Ok(Self { config, dir, served, trainer, metrics, seconds })
     }
 
@@ -196,7 +200,7 @@ impl Run {
         let parts = self.trainer.parts();
         let judges = (parts.task.as_ref(), parts.verifier.as_ref());
         let settings = EvalSettings::new(&self.config);
-        let report = evaluate(&self.served.engine, &self.served.tokenizer, judges, &settings)?;
+        let report = evaluate(&*self.served.engine, &self.served.tokenizer, judges, &settings)?;
         let path = self.dir.join("eval.jsonl");
         let record = serde_json::json!({ "step": self.steps_done(), "report": &report });
         let file = fs::OpenOptions::new().create(true).append(true).open(&path);
@@ -232,6 +236,21 @@ impl Run {
         let settings = RolloutSettings { group_size: SAMPLES_PER_PROBLEM, ..rollout };
         samples::write(&self.dir.join(file), &self.served, &problems, &settings)
     }
+}
+
+/// Sees to it that the engine serves the trainer's weights, under this version.
+fn equal_weights(
+    config: &Config,
+    served: &Served,
+    version: u64,
+) -> Result<Option<Transfer>, TrainError> {
+    if served.engine.shares_weights() {
+        served.engine.set_weight_version(version)?;
+        return Ok(None);
+    }
+    let mut transfer = Transfer::new(config, served)?;
+    transfer.deliver(version)?;
+    Ok(Some(transfer))
 }
 
 fn newest(dir: &Path) -> Result<(PathBuf, TrainState), TrainError> {

@@ -5,7 +5,7 @@ use crate::{
     rollout::{Rollout, RolloutSettings, generate},
     served::Served,
 };
-use onpolicy_plugin_api::{Engine, Problem};
+use onpolicy_plugin_api::Problem;
 use std::{fmt::Write, fs, path::Path};
 
 /// Samples an answer or two to each problem and writes them to `path`, for a person to read.
@@ -20,7 +20,7 @@ pub fn write(
 ) -> Result<(), TrainError> {
     let version = served.engine.weight_version();
     let rollouts =
-        generate(&served.engine, &served.tokenizer, problems.to_vec(), settings, &mut || {})?;
+        generate(&*served.engine, &served.tokenizer, problems.to_vec(), settings, &mut || {})?;
     let mut text = format!(
         "# Completions at weight version {version}\n\nTemperature {}.\n",
         settings.temperature

@@ -11,16 +11,19 @@ use crate::{
     loss::{Activations, LossSettings, LossSums, accumulate_gradient_with, token_stats},
     metrics::{Seconds, Staleness, StepMetrics, memory},
     optimizer::Optimizer,
+    own_stats,
     queue::{Drawn, RolloutQueue},
     reward::{Scored, score},
     rollout::{Rollout, RolloutSettings},
     schedule::learning_rate,
+    served::Served,
+    transfer::Transfer,
 };
 use onpolicy_engine::{
-    chat::ChatTokenizer, engine::EngineHandle, model::decoder::Decoder, sampler::stream_of,
+    engine::EngineHandle, in_place::update_in_place, model::decoder::Decoder, sampler::stream_of,
 };
 use onpolicy_plugin_api::{Engine, TaskSource, TokenGate, Verifier};
-use std::{collections::VecDeque, time::Instant};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 /// Samples whose tokens are looked at again after the update, to measure the change of entropy.
 const PROBE_SAMPLES: usize = 8;
@@ -44,13 +47,18 @@ pub struct Parts {
     pub verifier: Box<dyn Verifier>,
     /// Chooses the tokens of the loss.
     pub gate: Box<dyn TokenGate>,
+    /// Draws the samples, if the configuration names the engine of a plug-in.
+    pub engine: Option<Arc<dyn Engine>>,
 }
 
-/// The trainer: handles to the same weights that the engine serves, and their optimizer.
+/// The trainer: weights and their optimizer, and an engine that serves them or copies of them.
 pub struct Trainer {
     config: Config,
     parts: Parts,
-    engine: EngineHandle,
+    engine: Arc<dyn Engine>,
+    native: Option<EngineHandle>,
+    /// How the engine gets new weights, if it has its own.
+    transfer: Option<Transfer>,
     queue: RolloutQueue,
     decoder: Decoder,
     optimizer: Option<Optimizer>,
@@ -62,19 +70,36 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A trainer at `step`, with the rollouts of the next steps that are drawn already. `decoder`
-    /// is over trainable handles to the weights that `engine` serves, `optimizer` over the same
-    /// handles.
+    /// A trainer at `step`, with the rollouts of the next steps that are drawn already.
+    /// `optimizer` is over the weights of `served`.
     pub fn new(
         config: Config,
         parts: Parts,
-        (engine, tokenizer): (EngineHandle, ChatTokenizer),
-        (decoder, optimizer): (Decoder, Optimizer),
+        served: &Served,
+        optimizer: Optimizer,
         (step, drawn): (u64, VecDeque<Drawn>),
     ) -> Self {
-        let (asked, optimizer) = (step + drawn.len() as u64, Some(optimizer));
+        let (engine, tokenizer) = (served.engine.clone(), served.tokenizer.clone());
         let queue = RolloutQueue::new(&config, engine.clone(), tokenizer, drawn);
-        Self { config, parts, engine, queue, decoder, optimizer, step, asked, settled: 0.0 }
+        Self {
+            config,
+            parts,
+            engine,
+            native: served.native().cloned(),
+            transfer: None,
+            asked: step + queue.len() as u64,
+            queue,
+            decoder: served.decoder(),
+            optimizer: Some(optimizer),
+            step,
+            settled: 0.0,
+        }
+    }
+
+    /// Gives new weights to the engine by `transfer`: for one that has weights of its own.
+    #[must_use]
+    pub fn with_transfer(self, transfer: Option<Transfer>) -> Self {
+        Self { transfer, ..self }
     }
 
     /// Steps done.
@@ -211,7 +236,7 @@ impl Trainer {
         Ok(update)
     }
 
-    /// All groups with their advantages.
+    /// All groups with their advantages, and statistics of all tokens.
     fn train_groups(&self, groups: &[Scored]) -> Vec<TrainGroup> {
         let group = |scored: &Scored| {
             let advantages = self.config.train.advantage.of(&scored.rewards);
@@ -223,7 +248,10 @@ impl Trainer {
                 teaches: scored.is_mixed(),
             }
         };
-        groups.iter().map(group).collect()
+        let mut groups: Vec<TrainGroup> = groups.iter().map(group).collect();
+        let (rows, rollout) = (self.config.train.micro_batch_tokens, &self.config.rollout);
+        own_stats::complete(&self.decoder, &mut groups, rows, rollout.temperature as f32);
+        groups
     }
 
     /// Where importance is corrected for, the mini-batches after the first need the trainer's
@@ -239,17 +267,27 @@ impl Trainer {
         }
     }
 
-    /// Lets the optimizer write the served weights between two steps of the engine.
+    /// Lets the optimizer write the weights: the served ones between two steps of the engine, or
+    /// the trainer's own, which the engine is given then.
     fn update(&mut self, update: &mut Update) -> Result<(), TrainError> {
         let started = Instant::now();
         let mut optimizer = self.optimizer.take().ok_or_else(lost)?;
         let norm = optimizer.grad_norm()?;
         let lr = update.lr;
-        let (optimizer, _version) = self.engine.update(move || {
-            optimizer.step(lr, norm).map_err(|error| error.to_string())?;
-            Ok(optimizer)
-        })?;
-        self.optimizer = Some(optimizer);
+        self.optimizer = Some(match &mut self.transfer {
+            Some(transfer) => {
+                optimizer.step(lr, norm)?;
+                transfer.deliver(self.engine.weight_version() + 1)?;
+                optimizer
+            }
+            None => {
+                let write = move || {
+                    optimizer.step(lr, norm).map_err(|error| error.to_string())?;
+                    Ok(optimizer)
+                };
+                update_in_place(&*self.engine, write)?.0
+            }
+        });
         update.grad_norm = update.grad_norm.max(norm);
         update.updates += 1;
         update.seconds += started.elapsed().as_secs_f64();
@@ -266,6 +304,11 @@ impl Trainer {
         let change = stats.iter().zip(&probe.old_entropy);
         let sum: f64 = change.map(|(new, old)| f64::from(new.entropy) - f64::from(*old)).sum();
         (!stats.is_empty()).then(|| sum / stats.len() as f64)
+    }
+
+    fn refresh_seconds(&self) -> f64 {
+        let Some(native) = &self.native else { return 0.0 };
+        native.stats().map_or(f64::NAN, |stats| stats.refresh.as_secs_f64())
     }
 
     fn metrics(&self, report: &Report<'_>, seconds: Seconds) -> StepMetrics {
@@ -322,7 +365,7 @@ impl Trainer {
             mismatch_mean: update.sums.mismatch.mean(),
             mismatch_max: update.sums.mismatch.largest(),
             mismatch_far: update.sums.mismatch.far(),
-            refresh_seconds: self.engine.stats().map_or(f64::NAN, |s| s.refresh.as_secs_f64()),
+            refresh_seconds: self.refresh_seconds(),
             seconds,
             tokens_per_second: tokens as f64 / seconds.rollout.max(1e-9),
             peak_memory_mb: memory::peak_mb().unwrap_or(f64::NAN),

@@ -45,7 +45,7 @@ fn the_engines_numbers_are_the_trainers() {
         });
         let requests: Vec<Request> = requests.collect();
         let deadline = Instant::now() + Duration::from_secs(300);
-        let groups = collect(&served.engine, requests.clone(), deadline, &mut || {});
+        let groups = collect(&*served.engine, requests.clone(), deadline, &mut || {});
         let groups = groups.expect("the engine answers");
         let groups = requests.into_iter().zip(&groups).map(|(request, group)| TrainGroup {
             prompt: request.prompt,

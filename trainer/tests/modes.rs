@@ -76,7 +76,7 @@ fn run(config: &Config, resume: bool, last: u64) -> (Vec<StepMetrics>, Vec<Probl
         }
     };
     run.train(&stop, &mut watch).expect("the run ends");
-    run.served().engine.shutdown();
+    run.served().shutdown();
     let steps = log::read(&Path::new(&config.output.dir).join("metrics.jsonl")).expect("a log");
     let seen = seen.lock().unwrap().clone();
     (steps, seen)

@@ -1,28 +1,62 @@
 //! The prefix cache: which blocks hold the KV of which beginnings of sequences.
 //!
 //! A block is found by a chained hash: of its 16 tokens and the hash of the block before it, the
-//! first one's being the weight version (the salt). A hit counts only if the tokens, the block
-//! before it and the version are the same too, so a collision costs a hit and nothing else.
+//! first one's being that of the weight version and the salt. A hit counts only if the tokens, the
+//! block before it, the version and the salt are the same too, so a collision costs a hit and
+//! nothing else.
 
-use super::BLOCK_SIZE;
+use super::{BLOCK_SIZE, Salt};
 use std::collections::HashMap;
 
-/// Hash of a block's tokens and of its predecessor's hash (of the version, for a first block).
+/// Hash of a block's tokens and of its predecessor's hash (of the [`Root`], for a first block).
 pub type BlockHash = fn(u64, &[u32; BLOCK_SIZE]) -> u64;
+
+/// What KV depends on beside the tokens: KV of one root is never used under another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Root {
+    /// The weight version that computed it.
+    pub version: u64,
+    /// Whom it is shared with.
+    pub salt: Salt,
+}
+
+impl From<u64> for Root {
+    /// That of a weight version, shared with all requests that have no salt.
+    fn from(version: u64) -> Self {
+        Self { version, salt: Salt::default() }
+    }
+}
+
+impl Root {
+    /// The same salt under other weights.
+    pub fn at(self, version: u64) -> Self {
+        Self { version, ..self }
+    }
+
+    fn hash(self) -> u64 {
+        self.version ^ self.salt.low_bits()
+    }
+}
 
 /// How far the beginning of a sequence is registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chain {
-    version: u64,
+    root: Root,
     hash: u64,
     last: Option<u32>,
     len: usize,
 }
 
 impl Chain {
-    /// The chain of no blocks, for KV computed by weights `version`.
-    pub fn root(version: u64) -> Self {
-        Self { version, hash: version, last: None, len: 0 }
+    /// The chain of no blocks, for KV of this root: a weight version, or one and a salt.
+    pub fn root(root: impl Into<Root>) -> Self {
+        let root = root.into();
+        Self { root, hash: root.hash(), last: None, len: 0 }
+    }
+
+    /// The chain of no blocks of the same salt, for KV computed by weights `version`.
+    pub fn restart(self, version: u64) -> Self {
+        Self::root(self.root.at(version))
     }
 
     /// Number of registered blocks.
@@ -48,7 +82,7 @@ impl Chain {
 /// What a registered block holds.
 #[derive(Debug, Clone)]
 struct Entry {
-    version: u64,
+    root: Root,
     hash: u64,
     /// The block that this one continues. It is evicted later than this one, so its number stays
     /// its identity.
@@ -92,8 +126,8 @@ impl PrefixCache {
         let hash = (self.hash)(chain.hash, tokens);
         let kept = *self.by_hash.entry(hash).or_insert(block);
         if kept == block {
-            let Chain { version, last: parent, .. } = chain;
-            self.entries[block as usize] = Some(Entry { version, hash, parent, tokens: *tokens });
+            let Chain { root, last: parent, .. } = chain;
+            self.entries[block as usize] = Some(Entry { root, hash, parent, tokens: *tokens });
         } else if !self.holds(kept, chain, tokens) {
             return None;
         }
@@ -109,7 +143,7 @@ impl PrefixCache {
 
     fn holds(&self, block: u32, chain: Chain, tokens: &[u32; BLOCK_SIZE]) -> bool {
         self.entries[block as usize].as_ref().is_some_and(|entry| {
-            entry.parent == chain.last && entry.version == chain.version && entry.tokens == *tokens
+            entry.parent == chain.last && entry.root == chain.root && entry.tokens == *tokens
         })
     }
 

@@ -99,6 +99,34 @@ fn lookup_finds_the_longest_registered_beginning() {
 }
 
 #[test]
+fn blocks_are_found_under_their_own_salt_alone() {
+    for hash in [prefix::mix, |_: u64, _: &[u32; BLOCK_SIZE]| 5] {
+        let mut manager = BlockManager::with_hash(12, hash);
+        let root = |salt: Option<&str>| Root {
+            version: 1,
+            salt: salt.map_or_else(Salt::default, Salt::of),
+        };
+        let tokens = text(&[7]);
+        let mut table = Vec::new();
+        assert!(manager.prepare(&mut table, 0..16, &mut Vec::new()));
+        let chain = Chain::root(root(Some("a")));
+        manager.register(chain, &tokens, &mut table).unwrap();
+        assert_eq!(manager.lookup(root(Some("a")), &tokens, 1).1, table);
+        for other in [None, Some("b"), Some("")] {
+            assert!(manager.lookup(root(other), &tokens, 1).1.is_empty(), "{other:?}");
+        }
+        assert!(manager.lookup(root(Some("a")).at(2), &tokens, 1).1.is_empty());
+        assert_eq!(chain.restart(2), Chain::root(root(Some("a")).at(2)));
+        // The same tokens are kept once for each salt, where the hash tells them apart.
+        let plain = hold(&mut manager, 1, &tokens);
+        assert_ne!(plain, table);
+        let found = manager.lookup(1, &tokens, 1).1;
+        assert!(found == plain || found.is_empty());
+        check(&manager, &[&table, &plain]);
+    }
+}
+
+#[test]
 fn the_hash_depends_on_parent_and_every_token() {
     let tokens: [u32; BLOCK_SIZE] = std::array::from_fn(|i| i as u32);
     let mut hashes = vec![prefix::mix(0, &tokens), prefix::mix(1, &tokens)];

@@ -1,11 +1,13 @@
 //! The engine's handle. Its thread (see [`worker`]) owns the model; commands go in by channel,
 //! events come out through each request's sink.
 
+pub(crate) mod check;
 mod request;
 mod runner;
 mod worker;
 
 use crate::{
+    in_place::update_in_place,
     kv_cache::KvCache,
     model::config::ModelConfig,
     profile::{self, Profile},
@@ -224,16 +226,7 @@ impl EngineHandle {
         &self,
         write: impl FnOnce() -> Result<T, String> + Send + 'static,
     ) -> Result<(T, u64), EngineError> {
-        let value = Arc::new(Mutex::new(None));
-        let slot = value.clone();
-        let write = WeightUpdate::InPlace(Box::new(move || {
-            *slot.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(write()?);
-            Ok(())
-        }));
-        let version = self.update_weights(write, None)?;
-        let value = value.lock().unwrap_or_else(|poison| poison.into_inner()).take();
-        let value = value.ok_or_else(|| EngineError::Internal("the update left nothing".into()))?;
-        Ok((value, version))
+        update_in_place(self, write)
     }
 
     /// Numbers of the engine between two steps; blocks until the one in progress is done.
@@ -276,25 +269,6 @@ impl Inner {
             let _ = thread.join();
         }
     }
-
-    fn check_ids(&self, field: &str, ids: &[u32]) -> Result<(), EngineError> {
-        let vocab = self.info.vocab_size;
-        match ids.iter().find(|&&id| id as usize >= vocab) {
-            Some(id) => {
-                let reason = format!("token id {id} is not below the vocabulary's {vocab}");
-                Err(EngineError::invalid(field, reason))
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn check(&self, request: &Request) -> Result<(), EngineError> {
-        request.params.validate()?;
-        self.check_ids("prompt", &request.prompt)?;
-        self.check_ids("stop_token_ids", &request.params.stop_token_ids)?;
-        let params = &request.params;
-        self.limits.admissible_len(request.prompt.len(), params.n, params.max_tokens).map(|_| ())
-    }
 }
 
 impl Drop for Inner {
@@ -317,7 +291,8 @@ impl Engine for EngineHandle {
         requests: Vec<(Request, Box<dyn Sink>)>,
     ) -> Result<Vec<RequestId>, EngineError> {
         let inner = &self.inner;
-        requests.iter().try_for_each(|(request, _)| inner.check(request))?;
+        let check = |request| check::check(request, &inner.info, &inner.limits);
+        requests.iter().try_for_each(|(request, _)| check(request))?;
         let waiting = inner.shared.queued();
         if waiting + requests.len() > inner.limits.max_waiting {
             return Err(EngineError::Overloaded { waiting });

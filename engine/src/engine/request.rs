@@ -1,7 +1,7 @@
 //! A request that the engine has taken and not ended yet.
 
 use crate::{
-    sampler::{Draw, stream_of},
+    sampler::{Counts, Draw, Past, has_penalties, stream_of},
     sequence::Sequence,
 };
 use onpolicy_plugin_api::{
@@ -16,7 +16,9 @@ pub struct LiveRequest {
     /// Tokens that end a sample.
     stop_ids: Vec<u32>,
     prompt_len: usize,
-    prompt_logprobs: Vec<f32>,
+    prompt_tokens: Vec<PromptToken>,
+    /// What each sample has drawn; empty if there are no penalties.
+    counts: Vec<Counts>,
     open: Vec<bool>,
 }
 
@@ -28,49 +30,68 @@ impl LiveRequest {
         if !params.ignore_eos {
             stop_ids.extend_from_slice(eos_token_ids);
         }
+        let counted = if has_penalties(&params) { params.n } else { 0 };
         let mut live = Self {
             seed: params.seed.unwrap_or_else(rand::random),
             stop_ids,
             prompt_len: request.prompt.len(),
-            prompt_logprobs: Vec::new(),
+            prompt_tokens: Vec::new(),
+            counts: vec![Counts::new(&request.prompt); counted],
             open: vec![true; params.n],
             params,
             sink,
         };
         // A prompt of one token has no log-probs to wait for.
-        live.add_prompt_logprobs(1, &[]);
+        live.add_prompt_tokens(1, Vec::new());
         live
     }
 
-    /// True while prompt log-probs are still to be collected.
-    pub fn wants_prompt_logprobs(&self) -> bool {
-        self.params.prompt_logprobs.is_some() && self.prompt_logprobs.len() + 1 < self.prompt_len
+    /// How many of the likeliest tokens are wanted beside each prompt token whose log-prob is still
+    /// to be collected; none if no log-prob is.
+    pub fn wanted_of_prompt(&self) -> Option<usize> {
+        self.params.prompt_logprobs.filter(|_| self.prompt_tokens.len() + 1 < self.prompt_len)
     }
 
-    /// Adds log-probs of further prompt tokens, those of tokens `first..`. A prompt that is
-    /// computed again repeats some; they are already known.
-    pub fn add_prompt_logprobs(&mut self, first: usize, logprobs: &[f32]) {
-        let known = (self.prompt_logprobs.len() + 1).saturating_sub(first).min(logprobs.len());
-        self.prompt_logprobs.extend_from_slice(&logprobs[known..]);
+    /// Adds further prompt tokens, those from position `first` on. A prompt that is computed again
+    /// repeats some; they are already known.
+    pub fn add_prompt_tokens(&mut self, first: usize, tokens: Vec<PromptToken>) {
+        let known = (self.prompt_tokens.len() + 1).saturating_sub(first);
+        self.prompt_tokens.extend(tokens.into_iter().skip(known));
         let room = self.prompt_len.saturating_sub(1);
-        self.prompt_logprobs.truncate(room);
-        if self.params.prompt_logprobs.is_some() && self.prompt_logprobs.len() == room {
-            let token = |&logprob: &f32| PromptToken { logprob, rank: None, top: Vec::new() };
-            let tokens = self.prompt_logprobs.iter().map(token).collect();
-            self.sink.send(Event::Prompt { tokens });
+        self.prompt_tokens.truncate(room);
+        if self.params.prompt_logprobs.is_some() && self.prompt_tokens.len() == room {
+            // They are sent once.
+            self.params.prompt_logprobs = None;
+            self.sink.send(Event::Prompt { tokens: std::mem::take(&mut self.prompt_tokens) });
         }
     }
 
     /// The draw of the next token of `sequence` from logits row `row`.
-    pub fn draw(&self, row: usize, sequence: &Sequence) -> Draw<'_> {
-        let position = sequence.tokens.len() - self.prompt_len;
+    pub fn draw<'a>(&'a self, row: usize, sequence: &'a Sequence) -> Draw<'a> {
+        let tokens = sequence.generated();
+        let position = tokens.len();
         let forbidden = if position < self.params.min_tokens { &self.stop_ids[..] } else { &[] };
         let stream = stream_of(self.seed, sequence.index);
-        Draw { row, params: &self.params, stream, position, forbidden }
+        let past = Past { tokens, counts: self.counts.get(sequence.index) };
+        Draw { row, params: &self.params, stream, position, forbidden, past }
     }
 
-    /// Delivers a token; false if nobody listens any more.
+    /// The field that may leave no token to draw, if there is one.
+    pub fn restriction(&self) -> Option<&'static str> {
+        let params = &self.params;
+        let fields = [
+            (params.allowed_token_ids.is_some(), "allowed_token_ids"),
+            (!params.bad_words.is_empty(), "bad_words"),
+            (params.min_tokens > 0, "min_tokens"),
+        ];
+        fields.into_iter().find_map(|(restricts, field)| restricts.then_some(field))
+    }
+
+    /// Counts a token and delivers it; false if nobody listens any more.
     pub fn deliver(&mut self, index: usize, token: Token) -> bool {
+        if let Some(counts) = self.counts.get_mut(index) {
+            counts.push(token.id);
+        }
         self.sink.send(Event::Token { index, token })
     }
 

@@ -12,15 +12,16 @@ use crate::{
         decoder::Decoder,
     },
     profile::{Phase, timed},
-    sampler::{Draw, Drawn, sample},
+    sampler::{Draw, Drawn, place, sample},
     scheduler::{Chunk, Scheduler, Step},
     torch::slices::floats,
     weights::{ServeDtype, Weights},
 };
+use onpolicy_plugin_api::PromptToken;
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
-/// Rows of a narrow head's logits that are in memory at a time when a prompt's log-probs are wanted.
+/// Rows whose logits are in memory at a time when a prompt's log-probs are wanted.
 const HEAD_ROWS: usize = 256;
 
 /// The model and its pages.
@@ -133,26 +134,47 @@ impl Runner {
         Head::new(self.decoder.head()).sample(floats(&hidden), draws)
     }
 
-    /// Log-probs, at temperature 1, of the tokens that follow the rows of chunk `index`: row `i`
-    /// of the chunk predicts `next[i]`.
-    pub fn next_logprobs(&self, output: &StepOutput, index: usize, next: &[u32]) -> Vec<f32> {
+    /// What chunk `index` says of the tokens that follow its rows: row `i` predicts `next[i]`. Ranks
+    /// and likeliest tokens only if some of these are wanted (`top`): they need all logits.
+    pub fn next_tokens(
+        &self,
+        output: &StepOutput,
+        index: usize,
+        next: &[u32],
+        top: usize,
+    ) -> Vec<PromptToken> {
         let start = output.first_rows[index] as i64;
         let hidden = output.hidden.narrow(0, start, next.len() as i64);
-        if self.decoder.head_is_narrow() {
-            return self.narrow_logprobs(&hidden, next);
+        if top > 0 {
+            return self
+                .by_rows(&hidden, next, &|logits, vocab, next| place(logits, vocab, next, top));
         }
-        Head::new(self.decoder.head()).logprobs(floats(&hidden), next)
+        let logprobs = if self.decoder.head_is_narrow() {
+            self.by_rows(&hidden, next, &|logits, vocab, next| {
+                let stats = batch_stats(logits, vocab, next, 1.0);
+                stats.iter().map(|stats| stats.logprob).collect()
+            })
+        } else {
+            Head::new(self.decoder.head()).logprobs(floats(&hidden), next)
+        };
+        let token = |logprob| PromptToken { logprob, rank: None, top: Vec::new() };
+        logprobs.into_iter().map(token).collect()
     }
 
-    fn narrow_logprobs(&self, hidden: &Tensor, next: &[u32]) -> Vec<f32> {
+    /// What `each` makes of logits, their vocabulary and the tokens that follow, some rows at a time.
+    fn by_rows<T>(
+        &self,
+        hidden: &Tensor,
+        next: &[u32],
+        each: &dyn Fn(&[f32], usize, &[u32]) -> Vec<T>,
+    ) -> Vec<T> {
         let vocab = self.decoder.head().size()[0] as usize;
-        let mut logprobs = Vec::with_capacity(next.len());
-        for tokens in next.chunks(HEAD_ROWS) {
-            let rows = hidden.narrow(0, logprobs.len() as i64, tokens.len() as i64);
-            let stats = batch_stats(floats(&self.decoder.logits(&rows)), vocab, tokens, 1.0);
-            logprobs.extend(stats.iter().map(|stats| stats.logprob));
+        let mut made = Vec::with_capacity(next.len());
+        for next in next.chunks(HEAD_ROWS) {
+            let rows = hidden.narrow(0, made.len() as i64, next.len() as i64);
+            made.extend(each(floats(&self.decoder.logits(&rows)), vocab, next));
         }
-        logprobs
+        made
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     profile::{self, Phase, Profile, timed},
-    sampler::{Draw, Drawn},
+    sampler::{Draw, Drawn, NOTHING_LEFT},
     scheduler::{NewRequest, Scheduler, Step},
     sequence::SeqId,
 };
@@ -164,6 +164,8 @@ impl Worker {
             max_tokens: params.max_tokens,
             reuse_prefix: params.prompt_logprobs.is_none(),
             prompt: request.prompt,
+            priority: request.priority,
+            cache_salt: request.cache_salt,
         });
         match taken {
             Ok(()) => {
@@ -257,10 +259,9 @@ impl Worker {
         for (index, chunk) in step.chunks.iter().enumerate() {
             let Some(sequence) = self.scheduler.sequence(chunk.seq) else { continue };
             let Some(live) = self.live.get_mut(&sequence.group) else { continue };
-            if live.wants_prompt_logprobs() {
+            if let Some(top) = live.wanted_of_prompt() {
                 let (first, next) = predicted_prompt(chunk, &sequence.tokens, sequence.prompt_len);
-                let logprobs = self.runner.next_logprobs(output, index, &next);
-                live.add_prompt_logprobs(first, &logprobs);
+                live.add_prompt_tokens(first, self.runner.next_tokens(output, index, &next, top));
             }
         }
     }
@@ -299,7 +300,8 @@ impl Worker {
             let drawn = match drawn {
                 Ok(drawn) => drawn,
                 Err(reason) => {
-                    self.fail(target.request, EngineError::Internal(reason));
+                    let error = draw_error(reason, live);
+                    self.fail(target.request, error);
                     continue;
                 }
             };
@@ -364,6 +366,16 @@ impl Worker {
         metrics::counter!("onpolicy_prefix_cache_hit_tokens_total").absolute(stats.prefix_hits);
         metrics::counter!("onpolicy_prefix_cache_query_tokens_total")
             .absolute(stats.prefix_queries);
+    }
+}
+
+/// Whose fault it is that no token could be drawn.
+fn draw_error(reason: String, live: &LiveRequest) -> EngineError {
+    match live.restriction().filter(|_| reason == NOTHING_LEFT) {
+        Some(field) => {
+            EngineError::invalid(field, "no token is left to draw: allow more, or forbid fewer")
+        }
+        None => EngineError::Internal(reason),
     }
 }
 

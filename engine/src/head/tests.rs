@@ -1,12 +1,12 @@
 //! Against logits in memory and the sampler's passes over them.
 
-use onpolicy_plugin_api::SamplingParams;
+use onpolicy_plugin_api::{LogprobsMode, SamplingParams};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
 use crate::logits::{batch_stats, row_stats};
-use crate::sampler::{sample, stream_of};
+use crate::sampler::{Counts, Past, sample, stream_of};
 
 const WIDTH: usize = 20;
 
@@ -49,7 +49,7 @@ fn at(temperature: f32) -> SamplingParams {
 }
 
 fn draw(row: usize, params: &SamplingParams, position: usize) -> Draw<'_> {
-    Draw { row, params, stream: stream_of(3, row), position, forbidden: &[] }
+    Draw { stream: stream_of(3, row), position, ..Draw::new(row, params) }
 }
 
 /// Draws at five temperatures, one of them greedy, `times` from each row.
@@ -127,6 +127,41 @@ fn a_draw_depends_on_its_own_row_alone() {
                 assert_eq!(got, want);
             }
         }
+    }
+}
+
+/// Rows whose logits are changed have them in memory; their neighbours are summed up all the same.
+#[test]
+fn changed_and_raw_rows_are_drawn_from_their_logits_and_change_no_neighbour() {
+    let raw = SamplingParams { logprobs_mode: LogprobsMode::Raw, ..at(0.7) };
+    let kinds = [
+        at(1.0),
+        SamplingParams { repetition_penalty: 1.5, ..at(0.0) },
+        SamplingParams { frequency_penalty: 0.5, presence_penalty: -1.0, ..at(0.8) },
+        SamplingParams { logit_bias: vec![(3, 9.0), (4, -9.0)], ..at(1.0) },
+        SamplingParams { allowed_token_ids: Some(vec![1, 30, 44]), ..at(1.0) },
+        SamplingParams { bad_words: vec![vec![7, 2], vec![5, 6]], ..at(1.0) },
+        raw.clone(),
+        SamplingParams { temperature: 1.0, ..raw },
+    ];
+    let mut counts = Counts::new(&[1, 2, 3, 2]);
+    [5, 7, 7].iter().for_each(|&token| counts.push(token));
+    let past = Past { tokens: &[5, 7, 7], counts: Some(&counts) };
+    let (case, rows, vocab) = (Case::new(80, 3000, 2.0), 80, 3000);
+    let draws: Vec<Draw> =
+        (0..rows).map(|row| Draw { past, ..draw(row, &kinds[row % 8], row) }).collect();
+    let (got, want) = (case.sample(&draws), case.oracle(&draws));
+    let head = Head::new(&case.weight);
+    for (row, (got, want)) in got.iter().zip(&want).enumerate() {
+        let whole = needs_logits(&draws[row], vocab);
+        assert_eq!(whole, ![0, 7].contains(&(row % 8)), "row {row}");
+        if whole {
+            assert_eq!(got, want, "row {row}");
+        } else {
+            assert_close(got.as_ref().unwrap(), want.as_ref().unwrap());
+        }
+        let alone = head.sample(head.row(&case.hidden, row), &[Draw { row: 0, ..draws[row] }]);
+        assert_eq!(alone[0], *got, "row {row}");
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::error::ApiError;
 use super::generation::{Finish, Generation, Sample};
+use super::prompt_logprobs::PromptLogprobs;
 use super::stream::Chunks;
 use super::text::Piece;
 use axum::Json;
@@ -38,6 +39,10 @@ pub trait Wording: Send + Sync + 'static {
         sample: Sample,
         prompt_logprobs: Option<&[PromptToken]>,
     ) -> Self::Choice;
+    /// What a whole answer says of its first prompt beside the choices.
+    fn about_prompt(&self, _prompt: Option<&[PromptToken]>) -> Option<PromptLogprobs> {
+        None
+    }
 }
 
 /// Token counts over all prompts and samples.
@@ -94,14 +99,23 @@ pub(super) struct Envelope<'a, C> {
     pub(super) usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prompt_token_ids: Option<&'a [u32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
 }
 
 impl<'a, C> Envelope<'a, C> {
     pub(super) fn new(meta: &'a Meta, object: &'static str, choices: Vec<C>) -> Self {
-        let Meta { id, created, model, weight_version, .. } = meta;
-        let (created, weight_version) = (*created, *weight_version);
-        let (usage, prompt_token_ids) = (None, None);
-        Self { id, object, created, model, weight_version, choices, usage, prompt_token_ids }
+        Self {
+            id: &meta.id,
+            object,
+            created: meta.created,
+            model: &meta.model,
+            weight_version: meta.weight_version,
+            choices,
+            usage: None,
+            prompt_token_ids: None,
+            prompt_logprobs: None,
+        }
     }
 }
 
@@ -120,6 +134,8 @@ pub async fn respond<W: Wording>(
     let per_prompt = generation.samples_per_prompt();
     let answers = generation.collect().await?;
     let completion_tokens = answers.samples.iter().map(|sample| sample.finish.tokens).sum();
+    let first = answers.prompt_logprobs.first().and_then(Option::as_deref);
+    let about_prompt = wording.about_prompt(first);
     let choices = answers.samples.into_iter().enumerate().map(|(index, sample)| {
         let prompt_logprobs = answers.prompt_logprobs[index / per_prompt].as_deref();
         wording.whole(index, sample, prompt_logprobs)
@@ -127,5 +143,6 @@ pub async fn respond<W: Wording>(
     let mut answer = Envelope::new(&meta, W::OBJECT, choices.collect());
     answer.usage = Some(Some(Usage::new(meta.prompt_tokens, completion_tokens)));
     answer.prompt_token_ids = meta.prompt_token_ids.as_deref();
+    answer.prompt_logprobs = about_prompt;
     Ok(Json(answer).into_response())
 }

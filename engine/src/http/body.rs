@@ -128,14 +128,16 @@ impl Fields {
 
 /// What serde says of a wrong value, without the names of Rust's types.
 fn plain(error: &serde_json::Error) -> String {
-    const WORDS: [(&str, &str); 7] = [
+    const WORDS: [(&str, &str); 9] = [
         ("expected usize", "expected a non-negative integer"),
         ("expected u64", "expected a non-negative integer"),
         ("expected u32", "expected a non-negative integer below 2^32"),
         ("expected i64", "expected an integer"),
+        ("expected i32", "expected an integer of 32 bits"),
         ("expected f32", "expected a number"),
         ("a borrowed string", "a string"),
         ("expected a sequence", "expected a list"),
+        ("expected a map", "expected an object"),
     ];
     WORDS.iter().fold(error.to_string(), |text, (from, to)| text.replace(from, to))
 }

@@ -8,11 +8,12 @@ use super::generation::{Finish, Generation, Job, Sample, StopReason};
 use super::logprobs::{ChatLogprobs, PolicyStats, TokenNames};
 use super::metrics::RequestClock;
 use super::prompt::{encode_chat, take_chat};
+use super::prompt_logprobs::PromptLogprobs;
 use super::text::{Piece, PlacedToken};
 use super::{Admission, AppState, Shared, neutral};
 use axum::extract::State;
 use axum::response::Response;
-use onpolicy_plugin_api::{FinishReason, PromptToken, Request};
+use onpolicy_plugin_api::{FinishReason, PromptToken};
 use serde::Serialize;
 
 /// The route's path.
@@ -75,6 +76,9 @@ struct Delta {
 }
 
 struct ChatWording {
+    prompt: Vec<u32>,
+    /// How many of the likeliest tokens are listed with each prompt token, if these are shown.
+    prompt_logprobs: Option<usize>,
     logprobs: bool,
     token_ids: bool,
     names: TokenNames,
@@ -89,9 +93,11 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, ChatWording, Meta)
     neutral::check_chat(&mut fields)?;
     fields.finish()?;
 
-    let prompt = encode_chat(&chat, state)?;
+    let prompt = common.truncate(encode_chat(&chat, state)?, &state.info);
     let params = common.params_for(prompt.len(), usize::MAX, &state.info)?;
     let wording = ChatWording {
+        prompt: prompt.clone(),
+        prompt_logprobs: common.prompt_logprobs,
         logprobs,
         token_ids: common.return_token_ids,
         names: TokenNames { tokenizer: state.tokenizer.clone(), as_ids: common.tokens_as_ids },
@@ -107,7 +113,7 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, ChatWording, Meta)
         include_usage: common.include_usage,
     };
     let rules = common.text_rules(&state.info);
-    Ok((Job { requests: vec![Request::new(prompt, params)], rules }, wording, meta))
+    Ok((Job { requests: vec![common.request(prompt, params)], rules }, wording, meta))
 }
 
 /// `max_completion_tokens` is the newer name of `max_tokens`.
@@ -135,10 +141,15 @@ fn top_logprobs(fields: &mut Fields, logprobs: bool) -> Result<usize, ApiError> 
 impl ChatWording {
     fn details(&self, tokens: &[PlacedToken]) -> Details {
         let ids = || tokens.iter().map(|placed| placed.token.id).collect();
+        let policy = match (self.logprobs, self.token_ids) {
+            (true, _) => Some(PolicyStats::new(0, tokens)),
+            (false, true) => Some(PolicyStats::versions(0, tokens)),
+            (false, false) => None,
+        };
         Details {
             logprobs: self.logprobs.then(|| ChatLogprobs::new(tokens, &self.names)),
             token_ids: self.token_ids.then(ids),
-            policy: self.logprobs.then(|| PolicyStats::new(0, tokens)),
+            policy,
             ..Details::default()
         }
     }
@@ -185,5 +196,10 @@ impl Wording for ChatWording {
         let details = self.details(&sample.piece.tokens).finished(sample.finish);
         let message = Message { role: Some("assistant"), content: Some(sample.piece.text) };
         Choice { index, message, details }
+    }
+
+    fn about_prompt(&self, prompt: Option<&[PromptToken]>) -> Option<PromptLogprobs> {
+        let tokens = prompt.unwrap_or(&[]);
+        self.prompt_logprobs.map(|top| PromptLogprobs::new(&self.prompt, tokens, top, &self.names))
     }
 }

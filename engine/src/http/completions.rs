@@ -8,11 +8,12 @@ use super::generation::{Finish, Generation, Job, Sample, StopReason};
 use super::logprobs::{PolicyStats, TextLogprobs, TokenNames};
 use super::metrics::RequestClock;
 use super::prompt::Prompt;
+use super::prompt_logprobs::PromptLogprobs;
 use super::text::{Piece, PlacedToken};
 use super::{Admission, AppState, Shared, neutral};
 use axum::extract::State;
 use axum::response::Response;
-use onpolicy_plugin_api::{FinishReason, PromptToken, Request, SamplingParams};
+use onpolicy_plugin_api::{FinishReason, PromptToken, SamplingParams};
 use serde::Serialize;
 
 /// The route's path.
@@ -48,6 +49,8 @@ struct Choice {
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     policy: Option<PolicyStats>,
     #[serde(skip_serializing_if = "Option::is_none")]
     weight_versions: Option<[u64; 2]>,
@@ -68,7 +71,10 @@ struct CompletionWording {
     prompts: Vec<ShownPrompt>,
     per_prompt: usize,
     echo: bool,
-    logprobs: bool,
+    /// How many of the likeliest tokens are listed with each token, if log-probs are shown.
+    logprobs: Option<usize>,
+    /// The same of the prompt's tokens by themselves.
+    prompt_logprobs: Option<usize>,
     token_ids: bool,
     names: TokenNames,
 }
@@ -84,20 +90,25 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording,
 
     check_top("logprobs", logprobs.unwrap_or(0))?;
     common.params.top_logprobs = logprobs.unwrap_or(0);
-    common.params.prompt_logprobs = (echo && logprobs.is_some()).then_some(0);
+    let echoed = logprobs.filter(|_| echo);
+    common.params.prompt_logprobs = common.params.prompt_logprobs.max(echoed);
     let mut wording = CompletionWording {
         prompts: Vec::with_capacity(prompts.len()),
         per_prompt: common.params.n,
         echo,
-        logprobs: logprobs.is_some(),
+        logprobs,
+        prompt_logprobs: common.prompt_logprobs,
         token_ids: common.return_token_ids,
         names: TokenNames { tokenizer: state.tokenizer.clone(), as_ids: common.tokens_as_ids },
     };
     let mut requests = Vec::with_capacity(prompts.len());
     for prompt in prompts {
-        let ids = prompt.encode(special, state)?;
+        let whole = prompt.encode(special, state)?;
+        let len = whole.len();
+        let ids = common.truncate(whole, &state.info);
+        let prompt = if ids.len() < len { Prompt::Tokens(ids.clone()) } else { prompt };
         let params = params_for(&common, ids.len(), state)?;
-        requests.push(Request::new(ids.clone(), params));
+        requests.push(common.request(ids.clone(), params));
         let shown = wording.show(prompt, ids, common.skip_special)?;
         wording.prompts.push(shown);
     }
@@ -133,7 +144,7 @@ impl CompletionWording {
             Prompt::Text(text) => text,
             Prompt::Tokens(ids) => self.names.tokenizer.decode(&ids, skip)?,
         };
-        let offsets = if self.echo && self.logprobs { self.offsets(&ids, &text)? } else { vec![] };
+        let offsets = if self.opens_with_logprobs() { self.offsets(&ids, &text)? } else { vec![] };
         Ok(ShownPrompt { chars: text.chars().count(), ids, text, offsets })
     }
 
@@ -165,19 +176,24 @@ impl CompletionWording {
             stop_reason: None,
             token_ids: None,
             prompt_token_ids: None,
+            prompt_logprobs: None,
             policy: None,
             weight_versions: None,
         }
     }
 
     /// Log-probs of the echoed prompt; none if it is not echoed.
-    fn prompt_logprobs(&self, index: usize, tokens: Option<&[PromptToken]>) -> TextLogprobs {
+    fn echoed_logprobs(&self, index: usize, tokens: Option<&[PromptToken]>) -> TextLogprobs {
         let prompt = self.prompt(index);
+        let most = self.logprobs.unwrap_or(0);
+        let known = tokens.unwrap_or(&[]).iter().map(|token| {
+            let top = token.top.iter().take(most).copied().collect();
+            Some(PromptToken { top, ..token.clone() })
+        });
+        let all = std::iter::once(None).chain(known);
         let mut shown = TextLogprobs::default();
-        let logprobs = tokens.unwrap_or(&[]).iter().map(|token| Some(token.logprob));
-        let all = std::iter::once(None).chain(logprobs);
-        for ((id, offset), logprob) in prompt.ids.iter().zip(&prompt.offsets).zip(all) {
-            shown.push_prompt(*id, logprob, *offset, &self.names);
+        for ((id, offset), known) in prompt.ids.iter().zip(&prompt.offsets).zip(all) {
+            shown.push_prompt(*id, known.as_ref(), *offset, &self.names);
         }
         shown
     }
@@ -186,8 +202,9 @@ impl CompletionWording {
     fn add_tokens(&self, choice: &mut Choice, tokens: &[PlacedToken], mut before: TextLogprobs) {
         if self.token_ids {
             choice.token_ids = Some(tokens.iter().map(|placed| placed.token.id).collect());
+            choice.policy = Some(PolicyStats::versions(0, tokens));
         }
-        if self.logprobs {
+        if self.logprobs.is_some() {
             choice.policy = Some(PolicyStats::new(before.tokens.len(), tokens));
             before.extend(tokens, &self.names, self.prompt(choice.index).chars);
             choice.logprobs = Some(before);
@@ -202,7 +219,7 @@ impl Wording for CompletionWording {
     type Delta = Choice;
 
     fn opens_with_logprobs(&self) -> bool {
-        self.echo && self.logprobs
+        self.echo && self.logprobs.is_some()
     }
 
     fn opening(&self, index: usize, prompt_logprobs: Option<&[PromptToken]>) -> Option<Choice> {
@@ -212,12 +229,12 @@ impl Wording for CompletionWording {
         let prompt = self.prompt(index);
         let mut choice = self.choice(index, prompt.text.clone());
         choice.prompt_token_ids = self.token_ids.then(|| prompt.ids.clone());
-        self.add_tokens(&mut choice, &[], self.prompt_logprobs(index, prompt_logprobs));
+        self.add_tokens(&mut choice, &[], self.echoed_logprobs(index, prompt_logprobs));
         Some(choice)
     }
 
     fn piece(&self, index: usize, piece: Piece) -> Option<Choice> {
-        if piece.text.is_empty() && !self.logprobs && !self.token_ids {
+        if piece.text.is_empty() && self.logprobs.is_none() && !self.token_ids {
             return None;
         }
         let mut choice = self.choice(index, piece.text);
@@ -243,7 +260,11 @@ impl Wording for CompletionWording {
         let mut choice = self.finish(index, sample.finish);
         choice.text = format!("{}{}", prompt.text, sample.piece.text);
         choice.prompt_token_ids = self.token_ids.then(|| prompt.ids.clone());
-        let before = self.prompt_logprobs(index, prompt_logprobs);
+        let list = |top| {
+            PromptLogprobs::new(&prompt.ids, prompt_logprobs.unwrap_or(&[]), top, &self.names)
+        };
+        choice.prompt_logprobs = self.prompt_logprobs.map(list);
+        let before = self.echoed_logprobs(index, prompt_logprobs);
         self.add_tokens(&mut choice, &sample.piece.tokens, before);
         choice
     }

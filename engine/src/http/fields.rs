@@ -1,11 +1,11 @@
 //! The request fields that both generating routes have.
 
 use super::text::TextRules;
-use super::{AppState, Limits, body::Fields, error::ApiError, neutral};
+use super::{AppState, Limits, body::Fields, error::ApiError, neutral, sampling};
 use axum::http::StatusCode;
 use onpolicy_plugin_api::sampling::MAX_TOP_LOGPROBS;
-use onpolicy_plugin_api::{ModelInfo, SamplingParams};
-use serde_json::{Number, Value};
+use onpolicy_plugin_api::{ModelInfo, Request, SamplingParams};
+use serde_json::Value;
 use std::sync::Arc;
 
 /// Longest stop string, in bytes.
@@ -13,11 +13,28 @@ const MAX_STOP_BYTES: usize = 1024;
 /// Longest `request_id`, in bytes.
 const MAX_ID_BYTES: usize = 128;
 
+/// How many of a prompt's last tokens are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Truncation {
+    /// This many.
+    Tokens(usize),
+    /// As many as leave room for `max_tokens` (for one, if that is not given).
+    ToFit,
+}
+
 /// What is asked for, apart from the prompt, on both generating routes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Common {
     /// How to sample. `max_tokens` is a placeholder until the prompt's length is known.
     pub params: SamplingParams,
+    /// How many of the likeliest tokens are shown beside each prompt token, if these are wanted.
+    pub prompt_logprobs: Option<usize>,
+    /// Keep the last tokens of the prompt.
+    pub truncate: Option<Truncation>,
+    /// See [`Request::priority`].
+    pub priority: i32,
+    /// See [`Request::cache_salt`].
+    pub cache_salt: Option<String>,
     /// The field's value, if it was given.
     pub max_tokens: Option<usize>,
     /// Strings that end a sample.
@@ -48,8 +65,20 @@ impl Common {
         check_metadata(fields)?;
         neutral::check_shared(fields)?;
         let stream = fields.take_or("stream", false)?;
+        let prompt_logprobs = sampling::take_prompt_logprobs(fields)?;
+        if stream && prompt_logprobs.is_some() {
+            return Err(ApiError::invalid("prompt_logprobs", "are not streamed; leave out stream"));
+        }
+        let prompt_wanted = sampling::engine_prompt_logprobs(prompt_logprobs);
         Ok(Self {
-            params: sampling(fields, &state.info)?,
+            params: SamplingParams {
+                prompt_logprobs: prompt_wanted,
+                ..sampling::take(fields, state)?
+            },
+            prompt_logprobs,
+            truncate: truncation(fields, &state.info)?,
+            priority: fields.take_or("priority", 0)?,
+            cache_salt: cache_salt(fields)?,
             max_tokens: fields.take("max_tokens")?,
             stop: stop_strings(fields, &state.limits)?,
             include_stop: fields.take_or("include_stop_str_in_output", false)?,
@@ -81,6 +110,25 @@ impl Common {
             return Err(too_long(prompt_len, max_tokens, info.max_model_len));
         }
         Ok(params)
+    }
+
+    /// The request to the engine.
+    pub fn request(&self, prompt: Vec<u32>, params: SamplingParams) -> Request {
+        let (priority, cache_salt) = (self.priority, self.cache_salt.clone());
+        Request { prompt, params, priority, cache_salt }
+    }
+
+    /// Drops what is to be cut off a prompt.
+    pub fn truncate(&self, mut prompt: Vec<u32>, info: &ModelInfo) -> Vec<u32> {
+        let most = match self.truncate {
+            None => return prompt,
+            Some(Truncation::Tokens(tokens)) => tokens,
+            Some(Truncation::ToFit) => {
+                info.max_model_len.saturating_sub(self.max_tokens.unwrap_or(1)).max(1)
+            }
+        };
+        prompt.drain(..prompt.len().saturating_sub(most));
+        prompt
     }
 }
 
@@ -144,28 +192,6 @@ fn check_metadata(fields: &mut Fields) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn sampling(fields: &mut Fields, info: &ModelInfo) -> Result<SamplingParams, ApiError> {
-    let default = SamplingParams::default();
-    let params = SamplingParams {
-        n: fields.take_or("n", default.n)?,
-        temperature: fields.take_or("temperature", default.temperature)?,
-        top_k: top_k(fields)?,
-        top_p: fields.take_or("top_p", default.top_p)?,
-        min_p: fields.take_or("min_p", default.min_p)?,
-        seed: seed(fields)?,
-        min_tokens: fields.take_or("min_tokens", 0)?,
-        ignore_eos: fields.take_or("ignore_eos", false)?,
-        stop_token_ids: fields.take_or("stop_token_ids", Vec::new())?,
-        ..default
-    };
-    if params.n > info.max_samples {
-        let rule = format!("must be at most {}", info.max_samples);
-        return Err(ApiError::invalid("n", rule));
-    }
-    check_ids("stop_token_ids", &params.stop_token_ids, info)?;
-    Ok(params)
-}
-
 /// Checks that token ids are in the vocabulary.
 ///
 /// # Errors
@@ -180,21 +206,25 @@ pub fn check_ids(field: &str, ids: &[u32], info: &ModelInfo) -> Result<(), ApiEr
     }
 }
 
-/// -1 and 0 keep all tokens.
-fn top_k(fields: &mut Fields) -> Result<usize, ApiError> {
-    let top_k = fields.take_or("top_k", 0i64)?;
-    if top_k == -1 {
-        return Ok(0);
+/// -1 stands for the model's length.
+fn truncation(fields: &mut Fields, info: &ModelInfo) -> Result<Option<Truncation>, ApiError> {
+    let Some(tokens) = fields.take::<i64>("truncate_prompt_tokens")? else { return Ok(None) };
+    if tokens == -1 {
+        return Ok(Some(Truncation::ToFit));
     }
-    usize::try_from(top_k).map_err(|_| ApiError::invalid("top_k", "must be -1, 0 or positive"))
+    let most = info.max_model_len;
+    let tokens = usize::try_from(tokens).ok().filter(|tokens| (1..=most).contains(tokens));
+    let rule = format!("must be -1, or between 1 and the model's context of {most} tokens");
+    let error = || ApiError::invalid(fields.path("truncate_prompt_tokens"), rule);
+    tokens.map(|tokens| Some(Truncation::Tokens(tokens))).ok_or_else(error)
 }
 
-/// Any integer of 64 bits, with or without a sign.
-fn seed(fields: &mut Fields) -> Result<Option<u64>, ApiError> {
-    let Some(number) = fields.take::<Number>("seed")? else { return Ok(None) };
-    let seed = number.as_u64().or_else(|| number.as_i64().map(i64::cast_unsigned));
-    let error = || ApiError::invalid("seed", "must be an integer of at most 64 bits");
-    seed.map(Some).ok_or_else(error)
+fn cache_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    let salt = fields.take::<String>("cache_salt")?;
+    if salt.as_ref().is_some_and(String::is_empty) {
+        return Err(ApiError::invalid(fields.path("cache_salt"), "must not be empty"));
+    }
+    Ok(salt)
 }
 
 fn stop_strings(fields: &mut Fields, limits: &Limits) -> Result<Vec<String>, ApiError> {

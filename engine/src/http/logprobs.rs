@@ -2,11 +2,16 @@
 
 use super::text::PlacedToken;
 use crate::chat::ChatTokenizer;
-use onpolicy_plugin_api::Token;
+use onpolicy_plugin_api::{PromptToken, Token};
 use serde::{Serialize, Serializer};
 
 /// Stands for minus infinity, which JSON does not have.
 const LOWEST: f32 = -9999.0;
+
+/// A log-prob as JSON can have it.
+pub(super) fn shown(logprob: f32) -> f32 {
+    logprob.max(LOWEST)
+}
 
 /// Names tokens in log-probs.
 #[derive(Clone)]
@@ -30,7 +35,8 @@ pub struct TextLogprobs {
     pub tokens: Vec<String>,
     /// Their log-probs, in nats; null for a prompt's first token.
     pub token_logprobs: Vec<Option<f32>>,
-    /// Log-probs of the likeliest tokens and of the token itself, by name; null within a prompt.
+    /// Log-probs of the likeliest tokens and of the token itself, by name; null for a prompt's first
+    /// token.
     pub top_logprobs: Vec<Option<NamedLogprobs>>,
     /// Where the token's text begins, in characters of the choice's text.
     pub text_offset: Vec<usize>,
@@ -41,37 +47,39 @@ impl TextLogprobs {
     pub fn extend(&mut self, tokens: &[PlacedToken], names: &TokenNames, shift: usize) {
         for PlacedToken { token, offset } in tokens {
             let name = names.name(token.id);
-            self.top_logprobs.push(Some(top_map(token, &name, names)));
+            let own = (token.id, token.stats.logprob);
+            self.top_logprobs.push(Some(top_map(own, &token.top, names)));
             self.tokens.push(name);
-            self.token_logprobs.push(Some(token.stats.logprob.max(LOWEST)));
+            self.token_logprobs.push(Some(shown(token.stats.logprob)));
             self.text_offset.push(shift + offset);
         }
     }
 
-    /// Appends a prompt token.
+    /// Appends a prompt token and what is known of it.
     pub fn push_prompt(
         &mut self,
         id: u32,
-        logprob: Option<f32>,
+        known: Option<&PromptToken>,
         offset: usize,
         names: &TokenNames,
     ) {
+        let top = |token: &PromptToken| top_map((id, token.logprob), &token.top, names);
         self.tokens.push(names.name(id));
-        self.token_logprobs.push(logprob.map(|l| l.max(LOWEST)));
-        self.top_logprobs.push(None);
+        self.token_logprobs.push(known.map(|token| shown(token.logprob)));
+        self.top_logprobs.push(known.map(top));
         self.text_offset.push(offset);
     }
 }
 
 /// If two tokens have the same name, the likelier one stands, or the token itself.
-fn top_map(token: &Token, name: &str, names: &TokenNames) -> NamedLogprobs {
-    let mut map: Vec<(String, f32)> = Vec::with_capacity(token.top.len() + 1);
-    let own = (token.id, token.stats.logprob);
-    for (id, logprob) in token.top.iter().copied().chain([own]) {
+fn top_map(own: (u32, f32), top: &[(u32, f32)], names: &TokenNames) -> NamedLogprobs {
+    let name = names.name(own.0);
+    let mut map: Vec<(String, f32)> = Vec::with_capacity(top.len() + 1);
+    for (id, logprob) in top.iter().copied().chain([own]) {
         let other = names.name(id);
-        let logprob = if other == name { token.stats.logprob } else { logprob };
+        let logprob = if other == name { own.1 } else { logprob };
         if map.iter().all(|(known, _)| *known != other) {
-            map.push((other, logprob.max(LOWEST)));
+            map.push((other, shown(logprob)));
         }
     }
     NamedLogprobs(map)
@@ -111,7 +119,7 @@ pub struct ChatToken {
 impl ChatToken {
     fn alone(id: u32, logprob: f32, names: &TokenNames) -> Self {
         let bytes = names.tokenizer.token_bytes(id);
-        Self { token: names.name(id), logprob: logprob.max(LOWEST), bytes, top_logprobs: None }
+        Self { token: names.name(id), logprob: shown(logprob), bytes, top_logprobs: None }
     }
 
     fn new(token: &Token, names: &TokenNames) -> Self {
@@ -129,15 +137,19 @@ impl ChatLogprobs {
 }
 
 /// Statistics of the distributions that the tokens were drawn from, aligned with the log-probs;
-/// null for prompt tokens. See `onpolicy_plugin_api::TokenStats`.
+/// null for prompt tokens. See `onpolicy_plugin_api::TokenStats`. Without log-probs it is the weight
+/// versions alone, aligned with the token ids.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct PolicyStats {
     /// Entropy, in nats.
-    pub entropy: Vec<Option<f32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Vec<Option<f32>>>,
     /// Discriminator `S*`.
-    pub discriminator: Vec<Option<f32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub discriminator: Option<Vec<Option<f32>>>,
     /// Baseline `E_p[S]`.
-    pub baseline: Vec<Option<f32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Vec<Option<f32>>>,
     /// Version of the weights.
     pub weight_version: Vec<Option<u64>>,
 }
@@ -145,19 +157,26 @@ pub struct PolicyStats {
 impl PolicyStats {
     /// Those of generated tokens, after those of `prompt` prompt tokens.
     pub fn new(prompt: usize, tokens: &[PlacedToken]) -> Self {
-        fn column<T: Clone>(
-            prompt: usize,
-            tokens: &[PlacedToken],
-            of: impl Fn(&Token) -> T,
-        ) -> Vec<Option<T>> {
-            let values = tokens.iter().map(|placed| Some(of(&placed.token)));
-            std::iter::repeat_n(None, prompt).chain(values).collect()
-        }
         Self {
-            entropy: column(prompt, tokens, |t| t.stats.entropy),
-            discriminator: column(prompt, tokens, |t| t.stats.discriminator()),
-            baseline: column(prompt, tokens, |t| t.stats.baseline),
-            weight_version: column(prompt, tokens, |t| t.weight_version),
+            entropy: Some(column(prompt, tokens, |t| t.stats.entropy)),
+            discriminator: Some(column(prompt, tokens, |t| t.stats.discriminator())),
+            baseline: Some(column(prompt, tokens, |t| t.stats.baseline)),
+            ..Self::versions(prompt, tokens)
         }
     }
+
+    /// The versions alone.
+    pub fn versions(prompt: usize, tokens: &[PlacedToken]) -> Self {
+        let weight_version = column(prompt, tokens, |t| t.weight_version);
+        Self { weight_version, ..Self::default() }
+    }
+}
+
+fn column<T: Clone>(
+    prompt: usize,
+    tokens: &[PlacedToken],
+    of: impl Fn(&Token) -> T,
+) -> Vec<Option<T>> {
+    let values = tokens.iter().map(|placed| Some(of(&placed.token)));
+    std::iter::repeat_n(None, prompt).chain(values).collect()
 }

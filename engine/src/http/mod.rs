@@ -3,9 +3,10 @@
 //! # Layout
 //! In the order that a request's data flows:
 //! - [`body`]: a JSON body, taken field by field; [`error`]: the one error type.
-//! - [`fields`], [`neutral`], [`prompt`]: what is asked for, checked.
+//! - [`fields`], [`sampling`], [`neutral`], [`prompt`]: what is asked for, checked.
 //! - [`generation`], [`text`]: the request at the engine; tokens become text.
-//! - [`completions`], [`chat_completions`], [`logprobs`], [`answer`], `stream`: the answer.
+//! - [`completions`], [`chat_completions`], [`logprobs`], [`prompt_logprobs`], [`answer`],
+//!   `stream`: the answer.
 //! - [`tokens`], [`models`], [`metrics`]: the other routes.
 
 pub mod answer;
@@ -20,6 +21,8 @@ pub mod metrics;
 pub mod models;
 pub mod neutral;
 pub mod prompt;
+pub mod prompt_logprobs;
+pub mod sampling;
 mod stream;
 pub mod text;
 pub mod tokens;

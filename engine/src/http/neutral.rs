@@ -7,7 +7,6 @@ use serde_json::Value;
 /// What a field may be.
 #[derive(Clone, Copy)]
 enum Only {
-    Zero,
     One,
     True,
     False,
@@ -20,7 +19,6 @@ enum Only {
 impl Only {
     fn allows(self, value: &Value) -> bool {
         match self {
-            Only::Zero => value.as_f64() == Some(0.0),
             Only::One => value.as_f64() == Some(1.0),
             Only::True => *value == true,
             Only::False => *value == false,
@@ -38,7 +36,6 @@ impl Only {
 
     fn advice(self) -> String {
         let or = match self {
-            Only::Zero => "send 0",
             Only::One => "send 1",
             Only::True => "send true",
             Only::False => "send false",
@@ -55,20 +52,10 @@ impl Only {
 
 type Rule = (&'static str, Only);
 
-const SHARED: [Rule; 15] = [
-    ("frequency_penalty", Only::Zero),
-    ("presence_penalty", Only::Zero),
-    ("repetition_penalty", Only::One),
+const SHARED: [Rule; 5] = [
     ("length_penalty", Only::One),
-    ("logit_bias", Only::Empty),
-    ("bad_words", Only::Empty),
-    ("allowed_token_ids", Only::Nothing),
     ("use_beam_search", Only::False),
     ("spaces_between_special_tokens", Only::True),
-    ("truncate_prompt_tokens", Only::Nothing),
-    ("prompt_logprobs", Only::Nothing),
-    ("cache_salt", Only::Nothing),
-    ("priority", Only::Zero),
     ("service_tier", Only::Word(&["auto", "default"])),
     ("store", Only::False),
 ];

@@ -9,7 +9,7 @@ use super::{
     queue::Queue,
     shared::{Shared, State},
 };
-use crate::{chat::ChatTokenizer, model::loading::Card};
+use crate::{chat::ChatTokenizer, model::loading::Description};
 use onpolicy_plugin_api::{
     Engine, EngineError, ModelInfo, PauseMode, Request, RequestId, Sink, WeightUpdate,
 };
@@ -30,22 +30,22 @@ pub struct MistralEngine {
 }
 
 impl MistralEngine {
-    /// Loads `weights`, whose model `card` describes, and serves them as version 0.
+    /// Loads `weights`, of the described `model`, and serves them as version 0.
     ///
     /// # Errors
     /// mistral.rs cannot load them, or an option does not fit.
     pub(super) fn start(
-        card: &Card,
+        model: &Description,
         weights: &Weights,
         options: Options,
     ) -> Result<Self, EngineError> {
         let instance = Instance::load(weights, &options, 0);
         let instance = instance.map_err(|reason| EngineError::invalid("model", reason))?;
         let info = ModelInfo {
-            name: options.name.clone().unwrap_or_else(|| card.name.clone()),
+            name: options.name.clone().unwrap_or_else(|| model.name.clone()),
             max_model_len: max_model_len(&options, instance.max_model_len())?,
-            vocab_size: card.vocab_size,
-            eos_token_ids: card.eos_token_ids.clone(),
+            vocab_size: model.vocab_size,
+            eos_token_ids: model.eos_token_ids.clone(),
             max_samples: options.max_samples,
         };
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -53,7 +53,7 @@ impl MistralEngine {
         let runtime = runtime.map_err(|error| EngineError::Internal(error.to_string()))?;
         let shared = Shared {
             info,
-            filler: filler(&card.tokenizer, card.vocab_size),
+            filler: filler(&model.tokenizer, model.vocab_size),
             state: Mutex::new(State {
                 queue: Queue::new(options.max_num_seqs),
                 current: Arc::new(instance),

@@ -1,7 +1,7 @@
 //! One version of the weights in memory, and the thread of mistral.rs that serves it.
 
 use super::Options;
-use crate::model::loading::{self, Card, LoadError};
+use crate::model::loading::{Description, LoadError, describe};
 use mistralrs::{
     GgufModelBuilder, MistralRs, ModelBuilder, ModelCategory, NormalRequest,
     PagedAttentionMetaBuilder, Request, TextModelBuilder, TokenSource, UqffTextModelBuilder,
@@ -30,15 +30,15 @@ pub(super) enum Weights {
 
 impl Weights {
     /// The weights that `spec` names, and what their model says beside them.
-    pub fn find(spec: &str) -> Result<(Card, Self), LoadError> {
+    pub fn find(spec: &str) -> Result<(Description, Self), LoadError> {
         let file = Path::new(spec);
         if file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("uqff")) {
-            let card = loading::card(&parent(file).to_string_lossy())?;
-            return Ok((card, Self::Uqff(file.to_path_buf())));
+            let model = describe(&parent(file).to_string_lossy())?;
+            return Ok((model, Self::Uqff(file.to_path_buf())));
         }
-        let card = loading::card(spec)?;
-        let path = card.path.clone();
-        Ok(if path.is_dir() { (card, Self::Directory(path)) } else { (card, Self::Gguf(path)) })
+        let model = describe(spec)?;
+        let path = model.path.clone();
+        Ok(if path.is_dir() { (model, Self::Directory(path)) } else { (model, Self::Gguf(path)) })
     }
 }
 

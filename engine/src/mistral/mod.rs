@@ -29,7 +29,7 @@ mod shared;
 pub use engine::MistralEngine;
 pub use options::{Dtype, Options};
 
-use crate::{chat::ChatTokenizer, model::loading::LoadError};
+use crate::chat::ChatTokenizer;
 use instance::Weights;
 use onpolicy_plugin_api::EngineError;
 use std::sync::{Mutex, MutexGuard};
@@ -51,10 +51,11 @@ pub struct Served {
 /// cannot load it.
 pub fn start(spec: &str, options: Options) -> Result<Served, EngineError> {
     options.validate()?;
-    let model = |error: LoadError| EngineError::invalid("model", error.to_string());
-    let (card, weights) = Weights::find(spec).map_err(model)?;
-    let engine = MistralEngine::start(&card, &weights, options)?;
-    Ok(Served { engine, tokenizer: card.tokenizer })
+    let found = Weights::find(spec);
+    let found = found.map_err(|error| EngineError::invalid("model", error.to_string()));
+    let (model, weights) = found?;
+    let engine = MistralEngine::start(&model, &weights, options)?;
+    Ok(Served { engine, tokenizer: model.tokenizer })
 }
 
 /// Locks; a thread that panicked while it held the lock does not take the others down.

@@ -4,7 +4,7 @@
 //! its own, and draws the token from what that returns: a row that leaves no choice.
 
 use super::{instance::Instance, line::Line, live::Live, lock};
-use crate::sampler::{Draw, sample_row, stream_of};
+use crate::sampler::{Counts, Draw, Past, has_penalties, sample_row, stream_of};
 use mistralrs::{CustomLogitsProcessor, Device, Result, Tensor};
 use onpolicy_plugin_api::{EngineError, FinishReason, Token};
 use std::sync::{Arc, Mutex};
@@ -15,27 +15,49 @@ pub(super) struct Sample {
     pub index: usize,
     pub instance: Arc<Instance>,
     pub line: Arc<Line>,
-    /// Its tokens so far.
-    pub tokens: Mutex<Vec<u32>>,
+    /// What it has drawn so far.
+    pub drawn: Mutex<Drawn>,
     /// A token of plain text. A sample that has ended goes on with it for the step or two that
     /// mistral.rs takes to notice: it looks only when the text so far is whole.
     pub filler: u32,
+}
+
+/// The tokens of a sample so far.
+pub(super) struct Drawn {
+    tokens: Vec<u32>,
+    /// The same and the prompt's, counted, if penalties ask for it.
+    counts: Option<Counts>,
+}
+
+impl Drawn {
+    /// Nothing yet.
+    pub fn new(live: &Live) -> Self {
+        let counted = has_penalties(&live.params);
+        Self { tokens: Vec::new(), counts: counted.then(|| Counts::new(&live.prompt)) }
+    }
+
+    fn push(&mut self, token: u32) {
+        self.tokens.push(token);
+        if let Some(counts) = &mut self.counts {
+            counts.push(token);
+        }
+    }
 }
 
 impl CustomLogitsProcessor for Sample {
     /// `context` is the prompt and what followed. Never an error: one would end the step before
     /// the other samples have their tokens.
     fn apply(&self, logits: &Tensor, context: &[u32]) -> Result<Tensor> {
-        let mut tokens = lock(&self.tokens);
+        let mut drawn = lock(&self.drawn);
         let position = context.len().saturating_sub(self.live.prompt.len());
-        if let Some(&known) = tokens.get(position) {
+        if let Some(&known) = drawn.tokens.get(position) {
             return only(known);
         }
         if !self.line.is_open() {
             return only(self.filler);
         }
         match logits.to_vec1::<f32>() {
-            Ok(row) => only(self.next(&row, &mut tokens)),
+            Ok(row) => only(self.next(&row, &mut drawn)),
             Err(error) => only(self.fail(error.to_string())),
         }
     }
@@ -51,35 +73,35 @@ fn only(token: u32) -> Result<Tensor> {
 
 impl Sample {
     /// Draws, delivers, and ends the sample where it ends.
-    fn next(&self, row: &[f32], tokens: &mut Vec<u32>) -> u32 {
+    fn next(&self, row: &[f32], drawn: &mut Drawn) -> u32 {
         let live = &self.live;
         if live.is_abandoned() || !live.is_open(self.index) {
             return self.end(FinishReason::Abort);
         }
-        let position = tokens.len();
+        let position = drawn.tokens.len();
         let early = position < live.params.min_tokens;
         let draw = Draw {
-            row: 0,
-            params: &live.params,
             stream: stream_of(live.seed, self.index),
             position,
             forbidden: if early { &live.stop_ids[..] } else { &[] },
+            past: Past { tokens: &drawn.tokens, counts: drawn.counts.as_ref() },
+            ..Draw::new(0, &live.params)
         };
-        let drawn = match sample_row(row, &draw) {
-            Ok(drawn) => drawn,
+        let next = match sample_row(row, &draw) {
+            Ok(next) => next,
             Err(reason) => return self.fail(reason),
         };
-        tokens.push(drawn.id);
+        drawn.push(next.id);
         let weight_version = self.instance.version();
-        let token = Token { id: drawn.id, stats: drawn.stats, weight_version, top: drawn.top };
+        let token = Token { id: next.id, stats: next.stats, weight_version, top: next.top };
         if !live.deliver(self.index, token) {
             self.end(FinishReason::Abort);
-        } else if live.stop_ids.contains(&drawn.id) {
+        } else if live.stop_ids.contains(&next.id) {
             self.end(FinishReason::Stop);
-        } else if tokens.len() >= live.params.max_tokens {
+        } else if drawn.tokens.len() >= live.params.max_tokens {
             self.end(FinishReason::Length);
         }
-        drawn.id
+        next.id
     }
 
     fn end(&self, reason: FinishReason) -> u32 {

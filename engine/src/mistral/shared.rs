@@ -7,9 +7,9 @@ use super::{
     live::Live,
     lock,
     queue::{Key, Queue},
-    sample::Sample,
+    sample::{Drawn, Sample},
 };
-use crate::model::loading;
+use crate::model::loading::describe;
 use mistralrs::{Constraint, CustomLogitsProcessor, NormalRequest, RequestMessage};
 use onpolicy_plugin_api::{EngineError, ModelInfo};
 use std::{
@@ -61,7 +61,7 @@ impl Shared {
                 index,
                 instance: instance.clone(),
                 line: line.clone(),
-                tokens: Mutex::default(),
+                drawn: Mutex::new(Drawn::new(&live)),
                 filler: self.filler,
             };
             match instance.send(request(sample, answers)) {
@@ -110,8 +110,8 @@ impl Shared {
         let wrong = |reason: String| {
             EngineError::invalid("weights", format!("{}: {reason}", dir.display()))
         };
-        let card = loading::card(&dir.to_string_lossy()).map_err(|e| wrong(e.to_string()))?;
-        let (vocab_size, served) = (card.vocab_size, self.info.vocab_size);
+        let model = describe(&dir.to_string_lossy()).map_err(|e| wrong(e.to_string()))?;
+        let (vocab_size, served) = (model.vocab_size, self.info.vocab_size);
         if vocab_size != served {
             return Err(wrong(format!("has {vocab_size} token ids, the served model {served}")));
         }

@@ -2,10 +2,8 @@
 
 mod keys;
 mod rope;
-mod vocabulary;
 
 pub use rope::{RopeConfig, RopeScaling, Yarn};
-pub(in crate::model) use vocabulary::vocabulary;
 
 use crate::model::loading::LoadError;
 use keys::Keys;

@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use super::{Draw, Drawn, random::uniform, search, truncate};
+use onpolicy_plugin_api::LogprobsMode;
+
+use super::{Draw, Drawn, adjust, random::uniform, search, truncate};
 use crate::kernels::parts::{CELL, CELLS, Part};
 use crate::kernels::{rows, simd::Level};
 use crate::logits::RowStats;
@@ -29,8 +31,12 @@ pub(crate) fn inv_temperature(draw: &Draw) -> f32 {
 
 /// Whether a draw has to see all logits of its row.
 pub(crate) fn needs_logits(draw: &Draw, vocab: usize) -> bool {
-    let truncated = draw.params.temperature > 0.0 && !truncate::keeps_all(draw.params, vocab);
-    truncated || draw.params.top_logprobs > 0 || !draw.forbidden.is_empty()
+    let temperature = draw.params.temperature;
+    let truncated = temperature > 0.0 && !truncate::keeps_all(draw.params, vocab);
+    // What is reported is another distribution than what is drawn from.
+    let other =
+        draw.params.logprobs_mode == LogprobsMode::Raw && ![0.0, 1.0].contains(&temperature);
+    truncated || other || draw.params.top_logprobs > 0 || adjust::changes(draw)
 }
 
 impl SummedRow<'_> {

@@ -1,7 +1,7 @@
 //! From a request to running sequences.
 
 use super::{Group, NewRequest, Scheduler, Step};
-use crate::block_manager::{BLOCK_SIZE, Chain, blocks_for};
+use crate::block_manager::{BLOCK_SIZE, Chain, Root, Salt, blocks_for};
 use crate::sequence::{Place, SeqId, Sequence};
 use onpolicy_plugin_api::EngineError;
 
@@ -13,7 +13,7 @@ impl Scheduler {
     /// [`EngineError::Invalid`] if it can never be served, [`EngineError::Overloaded`] if too many
     /// wait, [`EngineError::Internal`] if a live request has the same id.
     pub fn add(&mut self, request: NewRequest) -> Result<(), EngineError> {
-        let NewRequest { id, prompt, n, max_tokens, reuse_prefix } = request;
+        let NewRequest { id, prompt, n, max_tokens, reuse_prefix, priority, cache_salt } = request;
         let max_len = self.config.admissible_len(prompt.len(), n, max_tokens)?;
         if self.waiting.len() >= self.config.max_waiting {
             return Err(EngineError::Overloaded { waiting: self.waiting.len() });
@@ -35,6 +35,8 @@ impl Scheduler {
             blocks: Vec::new(),
             kv_version: None,
             place: Place::Unforked,
+            turn: i64::from(priority),
+            salt: cache_salt.as_deref().map_or_else(Salt::default, Salt::of),
             chain: None,
         };
         for (index, seq) in (first..self.next_id).map(SeqId).enumerate().skip(1) {
@@ -43,11 +45,14 @@ impl Scheduler {
         let sequence = Sequence { tokens: prompt, place: Place::Waiting, ..sequence };
         self.sequences.insert(leader, sequence);
         self.groups.insert(id, Group::new(leader, n, reuse_prefix));
-        self.waiting.push_back(leader);
+        let turn = (i64::from(priority), leader);
+        let at = self.waiting.partition_point(|&id| self.turn(id) < turn);
+        self.waiting.insert(at, leader);
         Ok(())
     }
 
-    /// Admits in order of age while there is room, giving out up to `tokens_left` tokens.
+    /// Admits what was preempted by age, then what waits by priority and age, while there is room,
+    /// giving out up to `tokens_left` tokens.
     pub(super) fn schedule_admissions(&mut self, step: &mut Step, mut tokens_left: usize) {
         if self.preempted.is_empty() && self.waiting.is_empty() {
             return;
@@ -71,7 +76,7 @@ impl Scheduler {
         }
     }
 
-    /// Moves the oldest sequence that waits to the running ones, if there is a place for each of
+    /// Moves the first sequence that waits to the running ones, if there is a place for each of
     /// its group's samples, and blocks for all its tokens and one more for each sample.
     fn admit(&mut self, id: SeqId, promised: usize) -> bool {
         let siblings = self.unforked_siblings(id);
@@ -82,7 +87,8 @@ impl Scheduler {
         let sequence = &self.sequences[&id];
         let reuse = self.reuses_prefix(sequence);
         let limit = if reuse { sequence.reusable_blocks() } else { 0 };
-        let (chain, found) = self.blocks.lookup(self.version, &sequence.tokens, limit);
+        let root = Root { version: self.version, salt: sequence.salt };
+        let (chain, found) = self.blocks.lookup(root, &sequence.tokens, limit);
         let fresh = blocks_for(sequence.tokens.len()) - found.len();
         let spare = if self.running.is_empty() { 0 } else { promised + samples };
         if fresh + self.blocks.count_idle(&found) + spare > self.blocks.free() {
@@ -102,6 +108,10 @@ impl Scheduler {
 
     fn start(&mut self, id: SeqId, chain: Chain, found: Vec<u32>) {
         let sequence = self.sequences.get_mut(&id).expect("an admitted sequence");
+        if sequence.place == Place::Waiting {
+            sequence.turn = self.begun;
+            self.begun += 1;
+        }
         sequence.computed = found.len() * BLOCK_SIZE;
         sequence.blocks = found;
         sequence.kv_version = Some(self.version);

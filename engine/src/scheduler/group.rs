@@ -48,7 +48,7 @@ impl Scheduler {
         }
         let siblings = &members[1..];
         self.reserved -= siblings.len();
-        let at = self.running.partition_point(|&id| id <= seq);
+        let at = self.place_of(seq).expect("a running leader stands in its line") + 1;
         self.running.splice(at..at, siblings.iter().copied());
         members
     }
@@ -111,18 +111,36 @@ impl Scheduler {
         if group.forked { 0 } else { group.members.len() - 1 }
     }
 
+    /// A sequence's turn in its line.
+    pub(super) fn turn(&self, seq: SeqId) -> (i64, SeqId) {
+        (self.sequences[&seq].turn, seq)
+    }
+
+    /// Where a sequence stands in its line, if it stands in one.
+    fn place_of(&self, seq: SeqId) -> Option<usize> {
+        let (turn, of) = (self.turn(seq), |id: &SeqId| self.turn(*id));
+        let found = match self.sequences[&seq].place {
+            Place::Unforked => return None,
+            Place::Waiting => self.waiting.binary_search_by_key(&turn, of),
+            Place::Preempted => self.preempted.binary_search_by_key(&turn, of),
+            Place::Running => self.running.binary_search_by_key(&turn, of),
+        };
+        found.ok()
+    }
+
     /// Takes a sequence out of whatever line it stands in.
     pub(super) fn leave_line(&mut self, seq: SeqId) {
+        let Some(at) = self.place_of(seq) else { return };
         match self.sequences[&seq].place {
             Place::Unforked => {}
             Place::Waiting => {
-                self.waiting.binary_search(&seq).map(|at| self.waiting.remove(at)).ok();
+                self.waiting.remove(at);
             }
             Place::Preempted => {
-                self.preempted.binary_search(&seq).map(|at| self.preempted.remove(at)).ok();
+                self.preempted.remove(at);
             }
             Place::Running => {
-                self.running.binary_search(&seq).map(|at| self.running.remove(at)).ok();
+                self.running.remove(at);
             }
         }
     }
@@ -130,14 +148,13 @@ impl Scheduler {
     /// Removes the leader of a group that has not forked; `heir`, its next sample, goes on with its
     /// tokens and blocks, in its place in line.
     fn hand_over(&mut self, leader: SeqId, heir: SeqId) {
-        let line = match self.sequences[&leader].place {
+        let at = self.place_of(leader).expect("a leader stands in its line");
+        match self.sequences[&leader].place {
             Place::Unforked => unreachable!("a leader stands in a line"),
-            Place::Waiting => self.waiting.make_contiguous(),
-            Place::Preempted => self.preempted.make_contiguous(),
-            Place::Running => &mut self.running,
-        };
-        let at = line.binary_search(&leader).expect("a leader stands in its line");
-        line[at] = heir;
+            Place::Waiting => self.waiting[at] = heir,
+            Place::Preempted => self.preempted[at] = heir,
+            Place::Running => self.running[at] = heir,
+        }
         let old = self.sequences.remove(&leader).expect("a live sample");
         let sample = self.sequences.get_mut(&heir).expect("a live sample");
         *sample = Sequence { id: heir, index: sample.index, ..old };

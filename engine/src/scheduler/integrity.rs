@@ -21,7 +21,8 @@ impl Scheduler {
         self.sequences.values().try_for_each(|sequence| self.check_sequence(sequence))
     }
 
-    /// Every sequence stands in its line, and the lines are ordered by age.
+    /// Every sequence stands in its line, and the lines are ordered: those of what has begun by age,
+    /// together, and that of what waits by priority and age.
     fn check_lines(&self) -> Result<(), String> {
         let lines = [
             (Place::Running, self.running.clone()),
@@ -35,8 +36,11 @@ impl Scheduler {
             let standing = self.sequences.values().filter(|s| s.place == *place).count();
             ensure(standing == line.len(), || format!("{standing} {place:?}, line: {line:?}"))?;
         }
-        let by_age: Vec<SeqId> = lines.into_iter().flat_map(|(_, line)| line).collect();
-        ensure(by_age.is_sorted_by(|a, b| a < b), || format!("not by age: {by_age:?}"))?;
+        let [running, preempted, waiting] = lines.map(|(_, line)| line);
+        for line in [[running, preempted].concat(), waiting] {
+            let turns: Vec<(i64, SeqId)> = line.iter().map(|&id| self.turn(id)).collect();
+            ensure(turns.is_sorted_by(|a, b| a < b), || format!("not in order: {turns:?}"))?;
+        }
         let places = self.running.len() + self.reserved;
         ensure(places <= self.config.max_num_seqs, || format!("{places} places are taken"))
     }

@@ -1,5 +1,7 @@
 use super::*;
 
+mod order;
+
 const ROOMY: [usize; 3] = [64, 8, 256];
 
 /// A scheduler with so many blocks, sequences and tokens a step, and sequences of at most 128.
@@ -18,7 +20,15 @@ fn scheduler([num_blocks, max_num_seqs, max_batched_tokens]: [usize; 3]) -> Sche
 /// A request whose prompt is `len` tokens, equal to another's of the same `text` as far as it goes.
 fn request(id: u64, text: u32, len: usize, n: usize) -> NewRequest {
     let prompt = (0..len as u32).map(|t| text * 1000 + t).collect();
-    NewRequest { id: RequestId(id), prompt, n, max_tokens: 60, reuse_prefix: true }
+    NewRequest {
+        id: RequestId(id),
+        prompt,
+        n,
+        max_tokens: 60,
+        reuse_prefix: true,
+        priority: 0,
+        cache_salt: None,
+    }
 }
 
 fn add(s: &mut Scheduler, id: u64, text: u32, len: usize, n: usize) {

@@ -141,7 +141,7 @@ async fn echo_puts_the_prompt_first() {
 
         let body = json!({"prompt": "héy", "echo": true, "logprobs": 1, "max_tokens": 1, "n": 2});
         let answer = server.ok(COMPLETIONS, body).await;
-        assert!(server.seen.requests.lock().unwrap()[2].params.prompt_logprobs == Some(0));
+        assert_eq!(server.seen.requests.lock().unwrap()[2].params.prompt_logprobs, Some(1));
         for choice in answer["choices"].as_array().unwrap() {
             assert_eq!(choice["text"], "héyo");
             let logprobs = &choice["logprobs"];
@@ -153,12 +153,22 @@ async fn echo_puts_the_prompt_first() {
                 values.to_string().replace("0.0,", "-0.0,")
             );
             assert_eq!(logprobs["text_offset"], json!([0, 0, 1, 1, 2, 3]));
-            let top = json!([null, null, null, null, null, {"o": -0.125}]);
-            assert_eq!(logprobs["top_logprobs"], top);
+            // As lm-eval reads it: the likeliest token, and the token itself where that is another.
+            let top = json!([null, {"h": -0.0}, {"\u{fffd}": -1.0}, {"\u{fffd}": -2.0},
+                {"z": -3.0, "y": -3.0}, {"o": -0.125}]);
+            assert_eq!(logprobs["top_logprobs"].to_string(), top.to_string());
             let entropy = json!([null, null, null, null, null, 0.5]);
             assert_eq!(choice["policy"]["entropy"], entropy);
         }
         assert_eq!(answer["usage"]["completion_tokens"], 2);
+
+        // Without alternatives the engine is spared the work.
+        let body = json!({"prompt": "hey", "echo": true, "logprobs": 0, "max_tokens": 1});
+        let answer = server.ok(COMPLETIONS, body).await;
+        assert_eq!(server.seen.requests.lock().unwrap()[3].params.prompt_logprobs, Some(0));
+        let top = json!([null, {"h": -0.0}, {"e": -1.0}, {"y": -2.0}, {"o": -0.125}]);
+        let got = &answer["choices"][0]["logprobs"]["top_logprobs"];
+        assert_eq!(got.to_string(), top.to_string());
     })
     .await;
 }

@@ -4,7 +4,7 @@ use crate::scripted::{MODEL, Script};
 use crate::server::{Server, within};
 use crate::tokenizer::bytes;
 use crate::{CHAT, COMPLETIONS};
-use onpolicy_plugin_api::SamplingParams;
+use onpolicy_plugin_api::{LogprobsMode, SamplingParams};
 use serde_json::{Value, json};
 
 async fn server() -> Server {
@@ -46,6 +46,9 @@ async fn sampling_fields_reach_the_engine() {
             "model": MODEL, "n": 3, "temperature": 0.5, "top_k": 40, "top_p": 0.75, "min_p": 0.25,
             "seed": 11, "max_tokens": 20, "min_tokens": 2, "ignore_eos": true,
             "stop_token_ids": [5, 6], "user": "somebody", "safety_identifier": "s",
+            "repetition_penalty": 1.25, "presence_penalty": -2, "frequency_penalty": 0.5,
+            "logit_bias": {"7": -100, "5": 1.5}, "allowed_token_ids": [9, 8, 9],
+            "logprobs_mode": "raw", "prompt_logprobs": 4, "priority": -3, "cache_salt": "mine",
         });
         for (path, body) in bodies(&fields) {
             server.ok(path, body).await;
@@ -61,10 +64,20 @@ async fn sampling_fields_reach_the_engine() {
             min_tokens: 2,
             ignore_eos: true,
             stop_token_ids: vec![5, 6],
+            repetition_penalty: 1.25,
+            presence_penalty: -2.0,
+            frequency_penalty: 0.5,
+            logit_bias: vec![(5, 1.5), (7, -100.0)],
+            allowed_token_ids: Some(vec![8, 9]),
+            logprobs_mode: LogprobsMode::Raw,
+            prompt_logprobs: Some(4),
             ..SamplingParams::default()
         };
         for request in server.seen.requests.lock().unwrap().iter() {
-            assert_eq!(request.params, expected);
+            let mut params = request.params.clone();
+            params.logit_bias.sort_by_key(|(id, _)| *id);
+            assert_eq!(params, expected);
+            assert_eq!((request.priority, request.cache_salt.as_deref()), (-3, Some("mine")));
         }
     })
     .await;
@@ -86,6 +99,19 @@ async fn edges_of_sampling_fields() {
         assert_eq!(params(json!({"seed": u64::MAX})).await.seed, Some(u64::MAX));
         assert_eq!(params(json!({"temperature": 0})).await.temperature, 0.0);
         assert_eq!(params(json!({"n": 8})).await.n, 8);
+        let (processed, raw) = (LogprobsMode::Processed, LogprobsMode::Raw);
+        for (name, mode) in [
+            ("processed", processed),
+            ("raw", raw),
+            ("processed_logprobs", processed),
+            ("raw_logprobs", raw),
+        ] {
+            assert_eq!(params(json!({"logprobs_mode": name})).await.logprobs_mode, mode);
+        }
+        let neutral = json!({"logit_bias": {}, "bad_words": [], "repetition_penalty": 1,
+            "presence_penalty": 0, "frequency_penalty": 0.0, "allowed_token_ids": null,
+            "cache_salt": null, "priority": 0, "truncate_prompt_tokens": null, "max_tokens": 16});
+        assert_eq!(params(neutral).await, SamplingParams::default());
     })
     .await;
 }
@@ -144,6 +170,46 @@ async fn wrong_values_name_their_field() {
             json!({"request_id": "a b"}),
             json!({"request_id": "x".repeat(129)}),
             json!({"model": 5}),
+            json!({"repetition_penalty": 0}),
+            json!({"repetition_penalty": -1}),
+            json!({"repetition_penalty": 1e39}),
+            json!({"presence_penalty": 2.5}),
+            json!({"presence_penalty": "a"}),
+            json!({"frequency_penalty": -2.5}),
+            json!({"frequency_penalty": []}),
+            json!({"logit_bias": [1]}),
+            json!({"logit_bias": {"hello": 1}}),
+            json!({"logit_bias": {"-1": 1}}),
+            json!({"logit_bias": {"262": 1}}),
+            json!({"logit_bias": {"5": 100.5}}),
+            json!({"logit_bias": {"5": -101}}),
+            json!({"logit_bias": {"5": "much"}}),
+            json!({"logit_bias": {"5": null}}),
+            json!({"allowed_token_ids": []}),
+            json!({"allowed_token_ids": [262]}),
+            json!({"allowed_token_ids": ["a"]}),
+            json!({"allowed_token_ids": 5}),
+            json!({"bad_words": "a"}),
+            json!({"bad_words": [5]}),
+            json!({"bad_words": ["a", ""]}),
+            json!({"bad_words": ["  "]}),
+            json!({"bad_words": vec!["a"; 1025]}),
+            json!({"priority": 0.5}),
+            json!({"priority": 1u64 << 31}),
+            json!({"priority": "high"}),
+            json!({"cache_salt": ""}),
+            json!({"cache_salt": 5}),
+            json!({"prompt_logprobs": -1}),
+            json!({"prompt_logprobs": -2}),
+            json!({"prompt_logprobs": 21}),
+            json!({"prompt_logprobs": true}),
+            json!({"prompt_logprobs": 1, "stream": true}),
+            json!({"logprobs_mode": "raw_logits"}),
+            json!({"logprobs_mode": 1}),
+            json!({"truncate_prompt_tokens": 0}),
+            json!({"truncate_prompt_tokens": -2}),
+            json!({"truncate_prompt_tokens": 257}),
+            json!({"truncate_prompt_tokens": "all"}),
         ];
         for fields in cases {
             let name = fields.as_object().unwrap().keys().next().unwrap();
@@ -207,22 +273,12 @@ async fn what_is_not_supported_is_accepted_only_where_it_changes_nothing() {
     within(async {
         let server = server().await;
         let shared = [
-            ("frequency_penalty", json!(0), json!(0.1)),
-            ("presence_penalty", json!(0.0), json!(-1)),
-            ("repetition_penalty", json!(1.0), json!(1.1)),
             ("length_penalty", json!(1), json!(2)),
-            ("logit_bias", json!({}), json!({"5": 1})),
-            ("bad_words", json!([]), json!(["x"])),
             ("use_beam_search", json!(false), json!(true)),
             ("spaces_between_special_tokens", json!(true), json!(false)),
-            ("priority", json!(0), json!(1)),
             ("service_tier", json!("auto"), json!("flex")),
             ("store", json!(false), json!(true)),
             ("response_format", json!({"type": "text"}), json!({"type": "json_object"})),
-            ("prompt_logprobs", json!(null), json!(1)),
-            ("allowed_token_ids", json!(null), json!([1])),
-            ("truncate_prompt_tokens", json!(null), json!(1)),
-            ("cache_salt", json!(null), json!("a")),
         ];
         let chat = [
             ("tools", json!([]), json!([{"type": "function"}])),

@@ -6,6 +6,7 @@ mod disconnects;
 mod failures;
 mod fields;
 mod others;
+mod sampling;
 mod scripted;
 mod server;
 mod stop;

@@ -56,6 +56,15 @@ pub fn stats(position: usize) -> TokenStats {
     TokenStats { logprob: -(step + 1.0) / 8.0, entropy: 0.5 + step / 4.0, baseline: step / 16.0 }
 }
 
+/// What is said of prompt token `id`, the `i`-th after the first: every other one is the likeliest
+/// at its position, and the rest come after all `top` that are listed.
+fn prompt_token(i: usize, id: u32, top: usize) -> PromptToken {
+    let first = (i % 2) as u32;
+    let likeliest = (0..top as u32).map(|j| (id + first + j, -(i as f32) - j as f32 / 4.0));
+    let rank = if first == 0 { 1 } else { top + 1 };
+    PromptToken { logprob: -(i as f32), rank: (top > 0).then_some(rank), top: likeliest.collect() }
+}
+
 #[derive(Default)]
 pub struct Seen {
     /// Every request that was submitted.
@@ -139,10 +148,10 @@ impl Run {
 
     /// Plays the script; `None` if nobody listens.
     fn play(mut self) -> Option<()> {
-        if self.request.params.prompt_logprobs.is_some() {
-            let count = self.request.prompt.len() - 1;
-            let token = |i| PromptToken { logprob: -(i as f32), rank: None, top: Vec::new() };
-            self.send(Event::Prompt { tokens: (0..count).map(token).collect() })?;
+        if let Some(top) = self.request.params.prompt_logprobs {
+            let ids = self.request.prompt[1..].iter().enumerate();
+            let tokens = ids.map(|(i, id)| prompt_token(i, *id, top)).collect();
+            self.send(Event::Prompt { tokens })?;
         }
         let n = self.request.params.n;
         let mut lines: Vec<Option<Vec<u32>>> =

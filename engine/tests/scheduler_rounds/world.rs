@@ -16,6 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 const BLOCK: usize = 16;
 
+/// Salts that the model's digests tell apart; the first is none.
+const SALTS: [&str; 3] = ["", "a", "b"];
+
 fn digest(before: u64, token: u32, position: usize, version: u64) -> u64 {
     let words = [u64::from(token), position as u64, version];
     words.iter().fold(before, |hash, word| {
@@ -24,9 +27,9 @@ fn digest(before: u64, token: u32, position: usize, version: u64) -> u64 {
     })
 }
 
-/// The digests of KV computed from start to end by one version.
-fn pure(tokens: &[u32], version: u64) -> Vec<u64> {
-    let scan = tokens.iter().enumerate().scan(0, |before, (position, &token)| {
+/// The digests of KV computed from start to end by one version for requests of one salt.
+fn pure(tokens: &[u32], version: u64, salt: u64) -> Vec<u64> {
+    let scan = tokens.iter().enumerate().scan(salt, |before, (position, &token)| {
         *before = digest(*before, token, position, version);
         Some(*before)
     });
@@ -38,6 +41,9 @@ struct Accepted {
     prompt: Vec<u32>,
     max_len: usize,
     reuse_prefix: bool,
+    priority: i32,
+    /// Which of [`SALTS`]: what its digests begin with.
+    salt: u64,
     /// For each sample, what it has generated and how often it has ended.
     samples: Vec<(Vec<u32>, usize)>,
 }
@@ -49,6 +55,8 @@ pub struct Seen {
     pub overloaded: usize,
     pub cut_prefills: usize,
     pub copies: usize,
+    /// Requests that began before an older one.
+    pub overtaken: usize,
     pub trace: u64,
     pub stats: Stats,
 }
@@ -62,7 +70,11 @@ pub struct World {
     private: BTreeMap<SeqId, Vec<u64>>,
     requests: BTreeMap<RequestId, Accepted>,
     live: BTreeSet<RequestId>,
+    /// Requests in the order in which they began.
+    begun: Vec<RequestId>,
     version: u64,
+    /// Whether requests have priorities and salts.
+    ranked: bool,
     pub seen: Seen,
 }
 
@@ -80,9 +92,16 @@ impl World {
             private: BTreeMap::new(),
             requests: BTreeMap::new(),
             live: BTreeSet::new(),
+            begun: Vec::new(),
             version: 0,
+            ranked: false,
             seen: Seen::default(),
         }
+    }
+
+    /// Gives requests priorities and salts from now on.
+    pub fn ranked(self) -> Self {
+        Self { ranked: true, ..self }
     }
 
     fn chance(&mut self, percent: f64) -> bool {
@@ -131,7 +150,20 @@ impl World {
         let n = self.rng.random_range(1..=self.config.max_num_seqs.min(6));
         let max_tokens = self.rng.random_range(1..=40);
         let reuse_prefix = !self.chance(10.0);
-        let request = NewRequest { id, prompt: prompt.clone(), n, max_tokens, reuse_prefix };
+        let (priority, salt) = if self.ranked {
+            (self.rng.random_range(-1..=1), self.rng.random_range(0..3))
+        } else {
+            (0, 0)
+        };
+        let request = NewRequest {
+            id,
+            prompt: prompt.clone(),
+            n,
+            max_tokens,
+            reuse_prefix,
+            priority,
+            cache_salt: (salt > 0).then(|| SALTS[salt as usize].into()),
+        };
         let max_len = (len + max_tokens).min(self.config.max_model_len);
         let fits = (max_len - 1).div_ceil(BLOCK) <= self.config.num_blocks;
         match self.scheduler.add(request) {
@@ -146,7 +178,8 @@ impl World {
         }
         self.seen.accepted += 1;
         let samples = vec![(Vec::new(), 0); n];
-        self.requests.insert(id, Accepted { prompt, max_len, reuse_prefix, samples });
+        let accepted = Accepted { prompt, max_len, reuse_prefix, priority, salt, samples };
+        self.requests.insert(id, accepted);
         self.live.insert(id);
     }
 
@@ -240,7 +273,12 @@ impl World {
     fn check_step(&mut self, step: &Step) {
         assert_eq!(step.version, self.version);
         assert!(step.num_tokens() <= self.config.max_batched_tokens);
-        assert!(step.chunks.is_sorted_by(|a, b| a.seq < b.seq), "oldest first, each once");
+        self.note_beginnings(step);
+        let age = |chunk: &Chunk| {
+            let group = self.scheduler.sequence(chunk.seq).expect("a live sequence").group;
+            (self.begun.iter().position(|&begun| begun == group), chunk.seq)
+        };
+        assert!(step.chunks.is_sorted_by(|a, b| age(a) < age(b)), "oldest first, each once");
         for chunk in &step.chunks {
             let sequence = self.scheduler.sequence(chunk.seq).expect("a live sequence");
             let request = &self.requests[&sequence.group];
@@ -257,6 +295,24 @@ impl World {
         self.seen.copies += step.copies.len();
     }
 
+    /// A request begins when no other that waits has a lower priority, or the same and is older.
+    fn note_beginnings(&mut self, step: &Step) {
+        for chunk in &step.chunks {
+            let group = self.scheduler.sequence(chunk.seq).expect("a live sequence").group;
+            if self.begun.contains(&group) {
+                continue;
+            }
+            self.begun.push(group);
+            let priority = |id: &RequestId| self.requests[id].priority;
+            let waiting = self.live.iter().filter(|id| !self.begun.contains(id));
+            let turn = (priority(&group), group);
+            assert!(waiting.clone().all(|id| turn < (priority(id), *id)), "{group:?} jumped ahead");
+            self.seen.overtaken += usize::from(waiting.clone().any(|id| *id < group));
+        }
+        let live = &self.live;
+        self.begun.retain(|id| live.contains(id));
+    }
+
     /// A sequence that has just been admitted starts from what the present weights computed.
     fn check_admission(&mut self, chunk: &Chunk) {
         let sequence = self.scheduler.sequence(chunk.seq).expect("a live sequence");
@@ -264,7 +320,8 @@ impl World {
         assert_eq!(sequence.kv_version, Some(self.version));
         let reuse = self.requests[&sequence.group].reuse_prefix || !sequence.generated().is_empty();
         assert!(chunk.start == 0 || reuse && self.config.prefix_cache);
-        self.private.insert(chunk.seq, pure(&sequence.tokens[..chunk.start], self.version));
+        let salt = self.requests[&sequence.group].salt;
+        self.private.insert(chunk.seq, pure(&sequence.tokens[..chunk.start], self.version, salt));
     }
 
     /// Copies, writes all chunks, then reads back every sequence through its table.
@@ -276,10 +333,11 @@ impl World {
             let sequence = self.scheduler.sequence(seq).expect("a live sequence");
             let private = self.private.get_mut(&seq).expect("an admitted sequence");
             assert_eq!(private.len(), start);
+            let salt = self.requests[&sequence.group].salt;
             let slot = |t: usize| (sequence.blocks[t / BLOCK] as usize, t % BLOCK);
             for t in start..start + len {
                 let token = sequence.tokens[t];
-                let before = t.checked_sub(1).map_or((0, 0), |last| {
+                let before = t.checked_sub(1).map_or((salt, salt), |last| {
                     let (block, offset) = slot(last);
                     (self.pages[block][offset], private[last])
                 });
@@ -294,7 +352,8 @@ impl World {
             let pages = sequence.blocks.iter().flat_map(|&block| &self.pages[block as usize]);
             assert!(pages.take(private.len()).eq(private), "{seq:?} reads another's KV");
             if let Some(version) = sequence.kv_version {
-                assert_eq!(*private, pure(&sequence.tokens[..private.len()], version));
+                let salt = self.requests[&sequence.group].salt;
+                assert_eq!(*private, pure(&sequence.tokens[..private.len()], version, salt));
             }
         }
     }

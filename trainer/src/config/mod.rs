@@ -2,16 +2,18 @@
 //!
 //! - [`sections`]: the keys, their types and their defaults.
 //! - `raw`: reads the file, lays the flags over it, and names what does not fit.
-//! - `validate`: ranges, and rules between keys.
+//! - `validate`: ranges, and rules between keys. `engine_kind`: those of the engines.
 
 pub mod sections;
 
+mod engine_kind;
 mod raw;
 mod validate;
 
+pub use engine_kind::EngineKind;
 pub use sections::{
-    Correction, Engine, Eval, Mode, Model, OnUpdate, Output, Plugin, Rollout, Schedule, ServeDtype,
-    Server, Train,
+    Correction, Engine, Eval, Mode, Model, OnUpdate, Output, Plugin, RemoteOptions, Rollout,
+    Schedule, ServeDtype, Server, Train,
 };
 
 use serde::Serialize;

@@ -11,6 +11,9 @@ const SECTIONS: &[&str] = &[
 /// Keys that name a plug-in.
 const PLUGINS: [&str; 3] = ["task.name", "verifier.name", "gate.name"];
 
+/// Keys of `[engine]` that belong to one kind of engine alone.
+const OF_THE_KIND: [&str; 4] = ["urls", "remote", "options", "transfer_dir"];
+
 pub(super) fn read(text: &str) -> Result<Table, ConfigError> {
     text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax(e.to_string().trim().into()))
 }
@@ -35,6 +38,9 @@ pub(super) fn lay_over(table: &mut Table, flag: &str) -> Result<(), ConfigError>
     if last == "name" && PLUGINS.contains(&path) && place.get("name") != Some(&value) {
         // The options beside the old name are those of another plug-in.
         place.clear();
+    }
+    if path == "engine.kind" && place.get("kind") != Some(&value) {
+        OF_THE_KIND.iter().for_each(|key| drop(place.remove(*key)));
     }
     place.insert(last.into(), value);
     Ok(())

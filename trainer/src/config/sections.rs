@@ -2,7 +2,7 @@
 
 use crate::advantage::Advantage;
 pub use crate::correction::Correction;
-pub use onpolicy_engine::{engine::OnUpdate, weights::ServeDtype};
+pub use onpolicy_engine::{engine::OnUpdate, remote::RemoteOptions, weights::ServeDtype};
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -36,6 +36,15 @@ fn default_dtype() -> String {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Engine {
+    /// Which engine: `native`, `mistralrs`, `remote`, addresses of servers with commas between
+    /// them, or the name of a plug-in; see [`Engine::kind`](Self::kind()).
+    pub kind: String,
+    /// With `remote`: addresses of vLLM or SGLang servers.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
+    /// Where new weights are written for an engine with weights of its own. Without it: in memory
+    /// (`/dev/shm`) if the system has that, else in the run folder.
+    pub transfer_dir: Option<String>,
     /// Memory for K and V, in MiB.
     pub kv_memory_mb: usize,
     /// Most samples that run at once.
@@ -54,11 +63,24 @@ pub struct Engine {
     pub profile: bool,
     /// Type that the linear layers and the head are served in.
     pub serve_dtype: ServeDtype,
+    /// With `remote`: how the servers are spoken to.
+    #[serde(skip_serializing_if = "is_default")]
+    pub remote: RemoteOptions,
+    /// Options of a plug-in; it checks them itself.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub options: Map<String, Value>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Default for Engine {
     fn default() -> Self {
         Self {
+            kind: "native".into(),
+            urls: Vec::new(),
+            transfer_dir: None,
             kv_memory_mb: 1024,
             max_num_seqs: 256,
             max_batched_tokens: 2048,
@@ -68,6 +90,8 @@ impl Default for Engine {
             on_update: OnUpdate::Keep,
             profile: false,
             serve_dtype: ServeDtype::F32,
+            remote: RemoteOptions::default(),
+            options: Map::new(),
         }
     }
 }

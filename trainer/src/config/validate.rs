@@ -7,7 +7,7 @@ use super::{
 use serde_json::Value;
 use std::{collections::HashSet, fmt::Display};
 
-type Checked = Result<(), ConfigError>;
+pub(super) type Checked = Result<(), ConfigError>;
 
 /// Largest count that is taken seriously anywhere.
 const MANY: usize = 1 << 20;
@@ -69,6 +69,7 @@ impl Model {
 
 impl Engine {
     fn validate(&self) -> Checked {
+        self.validate_kind()?;
         between("engine.kv_memory_mb", self.kv_memory_mb, 1, MANY)?;
         between("engine.max_num_seqs", self.max_num_seqs, 1, MANY)?;
         between("engine.max_batched_tokens", self.max_batched_tokens, 1, MANY)?;
@@ -156,7 +157,12 @@ impl Output {
     }
 }
 
-fn rule(key: &str, value: impl Display, ok: bool, rule: impl FnOnce() -> String) -> Checked {
+pub(super) fn rule(
+    key: &str,
+    value: impl Display,
+    ok: bool,
+    rule: impl FnOnce() -> String,
+) -> Checked {
     if ok {
         return Ok(());
     }
@@ -175,7 +181,7 @@ fn above(key: &str, value: f64, low: f64, high: f64) -> Checked {
     rule(key, value, ok, || format!("must be above {low} and at most {high}"))
 }
 
-fn not_empty(key: &str, text: &str) -> Checked {
+pub(super) fn not_empty(key: &str, text: &str) -> Checked {
     rule(key, quoted(text), !text.trim().is_empty(), || "must not be empty".into())
 }
 
@@ -189,6 +195,6 @@ fn finite(key: &str, value: &Value) -> Checked {
     }
 }
 
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     format!("\"{text}\"")
 }

@@ -5,12 +5,14 @@
 //! - [`boxed`]: what stands in `\boxed{...}`.
 //! - [`countdown`]: an expression that reaches a target.
 //! - [`http`]: an external verifier.
+//! - [`judge`]: a second model, frozen, that grades.
 //! - [`number`], [`rational`]: how numbers are found in text and compared.
 
 pub mod boxed;
 pub mod countdown;
 pub mod exact;
 pub mod http;
+pub mod judge;
 pub mod number;
 pub mod numeric;
 pub mod rational;

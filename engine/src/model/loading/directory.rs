@@ -10,14 +10,18 @@ pub(super) fn load(dir: &Path, name: String) -> Result<Checkpoint, LoadError> {
     let Some(source) = source(dir)? else {
         return gguf::load(&only_gguf(dir)?, name);
     };
-    let (config, generation) = settings(dir, &source)?;
-    let config = ModelConfig::from_hf(&config, generation.as_ref())?;
+    let parse = |file: &str, text: &str| -> Result<Value, LoadError> {
+        serde_json::from_str(text).map_err(|e| LoadError::corrupt(&dir.join(file), e.to_string()))
+    };
+    let generation = source.generation_config.as_deref();
+    let generation = generation.map(|text| parse("generation_config.json", text)).transpose()?;
+    let config = ModelConfig::from_hf(&parse("config.json", &source.config)?, generation.as_ref())?;
     let tokenizer = source.chat_tokenizer()?;
     let tensors = safetensors::load(dir, &config)?;
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
 }
 
-/// The text files of the model in `dir`; none if it has no `config.json`.
+/// The text files of a directory of Hugging Face's form; none if it has no `config.json`.
 pub(super) fn source(dir: &Path) -> Result<Option<Source>, LoadError> {
     let Some(config) = read_optional(dir, "config.json")? else { return Ok(None) };
     let no_tokenizer = || {
@@ -35,16 +39,6 @@ pub(super) fn source(dir: &Path) -> Result<Option<Source>, LoadError> {
         chat_template: read_optional(dir, "chat_template.jinja")?,
         generation_config: read_optional(dir, "generation_config.json")?,
     }))
-}
-
-/// `config.json` and, where there is one, `generation_config.json`.
-pub(super) fn settings(dir: &Path, source: &Source) -> Result<(Value, Option<Value>), LoadError> {
-    let parse = |file: &str, text: &str| -> Result<Value, LoadError> {
-        serde_json::from_str(text).map_err(|e| LoadError::corrupt(&dir.join(file), e.to_string()))
-    };
-    let generation = source.generation_config.as_deref();
-    let generation = generation.map(|text| parse("generation_config.json", text)).transpose()?;
-    Ok((parse("config.json", &source.config)?, generation))
 }
 
 /// The text of a file that may be absent.

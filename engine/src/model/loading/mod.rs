@@ -4,11 +4,11 @@
 //! - `directory`: Hugging Face's files: configuration, tokenizer, safetensors.
 //! - `safetensors`: tensors of one or many shards.
 //! - `gguf`: one file with everything; dequantised, and brought into Hugging Face's form.
+//! - `describe`: what can be said of a model without its weights.
 //! - `hub`: a hub id becomes a directory.
 //! - `tensors`: what the two formats share: names checked, tensors read in parallel.
-//! - `card`: what a model says beside its weights, for engines that read them on their own.
 
-mod card;
+mod describe;
 mod directory;
 mod error;
 mod gguf;
@@ -16,11 +16,11 @@ mod hub;
 mod safetensors;
 mod tensors;
 
-pub use card::{Card, card};
+pub use describe::{Description, describe};
 pub use error::LoadError;
 
 use crate::{chat::ChatTokenizer, model::config::ModelConfig};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A model in memory.
 #[derive(Debug)]
@@ -87,34 +87,35 @@ impl Source {
 /// # Errors
 /// The model cannot be found, read, or run by this engine; the message says what to do.
 pub fn load(spec: &str) -> Result<Checkpoint, LoadError> {
-    let (path, name) = find(spec)?;
-    if path.is_dir() { directory::load(&path, name) } else { gguf::load(&path, name) }
+    let path = Path::new(spec);
+    if path.exists() {
+        return load_path(path, local_name(path));
+    }
+    match hub::ModelId::parse(spec) {
+        Some(id) => load_path(&id.fetch(&hub::Hub::from_env())?, id.to_string()),
+        None => Err(not_found(spec)),
+    }
 }
 
-/// The directory or GGUF file that `spec` names, and what to call the model.
-fn find(spec: &str) -> Result<(PathBuf, String), LoadError> {
-    let path = Path::new(spec);
-    if !path.exists() {
-        return match hub::ModelId::parse(spec) {
-            Some(id) => Ok((id.fetch(&hub::Hub::from_env())?, id.to_string())),
-            None => Err(LoadError::NotFound {
-                spec: spec.to_string(),
-                hint: "there is no such path, and it is no hub id like org/name either".to_string(),
-            }),
-        };
+fn not_found(spec: &str) -> LoadError {
+    LoadError::NotFound {
+        spec: spec.to_string(),
+        hint: "there is no such path, and it is no hub id like org/name either".to_string(),
     }
-    if path.is_dir() || is_gguf(path) {
-        return Ok((path.to_path_buf(), local_name(path)));
+}
+
+fn load_path(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
+    if path.is_dir() {
+        return directory::load(path, name);
+    }
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return gguf::load(path, name);
     }
     Err(LoadError::unsupported(
         "model file",
         path.display().to_string(),
         "a .gguf file, or the directory that holds config.json and the safetensors",
     ))
-}
-
-fn is_gguf(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 /// The last part of a path, without the extension of a file.

@@ -9,7 +9,7 @@ mod tokenizer;
 mod values;
 mod weights;
 
-use super::{Card, Checkpoint, LoadError, Source};
+use super::{Checkpoint, Description, LoadError, Source};
 use header::Header;
 use std::{fs::File, path::Path};
 use tokenizer::{Bounds, Vocabulary};
@@ -23,7 +23,7 @@ pub(super) fn load(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
     let bounds = Bounds {
         bos: config.bos_token_id,
         eos: config.eos_token_ids.clone(),
-        max_length: Some(config.max_position_embeddings),
+        max_length: config.max_position_embeddings,
     };
     let texts = texts(&header, &bounds)?;
     let source = Source { config: pretty(&config.to_hf()), ..texts };
@@ -32,17 +32,21 @@ pub(super) fn load(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
 }
 
-/// What a GGUF file says beside its weights.
-pub(super) fn card(path: &Path, name: String) -> Result<Card, LoadError> {
+/// Reads everything but the tensors, of whatever architecture.
+pub(super) fn describe(path: &Path, name: String) -> Result<Description, LoadError> {
     let file = File::open(path).map_err(LoadError::io(path))?;
     let header = Header::read(&file, path)?;
+    let metadata = &header.metadata;
     let vocab_size = config::vocab_size(&header)?;
-    let bos = header.metadata.token_id("tokenizer.ggml.bos_token_id")?;
-    let mut eos = config::end_tokens(&header.metadata)?;
+    let mut eos = config::end_tokens(metadata)?;
     eos.retain(|&id| (id as usize) < vocab_size);
-    let bounds = Bounds { bos, eos, max_length: None };
+    let architecture = metadata.text("general.architecture")?.unwrap_or_default();
+    let max_model_len = metadata.count(&format!("{architecture}.context_length"))?;
+    let bos = metadata.token_id("tokenizer.ggml.bos_token_id")?;
+    let bounds = Bounds { bos, eos, max_length: max_model_len };
     let tokenizer = texts(&header, &bounds)?.chat_tokenizer()?;
-    Ok(Card { name, path: path.into(), tokenizer, vocab_size, eos_token_ids: bounds.eos })
+    let (path, eos_token_ids) = (path.to_path_buf(), bounds.eos);
+    Ok(Description { name, path, vocab_size, eos_token_ids, max_model_len, tokenizer })
 }
 
 /// The tokenizer's files.

@@ -40,7 +40,7 @@ struct Rule {
 pub(super) struct Bounds {
     pub bos: Option<u32>,
     pub eos: Vec<u32>,
-    pub max_length: Option<usize>,
+    pub max_length: usize,
 }
 
 /// The vocabulary of a GGUF file.
