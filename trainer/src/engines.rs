@@ -1,6 +1,12 @@
 //! Which engine draws the samples: the one place where a name in a configuration becomes an
 //! engine.
 
+#[cfg(feature = "mistralrs")]
+mod mistralrs;
+#[cfg(not(feature = "mistralrs"))]
+#[path = "engines/no_mistralrs.rs"]
+mod mistralrs;
+
 use crate::{
     config::{Config, EngineKind},
     error::TrainError,
@@ -9,7 +15,7 @@ use onpolicy_engine::{
     model::{config::ModelConfig, loading::Description},
     remote::{RemoteEngine, RemoteModel},
 };
-use onpolicy_plugin_api::{Engine, EngineError, Options, PluginError, Plugins};
+use onpolicy_plugin_api::{Engine, Options, PluginError, Plugins};
 use std::sync::Arc;
 
 /// Engines that come with the crate.
@@ -84,7 +90,7 @@ pub fn start(
             };
             Ok(Arc::new(RemoteEngine::start(&urls, model, engine.remote.clone())?))
         }
-        EngineKind::Mistralrs => Ok(mistralrs(config)?),
+        EngineKind::Mistralrs => mistralrs::start(config),
         EngineKind::Native => {
             Err(TrainError::Refused("the native engine needs weights that are loaded here".into()))
         }
@@ -92,12 +98,4 @@ pub fn start(
             TrainError::Refused(format!("engine.kind = \"{name}\": there is no such engine here"))
         }),
     }
-}
-
-/// Where mistral.rs is plugged in.
-fn mistralrs(_config: &Config) -> Result<Arc<dyn Engine>, EngineError> {
-    Err(EngineError::unsupported(
-        "engine.kind = \"mistralrs\" is not built into this command; build it with: \
-         cargo build --release --features mistralrs",
-    ))
 }

@@ -40,16 +40,17 @@ impl Engine {
         not_empty("engine.kind", &self.kind)?;
         let kind = self.kind();
         self.validate_urls(&kind)?;
-        let (remote, plugin) = match &kind {
+        let (remote, options) = match &kind {
             EngineKind::Remote(_) => (true, false),
-            EngineKind::Plugin(_) => (false, true),
-            EngineKind::Native | EngineKind::Mistralrs => (false, false),
+            EngineKind::Plugin(_) | EngineKind::Mistralrs => (false, true),
+            EngineKind::Native => (false, false),
         };
         let only = |key: &str, used: bool, of: &str| {
             rule(key, "...", used, || format!("has no effect unless engine.kind is {of}"))
         };
         only("engine.remote", remote || self.remote == RemoteOptions::default(), "\"remote\"")?;
-        only("engine.options", plugin || self.options.is_empty(), "a plug-in")?;
+        let options = options || self.options.is_empty();
+        only("engine.options", options, "\"mistralrs\" or a plug-in")?;
         self.remote.validate().map_err(|error| self.remote_error(error))?;
         self.validate_native(&kind)
     }
@@ -98,7 +99,7 @@ impl Engine {
             ("on_update", self.on_update == OnUpdate::Keep),
             ("prefix_cache", self.prefix_cache),
             ("max_batched_tokens", self.max_batched_tokens == default.max_batched_tokens),
-            ("kv_memory_mb", shared || self.kv_memory_mb == default.kv_memory_mb),
+            ("kv_memory_mb", self.kv_memory_mb == default.kv_memory_mb),
             ("max_model_len", shared || self.max_model_len.is_none()),
         ];
         for (key, unused) in checks {

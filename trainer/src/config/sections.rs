@@ -66,7 +66,7 @@ pub struct Engine {
     /// With `remote`: how the servers are spoken to.
     #[serde(skip_serializing_if = "is_default")]
     pub remote: RemoteOptions,
-    /// Options of a plug-in; it checks them itself.
+    /// Options of a plug-in, or of `mistralrs`; they check them themselves.
     #[serde(skip_serializing_if = "Map::is_empty")]
     pub options: Map<String, Value>,
 }
