@@ -5,7 +5,7 @@ use crate::{
     support::{ask, ask_all, greedy, ids, serve, tiny, write},
 };
 use onpolicy_engine::{engine::EngineConfig, mistral::Options};
-use onpolicy_plugin_api::{Engine, Request, SamplingParams};
+use onpolicy_plugin_api::{Engine, LogprobsMode, Request, SamplingParams};
 use serde_json::Value;
 
 /// Below this, in nats, the two likeliest tokens are too close for rounding to leave their order
@@ -55,6 +55,19 @@ fn seeded_samples_are_those_of_the_native_engine() {
         SamplingParams::default(),
         SamplingParams { temperature: 0.7, top_k: 30, ..SamplingParams::default() },
         SamplingParams { top_p: 0.8, min_p: 0.01, min_tokens: 9, ..SamplingParams::default() },
+        SamplingParams {
+            repetition_penalty: 1.3,
+            presence_penalty: 0.4,
+            frequency_penalty: 0.2,
+            logit_bias: vec![(9, 4.0)],
+            ..SamplingParams::default()
+        },
+        SamplingParams {
+            allowed_token_ids: Some((3..90).collect()),
+            bad_words: vec![vec![5], vec![9, 10]],
+            logprobs_mode: LogprobsMode::Raw,
+            ..SamplingParams::default()
+        },
     ];
     for (seed, params) in kinds.into_iter().enumerate() {
         let params = SamplingParams { n: 3, seed: Some(seed as u64), max_tokens: 24, ..params };
