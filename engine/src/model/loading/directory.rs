@@ -37,7 +37,7 @@ pub(super) fn load(dir: &Path, name: String) -> Result<Checkpoint, LoadError> {
 }
 
 /// The text of a file that may be absent.
-fn read_optional(dir: &Path, file: &str) -> Result<Option<String>, LoadError> {
+pub(super) fn read_optional(dir: &Path, file: &str) -> Result<Option<String>, LoadError> {
     let path = dir.join(file);
     match std::fs::read_to_string(&path) {
         Ok(text) => Ok(Some(text)),

@@ -5,16 +5,19 @@
 //! - `safetensors`: tensors of one or many shards.
 //! - `gguf`: one file with everything; dequantised, and brought into Hugging Face's form.
 //! - `hub`: a hub id becomes a directory.
+//! - `replacement`: weights alone, for a model that runs already.
 //! - `tensors`: what the two formats share: names checked, tensors read in parallel.
 
 mod directory;
 mod error;
 mod gguf;
 mod hub;
+mod replacement;
 mod safetensors;
 mod tensors;
 
 pub use error::LoadError;
+pub use replacement::load_weights;
 
 use crate::{chat::ChatTokenizer, model::config::ModelConfig};
 use std::path::Path;
