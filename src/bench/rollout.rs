@@ -202,7 +202,7 @@ fn memory(
 fn serve(session: &Session, metrics: PrometheusHandle) -> Result<server::Server, anyhow::Error> {
     let mut config = session.config.clone();
     config.server.enabled = true;
-    let server = server::start(&config, &session.served, metrics)?;
+    let server = server::start(&config, &session.served, metrics, None)?;
     server.ok_or_else(|| anyhow::anyhow!("the server did not start"))
 }
 

@@ -13,7 +13,7 @@ pub fn run(arguments: &cli::Serve) -> Result<(), anyhow::Error> {
     if let Some(copies) = served.copies()? {
         eprintln!("{copies}");
     }
-    let server = server::start(&config, &served, metrics)?;
+    let server = server::start(&config, &served, metrics, None)?;
     let Some(server) = server else { anyhow::bail!("the server did not start") };
     println!("serving on {}/v1 (Ctrl-C stops it)", server.url());
     let stop: &'static AtomicBool = Box::leak(Box::default());

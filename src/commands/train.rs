@@ -15,7 +15,7 @@ pub fn run(
     eprintln!("loading {} ...", config.model.path);
     let mut run = run::Run::start(config.clone(), parts, arguments.resume)?;
     let served = run.served();
-    let server = server::start(&config, served, metrics)?;
+    let server = server::start(&config, served, metrics, Some(config.output.dir.clone().into()))?;
     describe(&config, &run, server.as_ref())?;
     let plan = run.memory_plan()?;
     eprintln!("{plan}");

@@ -90,6 +90,7 @@ impl Run {
         }
         let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
         let served = Served::start(&model.to_string_lossy(), &config)?;
+        served.engine.train_weights();
         let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
         let (mut step, mut seconds, mut drawn) = (0, 0.0, VecDeque::new());
         if let Some((checkpoint, state)) = &resumed {

@@ -15,8 +15,17 @@ const OPEN: [&str; 4] = ["/health", "/health/", "/ping", "/liveness"];
 const METRICS: &str = "/metrics";
 
 /// A key that a client must show. It is never written anywhere.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, serde::Deserialize)]
+#[serde(try_from = "String")]
 pub struct Key(String);
+
+impl TryFrom<String> for Key {
+    type Error = &'static str;
+
+    fn try_from(key: String) -> Result<Self, Self::Error> {
+        Self::new(key)
+    }
+}
 
 impl Key {
     /// A key; it must be made of visible ASCII characters, or no client could send it.

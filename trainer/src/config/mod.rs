@@ -10,8 +10,8 @@ mod raw;
 mod validate;
 
 pub use sections::{
-    Correction, Engine, Eval, Mode, Model, OnUpdate, Output, Plugin, Rollout, Schedule, ServeDtype,
-    Server, Train,
+    ControlPlane, Correction, Engine, Eval, Key, Mode, Model, OnUpdate, Output, Plugin, Rollout,
+    Schedule, ServeDtype, Server, Train,
 };
 
 use serde::Serialize;
