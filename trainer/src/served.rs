@@ -113,6 +113,7 @@ impl Served {
         let name = config.model.name.clone().unwrap_or(name);
         let served = Model { name, config: model.clone(), weights: policy };
         let native = EngineHandle::start(served, engine_config(config))?;
+        native.train_weights();
         // Not before, so that what loading has left is gone.
         keep_freed();
         let serve_dtype = config.engine.serve_dtype;
