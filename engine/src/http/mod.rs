@@ -6,7 +6,8 @@
 //! - [`fields`], [`neutral`], [`prompt`]: what is asked for, checked.
 //! - [`generation`], [`text`]: the request at the engine; tokens become text.
 //! - [`completions`], [`chat_completions`], [`logprobs`], [`answer`], `stream`: the answer.
-//! - [`tokens`], [`models`], [`metrics`]: the other routes.
+//! - [`generate`]: the same in the shapes of other servers, for clients that keep token ids.
+//! - [`tokens`], [`models`], [`health`], [`metrics`]: the other routes.
 
 pub mod answer;
 pub mod body;
@@ -14,7 +15,9 @@ pub mod chat_completions;
 pub mod completions;
 pub mod error;
 pub mod fields;
+pub mod generate;
 pub mod generation;
+pub mod health;
 pub mod logprobs;
 pub mod metrics;
 pub mod models;
@@ -60,6 +63,8 @@ pub struct Limits {
     pub body_bytes: usize,
     /// How long a body may take to arrive; a slower one is answered with 408.
     pub body_time: Duration,
+    /// How long `/health_generate` waits for a token; then it answers 503.
+    pub health_time: Duration,
 }
 
 impl Default for Limits {
@@ -70,6 +75,7 @@ impl Default for Limits {
             stop_strings: 16,
             body_bytes: 8 << 20,
             body_time: Duration::from_secs(60),
+            health_time: Duration::from_secs(20),
         }
     }
 }
@@ -163,9 +169,18 @@ pub fn app(state: AppState) -> Router {
         .route(chat_completions::PATH, post(chat_completions::create))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
-        .route("/health", get(models::health))
-        .route("/ping", get(models::health).post(models::health))
+        .route(generate::vllm::PATH, post(generate::vllm::create))
+        .route(generate::sglang::PATH, post(generate::sglang::create))
+        .route(generate::trl::GENERATE, post(generate::trl::generate))
+        .route(generate::trl::CHAT, post(generate::trl::chat))
+        .route("/health", get(health::health))
+        .route("/health/", get(health::health))
+        .route("/ping", get(health::health).post(health::health))
+        .route("/health_generate", get(health::generate))
+        .route("/load", get(health::load))
         .route("/version", get(models::version))
+        .route("/model_info", get(models::info))
+        .route("/get_model_info", get(models::info))
         .route("/metrics", get(metrics::show))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)

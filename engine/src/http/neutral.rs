@@ -6,7 +6,7 @@ use serde_json::Value;
 
 /// What a field may be.
 #[derive(Clone, Copy)]
-enum Only {
+pub(super) enum Only {
     Zero,
     One,
     True,
@@ -53,8 +53,9 @@ impl Only {
     }
 }
 
-type Rule = (&'static str, Only);
+pub(super) type Rule = (&'static str, Only);
 
+/// No tokenizer here puts spaces between special tokens: both values of that field are neutral.
 const SHARED: [Rule; 15] = [
     ("frequency_penalty", Only::Zero),
     ("presence_penalty", Only::Zero),
@@ -64,7 +65,7 @@ const SHARED: [Rule; 15] = [
     ("bad_words", Only::Empty),
     ("allowed_token_ids", Only::Nothing),
     ("use_beam_search", Only::False),
-    ("spaces_between_special_tokens", Only::True),
+    ("spaces_between_special_tokens", Only::Bool),
     ("truncate_prompt_tokens", Only::Nothing),
     ("prompt_logprobs", Only::Nothing),
     ("cache_salt", Only::Nothing),
@@ -110,7 +111,11 @@ const MESSAGE: [Rule; 7] = [
     ("tool_call_id", Only::Nothing),
 ];
 
-fn check(fields: &mut Fields, rules: &[Rule]) -> Result<(), ApiError> {
+/// Takes the fields of the rules.
+///
+/// # Errors
+/// 400 naming the first that is not neutral.
+pub(super) fn check(fields: &mut Fields, rules: &[Rule]) -> Result<(), ApiError> {
     for (name, only) in rules {
         match fields.take_value(name) {
             Some(value) if !only.allows(&value) => return Err(refuse(fields, name, *only)),
