@@ -214,7 +214,7 @@ async fn what_is_not_supported_is_accepted_only_where_it_changes_nothing() {
             ("logit_bias", json!({}), json!({"5": 1})),
             ("bad_words", json!([]), json!(["x"])),
             ("use_beam_search", json!(false), json!(true)),
-            ("spaces_between_special_tokens", json!(true), json!(false)),
+            ("spaces_between_special_tokens", json!(false), json!("no")),
             ("priority", json!(0), json!(1)),
             ("service_tier", json!("auto"), json!("flex")),
             ("store", json!(false), json!(true)),
