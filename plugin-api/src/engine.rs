@@ -211,6 +211,14 @@ pub trait Engine: Send + Sync {
     /// Version of the weights that the next step will use.
     fn weight_version(&self) -> u64;
 
+    /// Whether it takes requests; does not wait for a step.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`], or what has failed for good.
+    fn health(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     /// True if the engine serves the storage that the trainer writes, so that it takes
     /// [`WeightUpdate::InPlace`] and its log-probs are the trainer's.
     fn shares_weights(&self) -> bool {

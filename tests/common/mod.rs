@@ -5,7 +5,12 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
+
+/// How long a client may take.
+const CLIENT_LIMIT: Duration = Duration::from_secs(300);
 
 /// The folder that scripts/setup fills.
 pub fn cache() -> PathBuf {
@@ -58,5 +63,30 @@ impl Drop for Served {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Runs a script of tests/python in the environment `venv` of the cache; it must end well, in time.
+pub fn run_client(venv: &str, script: &str, arguments: &[&str]) {
+    let python = cache().join(venv).join("bin/python");
+    assert!(python.exists(), "{} is missing: run scripts/test", python.display());
+    let mut client = Command::new(python)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(script))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("Python starts");
+    let started = Instant::now();
+    loop {
+        if let Some(status) = client.try_wait().expect("a status") {
+            assert!(status.success(), "{script} failed: {status}");
+            return;
+        }
+        if started.elapsed() > CLIENT_LIMIT {
+            let _ = client.kill();
+            let _ = client.wait();
+            panic!("{script} did not end in time");
+        }
+        thread::sleep(Duration::from_millis(50));
     }
 }

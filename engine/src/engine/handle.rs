@@ -79,6 +79,12 @@ impl Engine for EngineHandle {
         self.inner.shared.version.get()
     }
 
+    fn health(&self) -> Result<(), EngineError> {
+        let thread = self.inner.thread.lock().unwrap_or_else(|poison| poison.into_inner());
+        let runs = thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        if runs { Ok(()) } else { Err(EngineError::Stopped) }
+    }
+
     fn shares_weights(&self) -> bool {
         true
     }

@@ -142,6 +142,7 @@ impl Common {
             skip_special: self.skip_special,
             min_tokens: self.params.min_tokens,
             stop_tokens: [eos, &self.params.stop_token_ids].concat(),
+            tokens_only: false,
         })
     }
 

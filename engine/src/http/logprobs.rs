@@ -6,7 +6,7 @@ use onpolicy_plugin_api::{PromptToken, Token};
 use serde::{Serialize, Serializer};
 
 /// Stands for minus infinity, which JSON does not have.
-const LOWEST: f32 = -9999.0;
+pub(super) const LOWEST: f32 = -9999.0;
 
 /// A log-prob as JSON can have it.
 pub(super) fn shown(logprob: f32) -> f32 {
@@ -23,7 +23,8 @@ pub struct TokenNames {
 }
 
 impl TokenNames {
-    fn name(&self, id: u32) -> String {
+    /// The name of a token.
+    pub(super) fn name(&self, id: u32) -> String {
         if self.as_ids { format!("token_id:{id}") } else { self.tokenizer.token_text(id) }
     }
 }

@@ -7,7 +7,8 @@
 //! - [`generation`], [`text`]: the request at the engine; tokens become text.
 //! - [`completions`], [`chat_completions`], [`logprobs`], [`prompt_logprobs`], [`answer`],
 //!   `stream`: the answer.
-//! - [`tokens`], [`models`], [`metrics`]: the other routes.
+//! - [`generate`]: the same in the shapes of other servers, for clients that keep token ids.
+//! - [`tokens`], [`models`], [`health`], [`metrics`]: the other routes.
 //! - [`access`]: keys; [`control`]: routes that control the engine; [`registry`]: what runs.
 
 pub mod access;
@@ -18,7 +19,9 @@ pub mod completions;
 pub mod control;
 pub mod error;
 pub mod fields;
+pub mod generate;
 pub mod generation;
+pub mod health;
 pub mod logprobs;
 pub mod metrics;
 pub mod models;
@@ -67,6 +70,8 @@ pub struct Limits {
     pub body_bytes: usize,
     /// How long a body may take to arrive; a slower one is answered with 408.
     pub body_time: Duration,
+    /// How long `/health_generate` waits for a token; then it answers 503.
+    pub health_time: Duration,
 }
 
 impl Default for Limits {
@@ -77,6 +82,7 @@ impl Default for Limits {
             stop_strings: 16,
             body_bytes: 8 << 20,
             body_time: Duration::from_secs(60),
+            health_time: Duration::from_secs(20),
         }
     }
 }
@@ -183,11 +189,19 @@ pub fn app(state: AppState) -> Router {
         .route(chat_completions::PATH, post(chat_completions::create))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
-        .route("/health", get(models::health))
-        .route("/health/", get(models::health))
+        .route(generate::vllm::PATH, post(generate::vllm::create))
+        .route(generate::sglang::PATH, post(generate::sglang::create))
+        .route(generate::trl::GENERATE, post(generate::trl::generate))
+        .route(generate::trl::CHAT, post(generate::trl::chat))
+        .route("/health", get(health::health))
+        .route("/health/", get(health::health))
         .route("/liveness", get(control::liveness))
-        .route("/ping", get(models::health).post(models::health))
+        .route("/ping", get(health::health).post(health::health))
+        .route("/health_generate", get(health::generate))
+        .route("/load", get(health::load))
         .route("/version", get(models::version))
+        .route("/model_info", get(models::info))
+        .route("/get_model_info", get(models::info))
         .route("/metrics", get(metrics::show))
         // Routes above need the key of those who use the model.
         .layer(from_fn_with_state(state.clone(), access::data))

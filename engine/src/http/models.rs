@@ -1,4 +1,4 @@
-//! What is served: `/v1/models`, `/version`, `/health`.
+//! What is served: `/v1/models`, `/version`, and SGLang's `/model_info`.
 
 use super::error::ApiError;
 use super::fields::unknown_model;
@@ -7,13 +7,31 @@ use axum::Json;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
+/// The model as vLLM describes one: it is no adapter of another, and anybody may use it.
 fn card(state: &AppState) -> Value {
+    let (name, created) = (&state.info.name, state.created);
     json!({
-        "id": state.info.name,
+        "id": name,
         "object": "model",
-        "created": state.created,
+        "created": created,
         "owned_by": "onpolicy",
+        "root": name,
+        "parent": null,
         "max_model_len": state.info.max_model_len,
+        "permission": [{
+            "id": format!("modelperm-{created}"),
+            "object": "model_permission",
+            "created": created,
+            "allow_create_engine": false,
+            "allow_sampling": true,
+            "allow_logprobs": true,
+            "allow_search_indices": false,
+            "allow_view": true,
+            "allow_fine_tuning": false,
+            "organization": "*",
+            "group": null,
+            "is_blocking": false,
+        }],
     })
 }
 
@@ -40,7 +58,15 @@ pub async fn version(State(state): Shared) -> Json<Value> {
     Json(json!({ "version": env!("CARGO_PKG_VERSION"), "weight_version": weight_version }))
 }
 
-/// `GET /health` and `/ping`: the server answers.
-pub async fn health() -> Json<Value> {
-    Json(json!({ "status": "ok" }))
+/// `GET /model_info`, and its older name `/get_model_info`.
+pub async fn info(State(state): Shared) -> Json<Value> {
+    Json(json!({
+        "model_path": state.info.name,
+        "tokenizer_path": state.info.name,
+        "is_generation": true,
+        "preferred_sampling_params": null,
+        "weight_version": state.engine.weight_version().to_string(),
+        "has_image_understanding": false,
+        "has_audio_understanding": false,
+    }))
 }

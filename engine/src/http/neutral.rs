@@ -6,7 +6,7 @@ use serde_json::Value;
 
 /// What a field may be.
 #[derive(Clone, Copy)]
-enum Only {
+pub(super) enum Only {
     One,
     True,
     False,
@@ -50,12 +50,13 @@ impl Only {
     }
 }
 
-type Rule = (&'static str, Only);
+pub(super) type Rule = (&'static str, Only);
 
+/// No tokenizer here puts spaces between special tokens: both values of that field are neutral.
 const SHARED: [Rule; 5] = [
     ("length_penalty", Only::One),
     ("use_beam_search", Only::False),
-    ("spaces_between_special_tokens", Only::True),
+    ("spaces_between_special_tokens", Only::Bool),
     ("service_tier", Only::Word(&["auto", "default"])),
     ("store", Only::False),
 ];
@@ -97,7 +98,11 @@ const MESSAGE: [Rule; 7] = [
     ("tool_call_id", Only::Nothing),
 ];
 
-fn check(fields: &mut Fields, rules: &[Rule]) -> Result<(), ApiError> {
+/// Takes the fields of the rules.
+///
+/// # Errors
+/// 400 naming the first that is not neutral.
+pub(super) fn check(fields: &mut Fields, rules: &[Rule]) -> Result<(), ApiError> {
     for (name, only) in rules {
         match fields.take_value(name) {
             Some(value) if !only.allows(&value) => return Err(refuse(fields, name, *only)),

@@ -275,7 +275,7 @@ async fn what_is_not_supported_is_accepted_only_where_it_changes_nothing() {
         let shared = [
             ("length_penalty", json!(1), json!(2)),
             ("use_beam_search", json!(false), json!(true)),
-            ("spaces_between_special_tokens", json!(true), json!(false)),
+            ("spaces_between_special_tokens", json!(false), json!("no")),
             ("service_tier", json!("auto"), json!("flex")),
             ("store", json!(false), json!(true)),
             ("response_format", json!({"type": "text"}), json!({"type": "json_object"})),

@@ -16,9 +16,14 @@ async fn models_are_listed() {
         let server = server().await;
         let (status, mut list) = server.get("/v1/models").await;
         assert_eq!(status, 200);
-        assert!(list["data"][0]["created"].take().as_u64().unwrap() > 1_700_000_000);
+        let created = list["data"][0]["created"].take().as_u64().unwrap();
+        assert!(created > 1_700_000_000);
+        let permission = list["data"][0]["permission"].take();
+        assert_eq!(permission[0]["allow_sampling"], true);
+        assert_eq!(permission[0]["id"], format!("modelperm-{created}"));
         let model = json!({"id": MODEL, "object": "model", "created": null,
-            "owned_by": "onpolicy", "max_model_len": MAX_MODEL_LEN});
+            "owned_by": "onpolicy", "root": MODEL, "parent": null,
+            "max_model_len": MAX_MODEL_LEN, "permission": null});
         assert_eq!(list, json!({"object": "list", "data": [model]}));
         for path in ["/v1/models/test/scripted", "/v1/models/test%2Fscripted"] {
             let (status, card) = server.get(path).await;
@@ -26,6 +31,19 @@ async fn models_are_listed() {
         }
         let (status, answer) = server.get("/v1/models/other").await;
         assert_eq!((status.as_u16(), &answer["error"]["code"]), (404, &json!("model_not_found")));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_model_is_described_to_sglangs_clients() {
+    within(async {
+        let server = server().await;
+        for path in ["/model_info", "/get_model_info"] {
+            let info = server.get(path).await.1;
+            assert_eq!((&info["model_path"], &info["is_generation"]), (&json!(MODEL), &json!(true)));
+            assert_eq!(info["weight_version"], "7");
+        }
     })
     .await;
 }

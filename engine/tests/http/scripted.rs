@@ -131,6 +131,13 @@ impl Engine for Scripted {
         assert!(!self.script.panics, "the script says so");
         VERSION
     }
+
+    fn health(&self) -> Result<(), EngineError> {
+        match &self.script.refuses {
+            Some((_, EngineError::Stopped)) => Err(EngineError::Stopped),
+            _ => Ok(()),
+        }
+    }
 }
 
 struct Run {
