@@ -1,8 +1,15 @@
 //! The HTTP endpoint, on threads of its own.
 
 use anyhow::Context;
-use onpolicy_engine::http::{self, AppState, Limits, metrics::PrometheusHandle};
-use onpolicy_trainer::{config::Config, served::Served};
+use onpolicy_engine::http::{
+    self, AppState, Limits,
+    connections::{ConnectionLimits, serve},
+    metrics::PrometheusHandle,
+};
+use onpolicy_trainer::{
+    config::{self, Config},
+    served::Served,
+};
 use std::{
     net::SocketAddr,
     sync::{
@@ -45,19 +52,45 @@ pub fn start(
     })?;
     let address = listener.local_addr()?;
     let engine = Arc::new(served.engine.clone());
-    let state = AppState::new(engine, served.tokenizer.clone(), Limits::default(), metrics);
+    let state = AppState::new(engine, served.tokenizer.clone(), limits(&config.server), metrics);
+    let connections = connections(&config.server);
     let (shutdown, signal) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("http".into()).spawn(move || {
         let stopped = async {
             // A dropped sender says the same.
             let _ = signal.await;
         };
-        if let Err(error) = runtime.block_on(http::run(listener, http::app(state), stopped)) {
+        let served = serve(listener, http::app(state), connections, stopped);
+        if let Err(error) = runtime.block_on(served) {
             tracing::error!(%error, "the HTTP endpoint failed");
         }
         runtime.shutdown_timeout(Duration::from_secs(1));
     })?;
     Ok(Some(Server { address, shutdown, thread }))
+}
+
+fn limits(server: &config::Server) -> Limits {
+    let seconds = server.request_timeout_seconds;
+    Limits {
+        concurrent_requests: server.max_concurrent_requests,
+        prompts: server.max_prompts,
+        samples: server.max_samples,
+        prompt_tokens: server.max_prompt_tokens,
+        body_bytes: server.max_body_mb << 20,
+        body_time: Duration::from_secs(server.body_timeout_seconds),
+        request_time: (seconds > 0).then(|| Duration::from_secs(seconds)),
+        undelivered_tokens: server.max_undelivered_tokens,
+        ..Limits::default()
+    }
+}
+
+fn connections(server: &config::Server) -> ConnectionLimits {
+    ConnectionLimits {
+        connections: server.max_connections,
+        header_time: Duration::from_secs(server.header_timeout_seconds),
+        write_time: Duration::from_secs(server.write_timeout_seconds),
+        grace: Duration::from_secs(server.shutdown_grace_seconds),
+    }
 }
 
 impl Server {

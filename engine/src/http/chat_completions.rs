@@ -1,12 +1,13 @@
 //! `POST /v1/chat/completions`: a conversation in, the assistant's next message out.
 
-use super::answer::{Meta, Wording, respond, unix_time};
+use super::answer::{Envelope, Meta, Wording, respond, unix_time};
 use super::body::{Fields, JsonBytes};
 use super::error::ApiError;
 use super::fields::{Common, check_top};
 use super::generation::{Finish, Generation, Job, Sample, StopReason};
 use super::logprobs::{ChatLogprobs, PolicyStats, TokenNames};
 use super::metrics::RequestClock;
+use super::openapi::errors;
 use super::prompt::{encode_chat, take_chat};
 use super::text::{Piece, PlacedToken};
 use super::{Admission, AppState, Shared, neutral};
@@ -14,6 +15,7 @@ use axum::extract::State;
 use axum::response::Response;
 use onpolicy_plugin_api::{FinishReason, PromptToken, Request};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// The route's path.
 pub const PATH: &str = "/v1/chat/completions";
@@ -22,6 +24,15 @@ pub const PATH: &str = "/v1/chat/completions";
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/v1/chat/completions", operation_id = "chat_completions", tag = "generation",
+    request_body = ref("#/components/schemas/ChatCompletionRequest"),
+    responses(
+        (status = 200, description = "All samples; or, with `stream`, events of more of them",
+            content((Envelope<Choice> = "application/json"), (String = "text/event-stream"))),
+        errors::Generating,
+    ),
+)]
 pub async fn create(
     State(state): Shared,
     admission: Admission,
@@ -34,7 +45,8 @@ pub async fn create(
 }
 
 /// The message of a choice, or what a chunk adds to it.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[schema(as = ChatAnswer)]
 struct Message {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
@@ -43,9 +55,11 @@ struct Message {
 }
 
 /// What whole choices and streamed ones have in common.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[schema(as = ChatDetails)]
 struct Details {
     logprobs: Option<ChatLogprobs>,
+    #[schema(value_type = Option<String>)]
     finish_reason: Option<FinishReason>,
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -57,7 +71,8 @@ struct Details {
 }
 
 /// A choice of a whole answer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ChatChoice)]
 struct Choice {
     index: usize,
     message: Message,
@@ -78,6 +93,12 @@ struct ChatWording {
     logprobs: bool,
     token_ids: bool,
     names: TokenNames,
+}
+
+/// Parses a body and forgets what it asks for.
+#[cfg(test)]
+pub(super) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan(fields, state).map(|_| ())
 }
 
 fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, ChatWording, Meta), ApiError> {
@@ -107,7 +128,8 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, ChatWording, Meta)
         include_usage: common.include_usage,
     };
     let rules = common.text_rules(&state.info);
-    Ok((Job { requests: vec![Request::new(prompt, params)], rules }, wording, meta))
+    let job = Job { requests: vec![Request::new(prompt, params)], rules, stream: common.stream };
+    Ok((job, wording, meta))
 }
 
 /// `max_completion_tokens` is the newer name of `max_tokens`.

@@ -2,23 +2,28 @@
 //!
 //! # Layout
 //! In the order that a request's data flows:
+//! - [`connections`], [`lifetime`]: from a socket to a request, and how both end.
 //! - [`body`]: a JSON body, taken field by field; [`error`]: the one error type.
 //! - [`fields`], [`neutral`], [`prompt`]: what is asked for, checked.
-//! - [`generation`], [`text`]: the request at the engine; tokens become text.
+//! - [`feed`], [`generation`], [`text`]: the request at the engine; tokens become text.
 //! - [`completions`], [`chat_completions`], [`logprobs`], [`answer`], `stream`: the answer.
-//! - [`tokens`], [`models`], [`metrics`]: the other routes.
+//! - [`tokens`], [`models`], [`metrics`]: the other routes; [`openapi`] describes them all.
 
 pub mod answer;
 pub mod body;
 pub mod chat_completions;
 pub mod completions;
+pub mod connections;
 pub mod error;
+pub mod feed;
 pub mod fields;
 pub mod generation;
+pub mod lifetime;
 pub mod logprobs;
 pub mod metrics;
 pub mod models;
 pub mod neutral;
+pub mod openapi;
 pub mod prompt;
 mod stream;
 pub mod text;
@@ -31,8 +36,9 @@ use axum::http::{StatusCode, request::Parts};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
+use connections::ConnectionLimits;
 use error::ApiError;
+use lifetime::Lifetime;
 use metrics_exporter_prometheus::PrometheusHandle;
 use onpolicy_plugin_api::{Engine, ModelInfo};
 use std::any::Any;
@@ -41,11 +47,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
-
-/// How long running requests may go on after the shutdown signal.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// What one client may ask for, and how much may go on at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,12 +57,21 @@ pub struct Limits {
     pub concurrent_requests: usize,
     /// Prompts in one request.
     pub prompts: usize,
+    /// Samples in one request: prompts times `n`.
+    pub samples: usize,
+    /// Tokens of all prompts of one request.
+    pub prompt_tokens: usize,
     /// Stop strings in one request.
     pub stop_strings: usize,
     /// Longest body, in bytes; a longer one is answered with 413.
     pub body_bytes: usize,
     /// How long a body may take to arrive; a slower one is answered with 408.
     pub body_time: Duration,
+    /// How long the samples of a request may take; what takes longer is answered with 504. No limit
+    /// if none.
+    pub request_time: Option<Duration>,
+    /// Tokens of a stream that may wait for its reader; a slower reader is cut off.
+    pub undelivered_tokens: usize,
 }
 
 impl Default for Limits {
@@ -67,9 +79,13 @@ impl Default for Limits {
         Self {
             concurrent_requests: 1024,
             prompts: 1024,
+            samples: 16_384,
+            prompt_tokens: 1 << 20,
             stop_strings: 16,
             body_bytes: 8 << 20,
             body_time: Duration::from_secs(60),
+            request_time: Some(Duration::from_secs(3600)),
+            undelivered_tokens: 16_384,
         }
     }
 }
@@ -138,18 +154,27 @@ impl AppState {
 /// so that the bodies held in memory are bounded too.
 pub struct Admission {
     _permit: OwnedSemaphorePermit,
+    /// Whether the server goes on; none without a server.
+    lifetime: Option<Lifetime>,
 }
 
 impl FromRequestParts<Arc<AppState>> for Admission {
     type Rejection = ApiError;
 
-    async fn from_request_parts(_: &mut Parts, state: &Arc<AppState>) -> Result<Self, ApiError> {
+    async fn from_request_parts(
+        parts: &mut Parts,
+        state: &Arc<AppState>,
+    ) -> Result<Self, ApiError> {
+        let lifetime = parts.extensions.get::<Lifetime>().cloned();
+        if lifetime.as_ref().is_some_and(Lifetime::is_ending) {
+            return Err(ApiError::shutting_down());
+        }
         let permit = state.places.clone().try_acquire_owned().map_err(|_| {
             let limit = state.limits.concurrent_requests;
             let message = format!("{limit} requests are running already; try again later");
             ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("overloaded")
         })?;
-        Ok(Self { _permit: permit })
+        Ok(Self { _permit: permit, lifetime })
     }
 }
 
@@ -164,9 +189,10 @@ pub fn app(state: AppState) -> Router {
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/health", get(models::health))
-        .route("/ping", get(models::health).post(models::health))
+        .route("/ping", get(models::ping).post(models::ping))
         .route("/version", get(models::version))
         .route("/metrics", get(metrics::show))
+        .route("/openapi.json", get(openapi::show))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(state.limits.body_bytes))
@@ -201,7 +227,7 @@ pub async fn run(
     app: Router,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    run_with_grace(listener, app, shutdown, GRACE).await
+    connections::serve(listener, app, ConnectionLimits::default(), shutdown).await
 }
 
 /// As [`run`], with another time for running requests to finish.
@@ -214,28 +240,6 @@ pub async fn run_with_grace(
     shutdown: impl Future<Output = ()> + Send + 'static,
     grace: Duration,
 ) -> io::Result<()> {
-    // Events of a stream are small; they must not wait for each other.
-    let listener = listener.tap_io(|connection| {
-        if let Err(error) = connection.set_nodelay(true) {
-            tracing::debug!("TCP_NODELAY could not be set: {error}");
-        }
-    });
-    let (signal, signalled) = oneshot::channel();
-    let serve = axum::serve(listener, app).with_graceful_shutdown(async move {
-        shutdown.await;
-        let _ = signal.send(());
-    });
-    let too_late = async {
-        match signalled.await {
-            Ok(()) => tokio::time::sleep(grace).await,
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        served = serve => served,
-        () = too_late => {
-            tracing::warn!("requests that still run after {grace:?} are cut off");
-            Ok(())
-        }
-    }
+    let limits = ConnectionLimits { grace, ..ConnectionLimits::default() };
+    connections::serve(listener, app, limits, shutdown).await
 }
