@@ -18,7 +18,7 @@ BETWEEN_FIELDS = (
     "samples; one request may ask for",
     "KV blocks",
     "must be at most 1024 bytes long",
-    "has",  # "has 300 tokens": longer than the pool or the model
+    "shorten the prompt",
 )
 
 

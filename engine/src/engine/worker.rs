@@ -45,6 +45,8 @@ pub enum Command {
     SetVersion { version: u64, reply: SyncSender<()> },
     /// Say how things stand.
     Stats { reply: SyncSender<EngineStats> },
+    /// Say whether the books are right.
+    Check { reply: SyncSender<Result<(), String>> },
     /// Say where the time has gone.
     Profile { reply: SyncSender<Option<Profile>> },
     /// Fail everything and end.
@@ -144,6 +146,9 @@ impl Worker {
             }
             Command::Stats { reply } => {
                 let _ = reply.send(self.stats());
+            }
+            Command::Check { reply } => {
+                let _ = reply.send(self.scheduler.check());
             }
             Command::Profile { reply } => {
                 let _ = reply.send(profile::read());

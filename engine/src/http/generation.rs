@@ -150,7 +150,7 @@ pub struct Generation {
 /// Waits for what ends a request whether or not its samples are over, and says why.
 type Ending = Pin<Box<dyn Future<Output = ApiError> + Send>>;
 
-fn ending(time: Option<Duration>, admission: &Admission) -> Ending {
+fn ending(deadline: Option<Instant>, time: Option<Duration>, admission: &Admission) -> Ending {
     let lifetime = admission.lifetime.clone();
     Box::pin(async move {
         let cut_off = async {
@@ -160,8 +160,8 @@ fn ending(time: Option<Duration>, admission: &Admission) -> Ending {
             }
         };
         let late = async {
-            match time {
-                Some(time) => tokio::time::sleep(time).await,
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
                 None => pending().await,
             }
         };
@@ -208,7 +208,7 @@ impl Generation {
             backlog,
             ready: VecDeque::new(),
             clock,
-            ending: ending(limits.request_time, &admission),
+            ending: ending(deadline, limits.request_time, &admission),
             _admission: admission,
         };
         let sinks = sinks.into_iter().map(|sink| Box::new(sink) as Box<dyn Sink>);

@@ -8,6 +8,7 @@ mod fields;
 mod load_limits;
 mod load_slow;
 mod load_stop;
+mod openapi;
 mod others;
 mod scripted;
 mod server;
