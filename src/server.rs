@@ -6,6 +6,7 @@ use onpolicy_engine::{
     http::{
         self, AppState, Limits,
         access::{Access, Key},
+        connections::{ConnectionLimits, serve},
         control::{Settings, roots::Roots},
         metrics::PrometheusHandle,
     },
@@ -58,15 +59,18 @@ pub fn start(
     let address = listener.local_addr()?;
     let access = access(&config.server, address)?;
     let control = settings(&config.server, run)?;
-    let state = AppState::new(engine.clone(), tokenizer.clone(), Limits::default(), metrics)
+    let limits = limits(&config.server);
+    let state = AppState::new(engine.clone(), tokenizer.clone(), limits, metrics)
         .with_access(access, control);
+    let connections = connections(&config.server);
     let (shutdown, signal) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("http".into()).spawn(move || {
         let stopped = async {
             // A dropped sender says the same.
             let _ = signal.await;
         };
-        if let Err(error) = runtime.block_on(http::run(listener, http::app(state), stopped)) {
+        let served = serve(listener, http::app(state), connections, stopped);
+        if let Err(error) = runtime.block_on(served) {
             tracing::error!(%error, "the HTTP endpoint failed");
         }
         runtime.shutdown_timeout(Duration::from_secs(1));
@@ -105,6 +109,30 @@ fn settings(server: &Section, run: Option<PathBuf>) -> Result<Settings, anyhow::
     let roots = server.weight_roots.iter().map(PathBuf::from).chain(run);
     let weight_roots = Roots::new(roots).context("server.weight_roots")?;
     Ok(Settings { weight_roots, timeout: Duration::from_secs(server.control_timeout_seconds) })
+}
+
+fn limits(server: &Section) -> Limits {
+    let seconds = server.request_timeout_seconds;
+    Limits {
+        concurrent_requests: server.max_concurrent_requests,
+        prompts: server.max_prompts,
+        samples: server.max_samples,
+        prompt_tokens: server.max_prompt_tokens,
+        body_bytes: server.max_body_mb << 20,
+        body_time: Duration::from_secs(server.body_timeout_seconds),
+        request_time: (seconds > 0).then(|| Duration::from_secs(seconds)),
+        undelivered_tokens: server.max_undelivered_tokens,
+        ..Limits::default()
+    }
+}
+
+fn connections(server: &Section) -> ConnectionLimits {
+    ConnectionLimits {
+        connections: server.max_connections,
+        header_time: Duration::from_secs(server.header_timeout_seconds),
+        write_time: Duration::from_secs(server.write_timeout_seconds),
+        grace: Duration::from_secs(server.shutdown_grace_seconds),
+    }
 }
 
 impl Server {

@@ -254,6 +254,15 @@ impl EngineHandle {
         self.inner.ask(|reply| Command::Stats { reply })
     }
 
+    /// Verifies all bookkeeping of blocks and samples; takes time proportional to the pool. For
+    /// tests. Blocks until the step in progress is done.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`], or [`EngineError::Internal`] with what is wrong: a bug.
+    pub fn check(&self) -> Result<(), EngineError> {
+        self.inner.ask(|reply| Command::Check { reply })?.map_err(EngineError::Internal)
+    }
+
     /// Where the engine's time has gone so far; none if [`EngineConfig::profile`] is off. Blocks
     /// until the step in progress is done.
     ///

@@ -50,6 +50,8 @@ pub enum Command {
     Control(Control),
     /// Say how things stand.
     Stats { reply: SyncSender<EngineStats> },
+    /// Say whether the books are right.
+    Check { reply: SyncSender<Result<(), String>> },
     /// Say where the time has gone.
     Profile { reply: SyncSender<Option<Profile>> },
     /// Fail everything and end.
@@ -168,6 +170,9 @@ impl Worker {
             Command::Control(control) => self.control(control),
             Command::Stats { reply } => {
                 let _ = reply.send(self.stats());
+            }
+            Command::Check { reply } => {
+                let _ = reply.send(self.scheduler.check());
             }
             Command::Profile { reply } => {
                 let _ = reply.send(profile::read());

@@ -20,8 +20,10 @@ impl FromRequest<Arc<AppState>> for JsonBytes {
         check_content_type(request.headers())?;
         let read = Bytes::from_request(request, state);
         let Ok(read) = tokio::time::timeout(state.limits.body_time, read).await else {
-            let message = "the body did not arrive in time";
-            return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message));
+            let limit = state.limits.body_time;
+            let message = format!("the body did not arrive within {limit:?}; send it faster");
+            let error = ApiError::new(StatusCode::REQUEST_TIMEOUT, message);
+            return Err(error.with_code("slow_body"));
         };
         read.map(Self).map_err(|rejection| {
             let status = rejection.status();
@@ -35,6 +37,11 @@ impl FromRequest<Arc<AppState>> for JsonBytes {
 }
 
 impl JsonBytes {
+    #[cfg(test)]
+    pub(super) fn of(body: &str) -> Self {
+        Self(body.to_string().into())
+    }
+
     /// Parses the body as one JSON object.
     pub fn fields(&self) -> Result<Fields, ApiError> {
         let value = serde_json::from_slice(&self.0).map_err(|error| {
@@ -140,6 +147,8 @@ impl Fields {
 
     /// Takes a field as it is.
     pub fn take_value(&mut self, name: &str) -> Option<Value> {
+        #[cfg(test)]
+        asked::note(self.path(name));
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
@@ -181,6 +190,25 @@ impl Fields {
                 Err(ApiError::invalid(self.path(name), rule).with_code("unknown_field"))
             }
         }
+    }
+}
+
+/// The names that were asked for on this thread, whether or not a body had them.
+#[cfg(test)]
+pub(super) mod asked {
+    use std::{cell::RefCell, collections::BTreeSet};
+
+    thread_local! {
+        static NAMES: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
+    }
+
+    pub fn note(path: String) {
+        NAMES.with_borrow_mut(|names| names.insert(path));
+    }
+
+    /// All of them since the last call.
+    pub fn names() -> BTreeSet<String> {
+        NAMES.take()
     }
 }
 

@@ -1,12 +1,13 @@
 //! `POST /v1/chat/completions`: a conversation in, the assistant's next message out.
 
-use super::answer::{Meta, Wording, respond, unix_time};
+use super::answer::{Envelope, Meta, Wording, respond, unix_time};
 use super::body::{Fields, JsonBytes};
 use super::error::ApiError;
 use super::fields::{Common, check_top};
 use super::generation::{Finish, Generation, Job, Sample, StopReason};
 use super::logprobs::{ChatLogprobs, PolicyStats, TokenNames};
 use super::metrics::RequestClock;
+use super::openapi::errors;
 use super::prompt::{encode_chat, take_chat};
 use super::prompt_logprobs::PromptLogprobs;
 use super::text::{Piece, PlacedToken};
@@ -15,6 +16,7 @@ use axum::extract::State;
 use axum::response::Response;
 use onpolicy_plugin_api::{FinishReason, PromptToken};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// The route's path.
 pub const PATH: &str = "/v1/chat/completions";
@@ -23,6 +25,15 @@ pub const PATH: &str = "/v1/chat/completions";
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/v1/chat/completions", operation_id = "chat_completions", tag = "generation",
+    request_body = ref("#/components/schemas/ChatCompletionRequest"),
+    responses(
+        (status = 200, description = "All samples; or, with `stream`, events of more of them",
+            content((Envelope<Choice> = "application/json"), (String = "text/event-stream"))),
+        errors::Generating,
+    ),
+)]
 pub async fn create(
     State(state): Shared,
     admission: Admission,
@@ -35,7 +46,8 @@ pub async fn create(
 }
 
 /// The message of a choice, or what a chunk adds to it.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[schema(as = ChatAnswer)]
 struct Message {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
@@ -44,9 +56,11 @@ struct Message {
 }
 
 /// What whole choices and streamed ones have in common.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[schema(as = ChatDetails)]
 struct Details {
     logprobs: Option<ChatLogprobs>,
+    #[schema(value_type = Option<String>)]
     finish_reason: Option<FinishReason>,
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -58,7 +72,8 @@ struct Details {
 }
 
 /// A choice of a whole answer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ChatChoice)]
 struct Choice {
     index: usize,
     message: Message,
@@ -82,6 +97,12 @@ struct ChatWording {
     logprobs: bool,
     token_ids: bool,
     names: TokenNames,
+}
+
+/// Parses a body and forgets what it asks for.
+#[cfg(test)]
+pub(super) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan(fields, state).map(|_| ())
 }
 
 fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, ChatWording, Meta), ApiError> {
@@ -113,7 +134,8 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, ChatWording, Meta)
         include_usage: common.include_usage,
     };
     let rules = common.text_rules(&state.info);
-    Ok((Job { requests: vec![common.request(prompt, params)], rules }, wording, meta))
+    let requests = vec![common.request(prompt, params)];
+    Ok((Job { requests, rules, stream: common.stream }, wording, meta))
 }
 
 /// `max_completion_tokens` is the newer name of `max_tokens`.

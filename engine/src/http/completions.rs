@@ -1,12 +1,13 @@
 //! `POST /v1/completions`: text or tokens in, text out.
 
-use super::answer::{Meta, Wording, respond, unix_time};
+use super::answer::{Envelope, Meta, Wording, respond, unix_time};
 use super::body::{Fields, JsonBytes};
 use super::error::ApiError;
 use super::fields::{Common, check_top};
 use super::generation::{Finish, Generation, Job, Sample, StopReason};
 use super::logprobs::{PolicyStats, TextLogprobs, TokenNames};
 use super::metrics::RequestClock;
+use super::openapi::errors;
 use super::prompt::Prompt;
 use super::prompt_logprobs::PromptLogprobs;
 use super::text::{Piece, PlacedToken};
@@ -15,6 +16,7 @@ use axum::extract::State;
 use axum::response::Response;
 use onpolicy_plugin_api::{FinishReason, PromptToken, SamplingParams};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// The route's path.
 pub const PATH: &str = "/v1/completions";
@@ -25,6 +27,15 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/v1/completions", operation_id = "completions", tag = "generation",
+    request_body = ref("#/components/schemas/CompletionRequest"),
+    responses(
+        (status = 200, description = "All samples; or, with `stream`, events of more of them",
+            content((Envelope<Choice> = "application/json"), (String = "text/event-stream"))),
+        errors::Generating,
+    ),
+)]
 pub async fn create(
     State(state): Shared,
     admission: Admission,
@@ -37,11 +48,13 @@ pub async fn create(
 }
 
 /// One choice, of a whole answer or of a chunk.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = CompletionChoice)]
 struct Choice {
     index: usize,
     text: String,
     logprobs: Option<TextLogprobs>,
+    #[schema(value_type = Option<String>)]
     finish_reason: Option<FinishReason>,
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -77,6 +90,12 @@ struct CompletionWording {
     prompt_logprobs: Option<usize>,
     token_ids: bool,
     names: TokenNames,
+}
+
+/// Parses a body and forgets what it asks for.
+#[cfg(test)]
+pub(super) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan(fields, state).map(|_| ())
 }
 
 fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording, Meta), ApiError> {
@@ -123,7 +142,7 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording,
         include_usage: common.include_usage,
     };
     let rules = common.text_rules(&state.info);
-    Ok((Job { requests, rules }, wording, meta))
+    Ok((Job { requests, rules, stream: common.stream }, wording, meta))
 }
 
 fn params_for(

@@ -2,34 +2,71 @@
 
 use super::Shared;
 use super::error::ApiError;
+use super::openapi::errors;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use onpolicy_plugin_api::{EngineError, Event, Request, SamplingParams, Sink};
-use serde_json::{Value, json};
+use serde::Serialize;
 use tokio::sync::oneshot;
+use utoipa::ToSchema;
 
-/// `GET /health` and `/ping`: the engine takes requests.
+/// The server serves.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Health {
+    status: &'static str,
+}
+
+const OK: Health = Health { status: "ok" };
+
+/// What is under way.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Load {
+    /// Generating requests that are not over.
+    server_load: usize,
+}
+
+/// `GET /health`: the engine takes requests.
 ///
 /// # Errors
 /// 503 once the engine has stopped.
-pub async fn health(State(state): Shared) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    get, path = "/health", operation_id = "health", tag = "server",
+    responses((status = 200, description = "The engine takes requests", body = Health), errors::Health),
+)]
+pub async fn health(State(state): Shared) -> Result<Json<Health>, ApiError> {
     state.engine.health()?;
-    Ok(Json(json!({ "status": "ok" })))
+    Ok(Json(OK))
+}
+
+/// `/ping`, by GET or POST: as [`health`].
+///
+/// # Errors
+/// Those of [`health`].
+#[utoipa::path(
+    get, post, path = "/ping", operation_id = "ping", tag = "server",
+    responses((status = 200, description = "The engine takes requests", body = Health), errors::Health),
+)]
+pub async fn ping(state: Shared) -> Result<Json<Health>, ApiError> {
+    health(state).await
 }
 
 /// `GET /health_generate`: the engine makes a token.
 ///
 /// # Errors
 /// The engine's refusal, or 503 if no token comes in time.
-pub async fn generate(State(state): Shared) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    get, path = "/health_generate", operation_id = "health_generate", tag = "server",
+    responses((status = 200, description = "The engine made a token", body = Health), errors::Health),
+)]
+pub async fn generate(State(state): Shared) -> Result<Json<Health>, ApiError> {
     let (sender, token) = oneshot::channel();
     let params = SamplingParams { max_tokens: 1, temperature: 0.0, ..SamplingParams::default() };
     // An id that every vocabulary has.
     let request = Request::new(vec![0], params);
     state.engine.submit(request, Box::new(FirstToken(Some(sender))))?;
     match tokio::time::timeout(state.limits.health_time, token).await {
-        Ok(Ok(Ok(()))) => Ok(Json(json!({ "status": "ok" }))),
+        Ok(Ok(Ok(()))) => Ok(Json(OK)),
         Ok(Ok(Err(error))) => Err(error.into()),
         Ok(Err(_)) => Err(ApiError::internal("the engine dropped the request")),
         Err(_) => {
@@ -58,7 +95,11 @@ impl Sink for FirstToken {
 }
 
 /// `GET /load`: generating requests that are not over.
-pub async fn load(State(state): Shared) -> Json<Value> {
-    let running = state.limits.concurrent_requests - state.places.available_permits();
-    Json(json!({ "server_load": running }))
+#[utoipa::path(
+    get, path = "/load", operation_id = "load", tag = "server",
+    responses((status = 200, description = "What is under way", body = Load), errors::Plain),
+)]
+pub async fn load(State(state): Shared) -> Json<Load> {
+    let server_load = state.limits.concurrent_requests - state.places.available_permits();
+    Json(Load { server_load })
 }

@@ -1,6 +1,8 @@
 //! Fields that clients may send but that have no meaning here: each is accepted at the value that
 //! changes nothing and refused at any other, so that nothing is silently ignored.
 
+pub mod schema;
+
 use super::{body::Fields, error::ApiError};
 use serde_json::Value;
 

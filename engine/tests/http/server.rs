@@ -3,6 +3,7 @@
 use crate::scripted::{Script, Scripted, Seen};
 use crate::tokenizer::tokenizer;
 use metrics_exporter_prometheus::PrometheusHandle;
+use onpolicy_engine::http::connections::{ConnectionLimits, serve};
 use onpolicy_engine::http::{self, AppState, Limits};
 use reqwest::{Client, Response, StatusCode};
 use serde_json::Value;
@@ -47,6 +48,15 @@ impl Server {
     }
 
     pub async fn with_limits(script: Script, limits: Limits) -> Self {
+        let connections = ConnectionLimits { grace: GRACE, ..ConnectionLimits::default() };
+        Self::with_connections(script, limits, connections).await
+    }
+
+    pub async fn with_connections(
+        script: Script,
+        limits: Limits,
+        connections: ConnectionLimits,
+    ) -> Self {
         let engine = Scripted::new(script);
         let seen = engine.seen.clone();
         let state = AppState::new(Arc::new(engine), tokenizer(), limits, metrics());
@@ -56,8 +66,7 @@ impl Server {
         let shutdown = async {
             let _ = stopping.await;
         };
-        let stopped =
-            tokio::spawn(http::run_with_grace(listener, http::app(state), shutdown, GRACE));
+        let stopped = tokio::spawn(serve(listener, http::app(state), connections, shutdown));
         Self { url, seen, client: Client::new(), stop, stopped }
     }
 

@@ -120,6 +120,30 @@ pub struct Server {
     pub weight_roots: Vec<String>,
     /// How long a client waits for a command before it is told that it goes on without it.
     pub control_timeout_seconds: u64,
+    /// Generating requests at once; one more is answered with 429.
+    pub max_concurrent_requests: usize,
+    /// Open connections; one more waits until another is closed.
+    pub max_connections: usize,
+    /// Prompts of one request.
+    pub max_prompts: usize,
+    /// Samples of one request: prompts times `n`.
+    pub max_samples: usize,
+    /// Tokens of all prompts of one request.
+    pub max_prompt_tokens: usize,
+    /// Longest body of a request, in MiB.
+    pub max_body_mb: usize,
+    /// Tokens of a stream that may wait for a slow reader.
+    pub max_undelivered_tokens: usize,
+    /// Longest time of a request at the engine, in seconds; 0 sets no limit.
+    pub request_timeout_seconds: u64,
+    /// Longest time for a request's body to arrive, in seconds.
+    pub body_timeout_seconds: u64,
+    /// Longest time for a request's headers, and of a connection without a request, in seconds.
+    pub header_timeout_seconds: u64,
+    /// Longest time that a client may read nothing, in seconds.
+    pub write_timeout_seconds: u64,
+    /// How long requests may go on after the signal to stop, in seconds.
+    pub shutdown_grace_seconds: u64,
 }
 
 impl Default for Server {
@@ -133,6 +157,18 @@ impl Default for Server {
             control: ControlPlane::Auto,
             weight_roots: Vec::new(),
             control_timeout_seconds: 300,
+            max_concurrent_requests: 1024,
+            max_connections: 2048,
+            max_prompts: 1024,
+            max_samples: 16_384,
+            max_prompt_tokens: 1 << 20,
+            max_body_mb: 8,
+            max_undelivered_tokens: 16_384,
+            request_timeout_seconds: 3600,
+            body_timeout_seconds: 60,
+            header_timeout_seconds: 30,
+            write_timeout_seconds: 30,
+            shutdown_grace_seconds: 10,
         }
     }
 }

@@ -26,15 +26,10 @@ use super::{Admission, AppState};
 use onpolicy_plugin_api::{Grammar, Request};
 use std::sync::Arc;
 
-/// Longest `cache_salt`, in bytes.
-const MAX_SALT_BYTES: usize = 1024;
-
 /// What is asked for, apart from the prompts, and where the client wrote it.
 struct Asked {
     common: Common,
     paths: Paths,
-    cache_salt: Option<String>,
-    priority: i32,
     /// What the text must be.
     grammar: Option<Grammar>,
     /// Tokens to generate where the client does not say.
@@ -48,12 +43,10 @@ impl Asked {
     /// Those of [`Common::take`], about the fields that the client wrote.
     fn take(mut fields: Fields, state: &AppState) -> Result<Self, ApiError> {
         let paths = fields.paths();
-        let cache_salt = take_salt(&mut fields)?;
-        let priority = fields.take_or("priority", 0)?;
         let common = Common::take(&mut fields, state).map_err(|error| paths.place(error))?;
         fields.finish()?;
         let (grammar, default_max_tokens) = (None, usize::MAX);
-        Ok(Self { common, paths, cache_salt, priority, grammar, default_max_tokens })
+        Ok(Self { common, paths, grammar, default_max_tokens })
     }
 
     /// The request for a prompt.
@@ -70,8 +63,7 @@ impl Asked {
         });
         let mut params = params.map_err(|error| self.paths.place(error))?;
         params.grammar.clone_from(&self.grammar);
-        let (priority, cache_salt) = (self.priority, self.cache_salt.clone());
-        Ok(Request { prompt, params, priority, cache_salt })
+        Ok(self.common.request(prompt, params))
     }
 
     /// All requests, for the engine. No text is made where `text` is not asked for, unless a stop
@@ -79,7 +71,8 @@ impl Asked {
     fn job(&self, requests: Vec<Request>, text: bool, state: &AppState) -> Job {
         let rules = self.common.text_rules(&state.info);
         let tokens_only = !text && rules.stop.is_empty();
-        Job { requests, rules: Arc::new(TextRules { tokens_only, ..(*rules).clone() }) }
+        let rules = Arc::new(TextRules { tokens_only, ..(*rules).clone() });
+        Job { requests, rules, stream: self.common.stream }
     }
 
     /// Starts the job.
@@ -95,17 +88,6 @@ impl Asked {
     ) -> Result<Generation, ApiError> {
         let generation = Generation::start(state, job, admission, clock);
         generation.map_err(|error| self.paths.place(error))
-    }
-}
-
-fn take_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {
-    let salt: Option<String> = fields.take("cache_salt")?;
-    match salt {
-        Some(salt) if salt.is_empty() || salt.len() > MAX_SALT_BYTES => {
-            let rule = format!("must be 1 to {MAX_SALT_BYTES} bytes long");
-            Err(ApiError::invalid(fields.path("cache_salt"), rule))
-        }
-        salt => Ok(salt),
     }
 }
 

@@ -130,7 +130,7 @@ impl Body {
         let (prompts, batch) = take_prompts(&mut body, &mut common, state)?;
         let mut asked = Asked::take(common, state)?;
         // SGLang begins with the highest number, the engine with the lowest.
-        asked.priority = asked.priority.saturating_neg();
+        asked.common.priority = asked.common.priority.saturating_neg();
         asked.default_max_tokens = DEFAULT_MAX_NEW_TOKENS;
         asked.grammar = grammar::sglang(&mut sampling)?;
         let logprobs = take_logprobs(&mut body)?;
