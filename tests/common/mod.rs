@@ -36,10 +36,16 @@ pub struct Served {
 
 /// Starts `onpolicy serve` on a free port and waits until it listens.
 pub fn serve(model: &Path, arguments: &[&str]) -> Served {
+    serve_in(model, arguments, &[])
+}
+
+/// As [`serve`], with these variables in its environment.
+pub fn serve_in(model: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Served {
     let mut child = Command::new(env!("CARGO_BIN_EXE_onpolicy"))
         .args(["serve", "--port", "0", "--model"])
         .arg(model)
         .args(arguments)
+        .envs(environment.iter().copied())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()

@@ -83,7 +83,7 @@ fn a_pause_that_aborts_ends_what_runs_and_what_waits() {
 #[test]
 fn the_last_pause_counts() {
     let engine = start(&tiny("llama-tied"));
-    let mut running = Running::submit(&engine, request(1, 1, 200));
+    let mut running = Running::submit(&engine, request(1, 4, 200));
     running.read(3);
     let wait = || {
         let pausing = engine.clone();
@@ -106,7 +106,7 @@ fn the_last_pause_counts() {
     until("it waits", || engine.is_paused());
     engine.pause(PauseMode::Abort, false).unwrap();
     assert_eq!(third.join().unwrap(), Ok(()), "nothing runs any more");
-    assert_eq!(running.finish().1, [ABORT]);
+    assert_eq!(running.finish().1, [ABORT; 4]);
     assert_eq!(stats(&engine).blocks_used, 0);
 }
 

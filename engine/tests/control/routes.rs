@@ -17,6 +17,13 @@ async fn server() -> Server {
     Server::start(&tiny("llama-tied"), open(), Settings::default()).await
 }
 
+/// Takes so many samples that there is time to do something to them.
+fn long(max_tokens: usize) -> Value {
+    let mut body = completion(max_tokens);
+    body["n"] = 14.into();
+    body
+}
+
 /// Waits until a sample runs.
 async fn running(server: &Server) {
     while stats(&server.engine).running == 0 {
@@ -36,7 +43,7 @@ async fn a_paused_engine_goes_on_where_it_was() {
             ("/pause_generation", json!({"mode": "in_place"}), "/continue_generation"),
             ("/pause_generation", json!({"mode": "retract"}), "/continue_generation"),
         ] {
-            let completing = server.post("/v1/completions", completion(200));
+            let completing = server.post("/v1/completions", long(200));
             let pausing = async {
                 running(&server).await;
                 let paused = server.post(path, body.clone()).await;
@@ -63,7 +70,7 @@ async fn pauses_abort_or_wait() {
     within(async {
         let server = server().await;
         for (path, finish) in [("/pause", "abort"), ("/pause?mode=wait", "length")] {
-            let completing = server.post("/v1/completions", completion(150));
+            let completing = server.post("/v1/completions", long(150));
             let pausing = async {
                 running(&server).await;
                 assert_eq!(server.post(path, NOTHING).await, json!({"status": "paused"}));
@@ -88,9 +95,8 @@ async fn requests_are_aborted_by_the_names_that_clients_gave_them() {
     within(async {
         let server = server().await;
         let named = |name: &str| {
-            let mut body = completion(200);
+            let mut body = long(200);
             body["request_id"] = name.into();
-            body["n"] = 2.into();
             body
         };
         for (path, body) in [
@@ -98,11 +104,11 @@ async fn requests_are_aborted_by_the_names_that_clients_gave_them() {
             ("/abort_requests", json!({"request_ids": ["cmpl-mine"]})),
             ("/abort_request", json!({"rid": "mine"})),
         ] {
-            let (mine, other) = (named("mine"), completion(200));
+            let (mine, other) = (named("mine"), long(200));
             let completing = server.post("/v1/completions", mine);
             let beside = server.post("/v1/completions", other);
             let aborting = async {
-                while stats(&server.engine).running < 3 {
+                while stats(&server.engine).running < 28 {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
                 assert_eq!(server.post(path, body.clone()).await["aborted"], 1, "{path} {body}");

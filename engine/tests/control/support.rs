@@ -82,6 +82,7 @@ pub fn until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
+/// Slows the engine down, so that there is time to do something to it before a sample ends.
 struct Listener {
     events: mpsc::Sender<Event>,
     gone: Arc<AtomicBool>,
@@ -89,6 +90,7 @@ struct Listener {
 
 impl Sink for Listener {
     fn send(&mut self, event: Event) -> bool {
+        std::thread::sleep(Duration::from_millis(2));
         self.events.send(event).is_ok()
     }
 
