@@ -179,8 +179,6 @@ pub fn app(state: AppState) -> Router {
         .route("/health_generate", get(health::generate))
         .route("/load", get(health::load))
         .route("/version", get(models::version))
-        .route("/model_info", get(models::info))
-        .route("/get_model_info", get(models::info))
         .route("/metrics", get(metrics::show))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)

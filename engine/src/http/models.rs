@@ -1,4 +1,4 @@
-//! What is served: `/v1/models`, `/version`, and SGLang's `/model_info`.
+//! What is served: `/v1/models`, `/version`.
 
 use super::error::ApiError;
 use super::fields::unknown_model;
@@ -56,17 +56,4 @@ pub async fn get(State(state): Shared, Path(id): Path<String>) -> Result<Json<Va
 pub async fn version(State(state): Shared) -> Json<Value> {
     let weight_version = state.engine.weight_version();
     Json(json!({ "version": env!("CARGO_PKG_VERSION"), "weight_version": weight_version }))
-}
-
-/// `GET /model_info`, and its older name `/get_model_info`.
-pub async fn info(State(state): Shared) -> Json<Value> {
-    Json(json!({
-        "model_path": state.info.name,
-        "tokenizer_path": state.info.name,
-        "is_generation": true,
-        "preferred_sampling_params": null,
-        "weight_version": state.engine.weight_version().to_string(),
-        "has_image_understanding": false,
-        "has_audio_understanding": false,
-    }))
 }
