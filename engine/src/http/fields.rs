@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 /// Longest stop string, in bytes.
 const MAX_STOP_BYTES: usize = 1024;
+/// Longest `cache_salt`, in bytes.
+const MAX_SALT_BYTES: usize = 1024;
 /// Longest `request_id`, in bytes.
 const MAX_ID_BYTES: usize = 128;
 
@@ -222,8 +224,9 @@ fn truncation(fields: &mut Fields, info: &ModelInfo) -> Result<Option<Truncation
 
 fn cache_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     let salt = fields.take::<String>("cache_salt")?;
-    if salt.as_ref().is_some_and(String::is_empty) {
-        return Err(ApiError::invalid(fields.path("cache_salt"), "must not be empty"));
+    if salt.as_ref().is_some_and(|salt| salt.is_empty() || salt.len() > MAX_SALT_BYTES) {
+        let rule = format!("must be 1 to {MAX_SALT_BYTES} bytes long");
+        return Err(ApiError::invalid(fields.path("cache_salt"), rule));
     }
     Ok(salt)
 }

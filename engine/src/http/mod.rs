@@ -225,8 +225,6 @@ pub fn app(state: AppState) -> Router {
         .route("/health_generate", get(health::generate))
         .route("/load", get(health::load))
         .route("/version", get(models::version))
-        .route("/model_info", get(models::info))
-        .route("/get_model_info", get(models::info))
         .route("/metrics", get(metrics::show))
         .route("/openapi.json", get(openapi::show))
         // Routes above need the key of those who use the model.

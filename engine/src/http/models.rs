@@ -1,4 +1,4 @@
-//! What is served: `/v1/models`, `/version`, and SGLang's `/model_info`.
+//! What is served: `/v1/models`, `/version`.
 
 use super::error::ApiError;
 use super::fields::unknown_model;
@@ -141,6 +141,7 @@ pub async fn version(State(state): Shared) -> Json<Version> {
     let weight_version = state.engine.weight_version();
     Json(Version { version: env!("CARGO_PKG_VERSION"), weight_version })
 }
+<<<<<<< HEAD
 
 /// `GET /model_info`, and its older name `/get_model_info`.
 #[utoipa::path(
@@ -158,3 +159,5 @@ pub async fn info(State(state): Shared) -> Json<Info> {
         has_audio_understanding: false,
     })
 }
+=======
+>>>>>>> tokens

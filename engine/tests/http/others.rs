@@ -36,19 +36,6 @@ async fn models_are_listed() {
 }
 
 #[tokio::test]
-async fn the_model_is_described_to_sglangs_clients() {
-    within(async {
-        let server = server().await;
-        for path in ["/model_info", "/get_model_info"] {
-            let info = server.get(path).await.1;
-            assert_eq!((&info["model_path"], &info["is_generation"]), (&json!(MODEL), &json!(true)));
-            assert_eq!(info["weight_version"], "7");
-        }
-    })
-    .await;
-}
-
-#[tokio::test]
 async fn text_becomes_tokens_and_back() {
     within(async {
         let server = server().await;
