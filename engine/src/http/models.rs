@@ -57,18 +57,6 @@ pub struct Version {
     weight_version: u64,
 }
 
-/// The model as SGLang describes one.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct Info {
-    model_path: String,
-    tokenizer_path: String,
-    is_generation: bool,
-    preferred_sampling_params: Option<String>,
-    weight_version: String,
-    has_image_understanding: bool,
-    has_audio_understanding: bool,
-}
-
 fn card(state: &AppState) -> Card {
     let (name, created) = (&state.info.name, state.created);
     Card {
@@ -141,23 +129,3 @@ pub async fn version(State(state): Shared) -> Json<Version> {
     let weight_version = state.engine.weight_version();
     Json(Version { version: env!("CARGO_PKG_VERSION"), weight_version })
 }
-<<<<<<< HEAD
-
-/// `GET /model_info`, and its older name `/get_model_info`.
-#[utoipa::path(
-    get, path = "/model_info", operation_id = "model_info", tag = "server",
-    responses((status = 200, description = "The model", body = Info), errors::Plain),
-)]
-pub async fn info(State(state): Shared) -> Json<Info> {
-    Json(Info {
-        model_path: state.info.name.clone(),
-        tokenizer_path: state.info.name.clone(),
-        is_generation: true,
-        preferred_sampling_params: None,
-        weight_version: state.engine.weight_version().to_string(),
-        has_image_understanding: false,
-        has_audio_understanding: false,
-    })
-}
-=======
->>>>>>> tokens

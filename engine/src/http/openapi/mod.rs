@@ -35,7 +35,6 @@ use utoipa::OpenApi;
         health::generate,
         health::load,
         models::version,
-        models::info,
         metrics::show,
         show,
     ),
