@@ -40,7 +40,14 @@ fn race_rows(weight: &Tensor, rows: usize) {
         .map(|(name, temperature)| (name, SamplingParams { temperature, ..Default::default() }));
     for (name, params) in &params {
         let draws: Vec<Draw> = (0..rows)
-            .map(|row| Draw { row, params, stream: row as u64, position: 0, forbidden: &[] })
+            .map(|row| Draw {
+                row,
+                params,
+                stream: row as u64,
+                position: 0,
+                forbidden: &[],
+                mask: None,
+            })
             .collect();
         race(
             name,

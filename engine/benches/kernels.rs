@@ -177,8 +177,14 @@ fn sampling(criterion: &mut Criterion) {
         ("min_p 0.05", SamplingParams { min_p: 0.05, ..Default::default() }),
         ("top_logprobs 5", SamplingParams { top_logprobs: 5, ..Default::default() }),
     ] {
-        let draw =
-            |row| Draw { row, params: &params, stream: row as u64, position: 0, forbidden: &[] };
+        let draw = |row| Draw {
+            row,
+            params: &params,
+            stream: row as u64,
+            position: 0,
+            forbidden: &[],
+            mask: None,
+        };
         let draws: Vec<Draw> = (0..ROWS).map(draw).collect();
         group.bench_function(name, |bench| {
             bench.iter(|| sample(black_box(&logits), VOCAB, &draws));

@@ -34,6 +34,8 @@ pub struct Draw<'a> {
     pub position: usize,
     /// Ids that may not be drawn here; their probability is 0.
     pub forbidden: &'a [u32],
+    /// Ids that alone may be drawn: a bit for each, from the lowest bit of the first word on.
+    pub mask: Option<&'a [u32]>,
 }
 
 /// A token that was drawn.
@@ -77,7 +79,7 @@ thread_local! {
 /// What a draw works on; kept from draw to draw by each thread.
 #[derive(Default)]
 struct Scratch {
-    /// The row without its forbidden tokens.
+    /// The row without tokens that may not be drawn.
     allowed: Vec<f32>,
     work: Work,
 }
@@ -93,7 +95,7 @@ struct Work {
 
 impl Scratch {
     fn draw(&mut self, row: &[f32], draw: &Draw) -> Result<Drawn, String> {
-        if draw.forbidden.is_empty() {
+        if draw.forbidden.is_empty() && draw.mask.is_none() {
             return self.work.draw(row, draw);
         }
         self.allowed.clear();
@@ -102,6 +104,9 @@ impl Scratch {
             if let Some(logit) = self.allowed.get_mut(id as usize) {
                 *logit = f32::NEG_INFINITY;
             }
+        }
+        if let Some(mask) = draw.mask {
+            apply_mask(&mut self.allowed, mask);
         }
         self.work.draw(&self.allowed, draw)
     }
@@ -152,6 +157,18 @@ impl Work {
             likeliest.extend(self.candidates.iter().map(|&(id, z)| (id, stats.logprob(z))));
         }
         Drawn { id, stats: stats.token(logit), top: likeliest }
+    }
+}
+
+/// Forbids the tokens whose bit is not set, and those that the mask has no bit for.
+fn apply_mask(row: &mut [f32], mask: &[u32]) {
+    for (word, logits) in row.chunks_mut(32).enumerate() {
+        let bits = mask.get(word).copied().unwrap_or(0);
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if bits >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
     }
 }
 

@@ -6,6 +6,8 @@ mod runner;
 mod worker;
 
 use crate::{
+    chat::ChatTokenizer,
+    grammar::{Grammars, Place},
     kv_cache::KvCache,
     model::config::ModelConfig,
     profile::{self, Profile},
@@ -109,6 +111,8 @@ pub struct Model {
     pub config: ModelConfig,
     /// Handles to the served tensors.
     pub weights: Weights,
+    /// Says what the tokens stand for; without it no request may have a grammar.
+    pub tokenizer: Option<ChatTokenizer>,
 }
 
 /// Numbers of the engine between two steps.
@@ -162,6 +166,7 @@ struct Inner {
     commands: mpsc::Sender<Command>,
     info: ModelInfo,
     limits: SchedulerConfig,
+    grammars: Grammars,
     shared: Arc<Shared>,
     next_id: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -190,6 +195,8 @@ impl EngineHandle {
             eos_token_ids: model.config.eos_token_ids.clone(),
             max_samples: limits.max_num_seqs,
         };
+        let eos = info.eos_token_ids.clone();
+        let grammars = Grammars::new(model.tokenizer, info.vocab_size, eos);
         let (commands, inbox) = mpsc::channel();
         let worker_shared = shared.clone();
         let blocks = limits.num_blocks;
@@ -207,6 +214,7 @@ impl EngineHandle {
             commands,
             info,
             limits,
+            grammars,
             shared,
             next_id: AtomicU64::new(0),
             thread: Mutex::new(Some(thread)),
@@ -293,7 +301,21 @@ impl Inner {
         self.check_ids("prompt", &request.prompt)?;
         self.check_ids("stop_token_ids", &request.params.stop_token_ids)?;
         let params = &request.params;
+        if params.grammar.is_some() && params.ignore_eos {
+            let rule = "cannot be combined with a grammar, whose end is the end of the text";
+            return Err(EngineError::invalid("ignore_eos", rule));
+        }
         self.limits.admissible_len(request.prompt.len(), params.n, params.max_tokens).map(|_| ())
+    }
+
+    /// The request with its grammar compiled.
+    fn prepared(
+        &self,
+        (request, sink): (Request, Box<dyn Sink>),
+    ) -> Result<(Request, Box<dyn Sink>, Option<Place>), EngineError> {
+        let grammar = request.params.grammar.as_ref();
+        let grammar = grammar.map(|grammar| self.grammars.compile(grammar)).transpose()?;
+        Ok((request, sink, grammar))
     }
 }
 
@@ -322,12 +344,21 @@ impl Engine for EngineHandle {
         if waiting + requests.len() > inner.limits.max_waiting {
             return Err(EngineError::Overloaded { waiting });
         }
+        let requests: Vec<_> = requests
+            .into_iter()
+            .map(|request| inner.prepared(request))
+            .collect::<Result<_, _>>()?;
         let count = requests.len();
         let first = inner.next_id.fetch_add(count as u64, Ordering::Relaxed);
         let ids: Vec<RequestId> = (first..first + count as u64).map(RequestId).collect();
         let submissions = ids.iter().copied().zip(requests);
-        let submissions =
-            submissions.map(|(id, (request, sink))| Submission { id, request, sink }).collect();
+        let submissions = submissions.map(|(id, (request, sink, grammar))| Submission {
+            id,
+            request,
+            sink,
+            grammar,
+        });
+        let submissions = submissions.collect();
         inner.shared.submitted.fetch_add(count, Ordering::Relaxed);
         let sent = inner.commands.send(Command::Submit(submissions));
         sent.map(|()| ids).map_err(|_| EngineError::Stopped)

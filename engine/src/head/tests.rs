@@ -49,7 +49,7 @@ fn at(temperature: f32) -> SamplingParams {
 }
 
 fn draw(row: usize, params: &SamplingParams, position: usize) -> Draw<'_> {
-    Draw { row, params, stream: stream_of(3, row), position, forbidden: &[] }
+    Draw { row, params, stream: stream_of(3, row), position, forbidden: &[], mask: None }
 }
 
 /// Draws at five temperatures, one of them greedy, `times` from each row.

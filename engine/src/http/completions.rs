@@ -9,7 +9,7 @@ use super::logprobs::{PolicyStats, TextLogprobs, TokenNames};
 use super::metrics::RequestClock;
 use super::prompt::Prompt;
 use super::text::{Piece, PlacedToken};
-use super::{Admission, AppState, Shared, neutral};
+use super::{Admission, AppState, Shared, neutral, structured};
 use axum::extract::State;
 use axum::response::Response;
 use onpolicy_plugin_api::{FinishReason, PromptToken, Request, SamplingParams};
@@ -30,8 +30,13 @@ pub async fn create(
     body: JsonBytes,
 ) -> Result<Response, ApiError> {
     let clock = RequestClock::start(PATH);
-    let (job, wording, meta) = state.off_thread(move |state| plan(body.fields()?, state)).await?;
-    let generation = Generation::start(&state, job, admission, clock)?;
+    let start = move |state: &AppState| {
+        let Plan { job, wording, meta, structured } = plan(body.fields()?, state)?;
+        let generation = Generation::start(state, job, admission, clock)
+            .map_err(|error| structured::named(error, structured.as_deref()))?;
+        Ok((wording, meta, generation))
+    };
+    let (wording, meta, generation) = state.off_thread(start).await?;
     respond(wording, meta, generation).await
 }
 
@@ -73,7 +78,24 @@ struct CompletionWording {
     names: TokenNames,
 }
 
-fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording, Meta), ApiError> {
+/// What would be generated from, and whether with log-probs, without generating it.
+///
+/// # Errors
+/// As the route itself.
+pub(super) fn preview(fields: Fields, state: &AppState) -> Result<(Job, Meta, bool), ApiError> {
+    plan(fields, state).map(|plan| (plan.job, plan.meta, plan.wording.logprobs))
+}
+
+/// A request, ready to be started.
+struct Plan {
+    job: Job,
+    wording: CompletionWording,
+    meta: Meta,
+    /// The field that says what the text must be.
+    structured: Option<String>,
+}
+
+fn plan(mut fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
     let mut common = Common::take(&mut fields, state)?;
     let prompts = Prompt::take_all(&mut fields, state)?;
     let echo = fields.take_or("echo", false)?;
@@ -112,7 +134,8 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording,
         include_usage: common.include_usage,
     };
     let rules = common.text_rules(&state.info);
-    Ok((Job { requests, rules }, wording, meta))
+    let structured = common.structured_field();
+    Ok(Plan { job: Job { requests, rules }, wording, meta, structured })
 }
 
 fn params_for(

@@ -1,7 +1,9 @@
 //! The request fields that both generating routes have.
 
 use super::text::TextRules;
-use super::{AppState, Limits, body::Fields, error::ApiError, neutral};
+use super::{
+    AppState, Limits, body::Fields, error::ApiError, neutral, structured, structured::Structured,
+};
 use axum::http::StatusCode;
 use onpolicy_plugin_api::sampling::MAX_TOP_LOGPROBS;
 use onpolicy_plugin_api::{ModelInfo, SamplingParams};
@@ -18,6 +20,8 @@ const MAX_ID_BYTES: usize = 128;
 pub struct Common {
     /// How to sample. `max_tokens` is a placeholder until the prompt's length is known.
     pub params: SamplingParams,
+    /// What the text must be; `params` does not have it yet.
+    pub structured: Option<Structured>,
     /// The field's value, if it was given.
     pub max_tokens: Option<usize>,
     /// Strings that end a sample.
@@ -50,6 +54,7 @@ impl Common {
         let stream = fields.take_or("stream", false)?;
         Ok(Self {
             params: sampling(fields, &state.info)?,
+            structured: structured::take(fields)?,
             max_tokens: fields.take("max_tokens")?,
             stop: stop_strings(fields, &state.limits)?,
             include_stop: fields.take_or("include_stop_str_in_output", false)?,
@@ -75,7 +80,8 @@ impl Common {
     ) -> Result<SamplingParams, ApiError> {
         let room = info.max_model_len.saturating_sub(prompt_len);
         let max_tokens = self.max_tokens.unwrap_or(default.min(room).max(1));
-        let params = SamplingParams { max_tokens, ..self.params.clone() };
+        let grammar = self.structured.as_ref().map(|structured| structured.grammar.clone());
+        let params = SamplingParams { max_tokens, grammar, ..self.params.clone() };
         params.validate()?;
         if max_tokens > room {
             return Err(too_long(prompt_len, max_tokens, info.max_model_len));
@@ -95,6 +101,11 @@ impl Common {
             min_tokens: self.params.min_tokens,
             stop_tokens: [eos, &self.params.stop_token_ids].concat(),
         })
+    }
+
+    /// The field that says what the text must be.
+    pub fn structured_field(&self) -> Option<String> {
+        self.structured.as_ref().map(|structured| structured.field.clone())
     }
 
     /// The answer's id: the client's name for it, or a new one.

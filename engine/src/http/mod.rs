@@ -3,10 +3,10 @@
 //! # Layout
 //! In the order that a request's data flows:
 //! - [`body`]: a JSON body, taken field by field; [`error`]: the one error type.
-//! - [`fields`], [`neutral`], [`prompt`]: what is asked for, checked.
+//! - [`fields`], [`structured`], [`tools`], [`neutral`], [`prompt`]: what is asked for, checked.
 //! - [`generation`], [`text`]: the request at the engine; tokens become text.
 //! - [`completions`], [`chat_completions`], [`logprobs`], [`answer`], `stream`: the answer.
-//! - [`tokens`], [`models`], [`metrics`]: the other routes.
+//! - [`tokens`], [`render`], [`models`], [`metrics`]: the other routes.
 
 pub mod answer;
 pub mod body;
@@ -20,11 +20,14 @@ pub mod metrics;
 pub mod models;
 pub mod neutral;
 pub mod prompt;
+pub mod render;
 mod stream;
+pub mod structured;
 pub mod text;
 pub mod tokens;
+pub mod tools;
 
-use crate::chat::ChatTokenizer;
+use crate::chat::{ChatTokenizer, ToolFormat};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, State};
 use axum::http::{StatusCode, request::Parts};
@@ -78,6 +81,7 @@ impl Default for Limits {
 pub struct AppState {
     engine: Arc<dyn Engine>,
     tokenizer: ChatTokenizer,
+    tool_format: Option<ToolFormat>,
     limits: Limits,
     info: ModelInfo,
     recorder: metrics::Recorder,
@@ -105,6 +109,7 @@ impl AppState {
         Self {
             info: engine.info(),
             engine,
+            tool_format: tokenizer.tool_format(),
             tokenizer,
             recorder: metrics::Recorder::new(metrics),
             created: answer::unix_time(),
@@ -112,6 +117,19 @@ impl AppState {
             turns: Arc::new(Semaphore::new(cores)),
             limits,
         }
+    }
+
+    /// Looks for calls of tools in this form; without it, in the one that the chat template speaks
+    /// of.
+    #[must_use]
+    pub fn with_tool_format(mut self, format: ToolFormat) -> Self {
+        self.tool_format = Some(format);
+        self
+    }
+
+    /// How the model writes calls of tools; none if that is not known.
+    fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
     }
 
     /// Runs work that takes long (a large body) where it does not hold up other requests.
@@ -161,6 +179,8 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/models/{*id}", get(models::get))
         .route(completions::PATH, post(completions::create))
         .route(chat_completions::PATH, post(chat_completions::create))
+        .route("/v1/completions/render", post(render::completions))
+        .route("/v1/chat/completions/render", post(render::chat))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/health", get(models::health))

@@ -4,6 +4,7 @@ use super::body::{Fields, JsonBytes};
 use super::error::ApiError;
 use super::fields::{check_ids, check_model};
 use super::prompt::{Prompt, encode_chat, take_chat};
+use super::tools::take_offered;
 use super::{AppState, Shared, neutral};
 use crate::chat::ChatError;
 use axum::Json;
@@ -43,7 +44,8 @@ fn ids_of(mut fields: Fields, state: &AppState) -> Result<Tokens, ApiError> {
             return Err(ApiError::invalid("add_special_tokens", rule));
         }
         None => {
-            let chat = take_chat(&mut fields)?;
+            let mut chat = take_chat(&mut fields)?;
+            chat.tools = take_offered(&mut fields)?;
             neutral::check_tokenize(&mut fields)?;
             fields.finish()?;
             encode_chat(&chat, state)?

@@ -30,7 +30,7 @@ pub(crate) fn inv_temperature(draw: &Draw) -> f32 {
 /// Whether a draw has to see all logits of its row.
 pub(crate) fn needs_logits(draw: &Draw, vocab: usize) -> bool {
     let truncated = draw.params.temperature > 0.0 && !truncate::keeps_all(draw.params, vocab);
-    truncated || draw.params.top_logprobs > 0 || !draw.forbidden.is_empty()
+    truncated || draw.params.top_logprobs > 0 || !draw.forbidden.is_empty() || draw.mask.is_some()
 }
 
 impl SummedRow<'_> {

@@ -96,11 +96,13 @@ fn random_row(rng: &mut StdRng, len: usize, spread: f32) -> Vec<f32> {
 }
 
 fn draws<'a>(params: &'a SamplingParams, stream: u64, count: usize) -> Vec<Draw<'a>> {
-    (0..count).map(|position| Draw { row: 0, params, stream, position, forbidden: &[] }).collect()
+    (0..count)
+        .map(|position| Draw { row: 0, params, stream, position, forbidden: &[], mask: None })
+        .collect()
 }
 
 fn one(row: &[f32], params: &SamplingParams, forbidden: &[u32]) -> Drawn {
-    let draw = Draw { row: 0, params, stream: 9, position: 4, forbidden };
+    let draw = Draw { row: 0, params, stream: 9, position: 4, forbidden, mask: None };
     sample(row, row.len(), &[draw]).remove(0).unwrap()
 }
 
@@ -158,7 +160,8 @@ fn statistics_and_likeliest_tokens_are_those_of_what_is_left() {
             ..params()
         };
         let forbidden: &[u32] = if forbid { &[0, 7, 1_000_000] } else { &[] };
-        let draw = Draw { row: 0, params: &params, stream: 5, position: round, forbidden };
+        let draw =
+            Draw { row: 0, params: &params, stream: 5, position: round, forbidden, mask: None };
         let drawn = sample(&row, len, &[draw]).remove(0).unwrap();
         Naive::new(&row, &params, forbidden).check(&drawn, params.top_logprobs);
     }
@@ -245,6 +248,7 @@ fn a_draw_depends_on_nothing_else_in_the_batch() {
             stream: stream_of(11, row),
             position: row * 3,
             forbidden: if row % 3 == 0 { &[1, 2, 3] } else { &[] },
+            mask: None,
         })
         .collect();
     let together = sample(&logits, vocab, &draws);
@@ -334,7 +338,7 @@ fn a_row_that_is_no_distribution_fails_alone() {
         SamplingParams { top_k: 2, top_p: 0.9, top_logprobs: 2, ..params() },
     ];
     for params in &kinds {
-        let draw = |row| Draw { row, params, stream: 1, position: 1, forbidden: &[] };
+        let draw = |row| Draw { row, params, stream: 1, position: 1, forbidden: &[], mask: None };
         let drawn = sample(&logits, 3, &[draw(0), draw(1), draw(2), draw(3)]);
         let errors: Vec<_> = drawn[..3].iter().map(|drawn| drawn.clone().unwrap_err()).collect();
         assert!(errors[0].contains("NaN"), "{errors:?}");

@@ -6,12 +6,15 @@ mod disconnects;
 mod failures;
 mod fields;
 mod others;
+mod render;
 mod scripted;
 mod server;
 mod stop;
 mod streams;
+mod structured;
 mod text;
 mod tokenizer;
+mod tools;
 
 /// The routes under test.
 const COMPLETIONS: &str = "/v1/completions";
