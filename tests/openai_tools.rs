@@ -4,7 +4,6 @@
 mod common;
 
 #[test]
-#[ignore = "needs tools and response_format in the engine"]
 fn the_openai_package_calls_tools_and_gets_what_its_schemas_say() {
     let server = common::serve(&common::smollm2(), &[]);
     common::run_client("venv", "openai_tools.py", &[&server.url]);

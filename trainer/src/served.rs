@@ -111,9 +111,10 @@ impl Served {
         let policy = Weights::new(tensors);
         let weights = policy.share_trainable();
         let name = config.model.name.clone().unwrap_or(name);
-        let served = Model { name, config: model.clone(), weights: policy };
+        let tokenizer_too = Some(tokenizer.clone());
+        let served =
+            Model { name, config: model.clone(), weights: policy, tokenizer: tokenizer_too };
         let native = EngineHandle::start(served, engine_config(config))?;
-        native.train_weights();
         // Not before, so that what loading has left is gone.
         keep_freed();
         let serve_dtype = config.engine.serve_dtype;

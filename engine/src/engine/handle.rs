@@ -59,12 +59,21 @@ impl Engine for EngineHandle {
         if waiting + requests.len() > inner.limits.max_waiting {
             return Err(EngineError::Overloaded { waiting });
         }
+        let requests: Vec<_> = requests
+            .into_iter()
+            .map(|request| inner.prepared(request))
+            .collect::<Result<_, _>>()?;
         let count = requests.len();
         let first = inner.next_id.fetch_add(count as u64, Ordering::Relaxed);
         let ids: Vec<RequestId> = (first..first + count as u64).map(RequestId).collect();
         let submissions = ids.iter().copied().zip(requests);
-        let submissions =
-            submissions.map(|(id, (request, sink))| Submission { id, request, sink }).collect();
+        let submissions = submissions.map(|(id, (request, sink, grammar))| Submission {
+            id,
+            request,
+            sink,
+            grammar,
+        });
+        let submissions = submissions.collect();
         inner.shared.submitted.fetch_add(count, Ordering::Relaxed);
         let sent = inner.commands.send(Command::Submit(submissions));
         sent.map(|()| ids).map_err(|_| EngineError::Stopped)

@@ -11,6 +11,8 @@ mod update;
 mod worker;
 
 use crate::{
+    chat::ChatTokenizer,
+    grammar::{Grammars, Place},
     in_place::update_in_place,
     kv_cache::KvCache,
     model::config::ModelConfig,
@@ -116,6 +118,8 @@ pub struct Model {
     pub config: ModelConfig,
     /// Handles to the served tensors.
     pub weights: Weights,
+    /// Says what the tokens stand for; without it no request may have a grammar.
+    pub tokenizer: Option<ChatTokenizer>,
 }
 
 /// Numbers of the engine between two steps.
@@ -172,6 +176,7 @@ struct Inner {
     model: ModelConfig,
     serve_dtype: ServeDtype,
     limits: SchedulerConfig,
+    grammars: Grammars,
     shared: Arc<Shared>,
     next_id: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -201,6 +206,8 @@ impl EngineHandle {
             eos_token_ids: model.config.eos_token_ids.clone(),
             max_samples: limits.max_num_seqs,
         };
+        let eos = info.eos_token_ids.clone();
+        let grammars = Grammars::new(model.tokenizer, info.vocab_size, eos);
         let (commands, inbox) = mpsc::channel();
         let worker_shared = shared.clone();
         let blocks = limits.num_blocks;
@@ -221,6 +228,7 @@ impl EngineHandle {
             model: model_config,
             serve_dtype: dtype,
             limits,
+            grammars,
             shared,
             next_id: AtomicU64::new(0),
             thread: Mutex::new(Some(thread)),
@@ -294,6 +302,16 @@ impl Inner {
         if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
             let _ = thread.join();
         }
+    }
+
+    /// The request with its grammar compiled.
+    fn prepared(
+        &self,
+        (request, sink): (Request, Box<dyn Sink>),
+    ) -> Result<(Request, Box<dyn Sink>, Option<Place>), EngineError> {
+        let grammar = request.params.grammar.as_ref();
+        let grammar = grammar.map(|grammar| self.grammars.compile(grammar)).transpose()?;
+        Ok((request, sink, grammar))
     }
 }
 

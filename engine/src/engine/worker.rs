@@ -9,10 +9,12 @@ use super::{
     update::Update,
 };
 use crate::{
+    grammar::Place,
+    kernels::disjoint,
     profile::{self, Phase, Profile, timed},
     sampler::{Draw, Drawn, NOTHING_LEFT},
     scheduler::{NewRequest, Scheduler, Step},
-    sequence::SeqId,
+    sequence::{SeqId, Sequence},
 };
 use onpolicy_plugin_api::{EngineError, FinishReason, Request, RequestId, Sink, Token};
 use std::{
@@ -34,6 +36,8 @@ pub struct Submission {
     pub id: RequestId,
     pub request: Request,
     pub sink: Box<dyn Sink>,
+    /// The request's grammar, compiled.
+    pub grammar: Option<Place>,
 }
 
 /// What the handle asks of the engine.
@@ -64,6 +68,15 @@ struct Target {
     seq: SeqId,
     index: usize,
 }
+
+impl Target {
+    fn of(sequence: &Sequence) -> Self {
+        Self { request: sequence.group, seq: sequence.id, index: sequence.index }
+    }
+}
+
+/// A sample and the token that it got, or why its request cannot go on.
+type Sampled = (Target, Result<Drawn, EngineError>);
 
 /// The engine's thread.
 pub struct Worker {
@@ -183,9 +196,9 @@ impl Worker {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { id, request, sink } = submission;
+        let Submission { id, request, sink, grammar } = submission;
         self.shared.submitted.fetch_sub(1, Ordering::Relaxed);
-        let live = LiveRequest::new(&request, self.runner.eos_token_ids(), sink);
+        let live = LiveRequest::new(&request, self.runner.eos_token_ids(), sink, grammar);
         if let Err(error) = self.shared.status.ready() {
             return live.fail(error);
         }
@@ -269,7 +282,7 @@ impl Worker {
 
     /// Draws a token for every sample whose turn it is. A group's first tokens are all drawn from
     /// the one row that its prompt ends in.
-    fn sample(&mut self, step: &Step, output: &StepOutput) -> Vec<(Target, Result<Drawn, String>)> {
+    fn sample(&mut self, step: &Step, output: &StepOutput) -> Vec<Sampled> {
         let sampling: Vec<SeqId> =
             step.chunks.iter().filter(|chunk| chunk.sample).map(|chunk| chunk.seq).collect();
         if sampling.is_empty() {
@@ -277,31 +290,60 @@ impl Worker {
         }
         let mut targets = Vec::new();
         for (row, &seq) in sampling.iter().enumerate() {
-            targets.extend(self.scheduler.fork(seq).into_iter().map(|seq| (row, seq)));
+            for seq in self.scheduler.fork(seq) {
+                let sequence = self.scheduler.sequence(seq).expect("a forked sequence exists");
+                targets.push((row, Target::of(sequence)));
+            }
         }
+        let stuck = self.look(&targets);
+        let is_stuck = |target: &Target| stuck.contains_key(&target.request);
+        let (lost, targets): (Vec<_>, Vec<_>) =
+            targets.into_iter().partition(|(_, target)| is_stuck(target));
         let (targets, draws): (Vec<Target>, Vec<Draw<'_>>) = targets
             .into_iter()
-            .map(|(row, seq)| {
-                let sequence = self.scheduler.sequence(seq).expect("a forked sequence exists");
-                let (request, index) = (sequence.group, sequence.index);
-                let draw = self.live[&request].draw(row, sequence);
-                (Target { request, seq, index }, draw)
+            .map(|(row, target)| {
+                let sequence = self.scheduler.sequence(target.seq).expect("a sequence that draws");
+                let draw = self.live[&target.request].draw(row, sequence);
+                (target, draw)
             })
             .unzip();
         let drawn = self.runner.sample(step, output, &draws);
-        targets.into_iter().zip(drawn).collect()
+        let drawn = targets.into_iter().zip(drawn).map(|(target, drawn)| {
+            let drawn = drawn.map_err(|reason| draw_error(reason, &self.live[&target.request]));
+            (target, drawn)
+        });
+        let lost = lost.into_iter().map(|(_, target)| {
+            let error = stuck[&target.request].clone();
+            (target, Err(error))
+        });
+        lost.chain(drawn).collect()
     }
 
-    fn deliver(&mut self, sampled: Vec<(Target, Result<Drawn, String>)>) {
+    /// Works out what grammars allow next; gives the requests whose grammar cannot go on.
+    fn look(&mut self, targets: &[(usize, Target)]) -> HashMap<RequestId, EngineError> {
+        let live = self.live.iter_mut().filter(|(_, live)| live.has_grammar());
+        let mut due: Vec<_> = live.map(|(&id, live)| (id, live, None)).collect();
+        disjoint::for_each_chunk(&mut due, 1, &|_, due| {
+            let (id, live, error) = &mut due[0];
+            let mut own = targets.iter().filter(|(_, target)| target.request == *id);
+            *error = own.find_map(|(_, target)| live.look(target.index).err());
+        });
+        due.into_iter().filter_map(|(id, _, error)| Some((id, error?))).collect()
+    }
+
+    fn deliver(&mut self, sampled: Vec<Sampled>) {
         let weight_version = self.shared.version.get();
         metrics::counter!("onpolicy_generated_tokens_total").increment(sampled.len() as u64);
         for (target, drawn) in sampled {
             // An earlier sample of the same step may have ended the whole request.
             let Some(live) = self.live.get_mut(&target.request) else { continue };
-            let drawn = match drawn {
+            let taken = drawn.and_then(|drawn| {
+                live.advance(target.index, drawn.id)?;
+                Ok(drawn)
+            });
+            let drawn = match taken {
                 Ok(drawn) => drawn,
-                Err(reason) => {
-                    let error = draw_error(reason, live);
+                Err(error) => {
                     self.fail(target.request, error);
                     continue;
                 }

@@ -11,7 +11,7 @@ use super::openapi::errors;
 use super::prompt::Prompt;
 use super::prompt_logprobs::PromptLogprobs;
 use super::text::{Piece, PlacedToken};
-use super::{Admission, AppState, Shared, neutral};
+use super::{Admission, AppState, Shared, neutral, structured};
 use axum::extract::State;
 use axum::response::Response;
 use onpolicy_plugin_api::{FinishReason, PromptToken, SamplingParams};
@@ -42,8 +42,14 @@ pub async fn create(
     body: JsonBytes,
 ) -> Result<Response, ApiError> {
     let clock = RequestClock::start(PATH);
-    let (job, wording, meta) = state.off_thread(move |state| plan(body.fields()?, state)).await?;
-    let generation = Generation::start(&state, job, admission, clock)?.named(&meta.id);
+    let start = move |state: &AppState| {
+        let Plan { job, wording, meta, structured } = plan(body.fields()?, state)?;
+        let generation = Generation::start(state, job, admission, clock)
+            .map_err(|error| structured::named(error, structured.as_deref()))?
+            .named(&meta.id);
+        Ok((wording, meta, generation))
+    };
+    let (wording, meta, generation) = state.off_thread(start).await?;
     respond(wording, meta, generation).await
 }
 
@@ -98,7 +104,24 @@ pub(super) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
     plan(fields, state).map(|_| ())
 }
 
-fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording, Meta), ApiError> {
+/// What would be generated from, and whether with log-probs, without generating it.
+///
+/// # Errors
+/// As the route itself.
+pub(super) fn preview(fields: Fields, state: &AppState) -> Result<(Job, Meta, bool), ApiError> {
+    plan(fields, state).map(|plan| (plan.job, plan.meta, plan.wording.logprobs))
+}
+
+/// A request, ready to be started.
+struct Plan {
+    job: Job,
+    wording: CompletionWording,
+    meta: Meta,
+    /// The field that says what the text must be.
+    structured: Option<String>,
+}
+
+fn plan(mut fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
     let mut common = Common::take(&mut fields, state)?;
     let prompts = Prompt::take_all(&mut fields, state)?;
     let echo = fields.take_or("echo", false)?;
@@ -142,7 +165,8 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording,
         include_usage: common.include_usage,
     };
     let rules = common.text_rules(&state.info);
-    Ok((Job { requests, rules, stream: common.stream }, wording, meta))
+    let structured = common.structured_field();
+    Ok(Plan { job: Job { requests, rules, stream: common.stream }, wording, meta, structured })
 }
 
 fn params_for(

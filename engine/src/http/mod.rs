@@ -4,12 +4,14 @@
 //! In the order that a request's data flows:
 //! - [`connections`], [`lifetime`]: from a socket to a request, and how both end.
 //! - [`body`]: a JSON body, taken field by field; [`error`]: the one error type.
-//! - [`fields`], [`sampling`], [`neutral`], [`prompt`]: what is asked for, checked.
+//! - [`fields`], [`sampling`], [`structured`], [`tools`], [`neutral`], [`prompt`]: what is asked for,
+//!   checked.
 //! - [`feed`], [`generation`], [`text`]: the request at the engine; tokens become text.
 //! - [`completions`], [`chat_completions`], [`logprobs`], [`prompt_logprobs`], [`answer`],
 //!   `stream`: the answer.
 //! - [`generate`]: the same in the shapes of other servers, for clients that keep token ids.
-//! - [`tokens`], [`models`], [`health`], [`metrics`]: the other routes; [`openapi`] describes them.
+//! - [`tokens`], [`render`], [`models`], [`health`], [`metrics`]: the other routes; [`openapi`]
+//!   describes them.
 //! - [`access`]: keys; [`control`]: routes that control the engine; [`registry`]: what runs.
 
 pub mod access;
@@ -34,12 +36,15 @@ pub mod openapi;
 pub mod prompt;
 pub mod prompt_logprobs;
 pub mod registry;
+pub mod render;
 pub mod sampling;
 mod stream;
+pub mod structured;
 pub mod text;
 pub mod tokens;
+pub mod tools;
 
-use crate::chat::ChatTokenizer;
+use crate::chat::{ChatTokenizer, ToolFormat};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, State};
 use axum::http::{StatusCode, request::Parts};
@@ -107,6 +112,7 @@ impl Default for Limits {
 pub struct AppState {
     engine: Arc<dyn Engine>,
     tokenizer: ChatTokenizer,
+    tool_format: Option<ToolFormat>,
     limits: Limits,
     info: ModelInfo,
     recorder: metrics::Recorder,
@@ -137,6 +143,7 @@ impl AppState {
         Self {
             info: engine.info(),
             engine,
+            tool_format: tokenizer.tool_format(),
             tokenizer,
             recorder: metrics::Recorder::new(metrics),
             access: access::Access::default(),
@@ -154,6 +161,19 @@ impl AppState {
     #[must_use]
     pub fn with_access(self, access: access::Access, control: control::Settings) -> Self {
         Self { access, control: control::Control::new(control), ..self }
+    }
+
+    /// Looks for calls of tools in this form; without it, in the one that the chat template speaks
+    /// of.
+    #[must_use]
+    pub fn with_tool_format(mut self, format: ToolFormat) -> Self {
+        self.tool_format = Some(format);
+        self
+    }
+
+    /// How the model writes calls of tools; none if that is not known.
+    fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
     }
 
     /// Runs work that takes long (a large body) where it does not hold up other requests.
@@ -212,6 +232,8 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/models/{*id}", get(models::get))
         .route(completions::PATH, post(completions::create))
         .route(chat_completions::PATH, post(chat_completions::create))
+        .route("/v1/completions/render", post(render::completions))
+        .route("/v1/chat/completions/render", post(render::chat))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route(generate::vllm::PATH, post(generate::vllm::create))

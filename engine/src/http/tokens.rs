@@ -5,6 +5,7 @@ use super::error::ApiError;
 use super::fields::{check_ids, check_model};
 use super::openapi::errors;
 use super::prompt::{Prompt, encode_chat, take_chat};
+use super::tools::take_offered;
 use super::{AppState, Shared, neutral};
 use crate::chat::ChatError;
 use axum::Json;
@@ -55,7 +56,8 @@ pub(super) fn ids_of(mut fields: Fields, state: &AppState) -> Result<Tokens, Api
             return Err(ApiError::invalid("add_special_tokens", rule));
         }
         None => {
-            let chat = take_chat(&mut fields)?;
+            let mut chat = take_chat(&mut fields)?;
+            chat.tools = take_offered(&mut fields)?;
             neutral::check_tokenize(&mut fields)?;
             fields.finish()?;
             encode_chat(&chat, state)?

@@ -14,13 +14,16 @@ mod load_slow;
 mod load_stop;
 mod openapi;
 mod others;
+mod render;
 mod sampling;
 mod scripted;
 mod server;
 mod stop;
 mod streams;
+mod structured;
 mod text;
 mod tokenizer;
+mod tools;
 
 /// The routes under test.
 const COMPLETIONS: &str = "/v1/completions";

@@ -74,7 +74,7 @@ async fn token_routes_refuse_what_is_wrong() {
             ("/tokenize", json!({"prompt": 5}), "prompt"),
             ("/tokenize", json!({"prompt": "a", "messages": user}), "messages"),
             ("/tokenize", json!({"prompt": "a", "odd": 1}), "odd"),
-            ("/tokenize", json!({"messages": user, "tools": [{}]}), "tools"),
+            ("/tokenize", json!({"messages": user, "tools": [{}]}), "tools[0].type"),
             (
                 "/tokenize",
                 json!({"messages": user, "add_special_tokens": true}),

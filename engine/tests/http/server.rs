@@ -3,6 +3,7 @@
 use crate::scripted::{Script, Scripted, Seen};
 use crate::tokenizer::tokenizer;
 use metrics_exporter_prometheus::PrometheusHandle;
+use onpolicy_engine::chat::ToolFormat;
 use onpolicy_engine::http::connections::{ConnectionLimits, serve};
 use onpolicy_engine::http::{self, AppState, Limits};
 use reqwest::{Client, Response, StatusCode};
@@ -57,9 +58,20 @@ impl Server {
         limits: Limits,
         connections: ConnectionLimits,
     ) -> Self {
-        let engine = Scripted::new(script);
+        let engine = Arc::new(Scripted::new(script));
         let seen = engine.seen.clone();
-        let state = AppState::new(Arc::new(engine), tokenizer(), limits, metrics());
+        Self::serving(AppState::new(engine, tokenizer(), limits, metrics()), seen).await
+    }
+
+    /// A server whose model writes calls of tools in this form.
+    pub async fn with_tool_format(script: Script, format: ToolFormat) -> Self {
+        let engine = Arc::new(Scripted::new(script));
+        let seen = engine.seen.clone();
+        let state = AppState::new(engine, tokenizer(), Limits::default(), metrics());
+        Self::serving(state.with_tool_format(format), seen).await
+    }
+
+    async fn serving(state: AppState, seen: Arc<Seen>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopping) = oneshot::channel::<()>();

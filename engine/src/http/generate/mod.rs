@@ -5,9 +5,8 @@
 //! # Layout
 //! - [`vllm`]: `POST /inference/v1/generate`; [`sglang`]: `POST /generate`; [`trl`]: `POST /generate/`
 //!   and `POST /chat/`.
-//! - `grammar`: what the text must be; `spans`: which weights made which tokens; `told`: streams.
+//! - `spans`: which weights made which tokens; `told`: streams.
 
-mod grammar;
 pub mod sglang;
 mod sglang_fields;
 mod spans;
@@ -21,17 +20,16 @@ use super::error::ApiError;
 use super::fields::{Common, check_ids};
 use super::generation::{Generation, Job};
 use super::metrics::RequestClock;
+use super::structured;
 use super::text::{PlacedToken, TextRules};
 use super::{Admission, AppState};
-use onpolicy_plugin_api::{Grammar, Request};
+use onpolicy_plugin_api::Request;
 use std::sync::Arc;
 
 /// What is asked for, apart from the prompts, and where the client wrote it.
 struct Asked {
     common: Common,
     paths: Paths,
-    /// What the text must be.
-    grammar: Option<Grammar>,
     /// Tokens to generate where the client does not say.
     default_max_tokens: usize,
 }
@@ -45,8 +43,7 @@ impl Asked {
         let paths = fields.paths();
         let common = Common::take(&mut fields, state).map_err(|error| paths.place(error))?;
         fields.finish()?;
-        let (grammar, default_max_tokens) = (None, usize::MAX);
-        Ok(Self { common, paths, grammar, default_max_tokens })
+        Ok(Self { common, paths, default_max_tokens: usize::MAX })
     }
 
     /// The request for a prompt.
@@ -61,8 +58,7 @@ impl Asked {
         let params = check_ids("prompt", &prompt, &state.info).and_then(|()| {
             self.common.params_for(prompt.len(), self.default_max_tokens, &state.info)
         });
-        let mut params = params.map_err(|error| self.paths.place(error))?;
-        params.grammar.clone_from(&self.grammar);
+        let params = params.map_err(|error| self.paths.place(error))?;
         Ok(self.common.request(prompt, params))
     }
 
@@ -87,7 +83,8 @@ impl Asked {
         clock: RequestClock,
     ) -> Result<Generation, ApiError> {
         let generation = Generation::start(state, job, admission, clock);
-        generation.map_err(|error| self.paths.place(error))
+        let field = self.common.structured_field();
+        generation.map_err(|error| self.paths.place(structured::named(error, field.as_deref())))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The fields of `/generate`, as SGLang has them.
 
-use super::{Asked, grammar};
+use super::Asked;
 use crate::http::AppState;
 use crate::http::body::Fields;
 use crate::http::error::ApiError;
@@ -14,7 +14,7 @@ use std::collections::HashSet;
 const DEFAULT_MAX_NEW_TOKENS: usize = 128;
 
 /// Fields of `sampling_params` and their names on the other routes.
-const SAMPLING: [(&str, &str); 18] = [
+const SAMPLING: [(&str, &str); 20] = [
     ("n", "n"),
     ("temperature", "temperature"),
     ("top_p", "top_p"),
@@ -33,6 +33,8 @@ const SAMPLING: [(&str, &str); 18] = [
     ("frequency_penalty", "frequency_penalty"),
     ("repetition_penalty", "repetition_penalty"),
     ("logit_bias", "logit_bias"),
+    ("json_schema", "guided_json"),
+    ("regex", "guided_regex"),
 ];
 
 const SAMPLING_NEUTRAL: [Rule; 6] = [
@@ -132,7 +134,6 @@ impl Body {
         // SGLang begins with the highest number, the engine with the lowest.
         asked.common.priority = asked.common.priority.saturating_neg();
         asked.default_max_tokens = DEFAULT_MAX_NEW_TOKENS;
-        asked.grammar = grammar::sglang(&mut sampling)?;
         let logprobs = take_logprobs(&mut body)?;
         if let Some(logprobs) = logprobs {
             asked.common.params.top_logprobs = logprobs.top;

@@ -3,7 +3,7 @@
 //! `/v1/completions` and `/v1/chat/completions`.
 
 use super::vllm_fields::{SAMPLING, SAMPLING_NEUTRAL, top};
-use super::{Asked, grammar, ids_of};
+use super::{Asked, ids_of};
 use crate::http::body::{Fields, JsonBytes};
 use crate::http::error::ApiError;
 use crate::http::generation::{Job, Sample};
@@ -165,15 +165,13 @@ fn take_asked(
     for name in SAMPLING {
         common.adopt(&mut kwargs, name, name);
     }
+    common.adopt(body, "structured_outputs_regex", "guided_regex");
     let mut asked = Asked::take(common, state)?;
     asked.default_max_tokens = DEFAULT_MAX_TOKENS;
     let none = body.is_null("logprobs") || kwargs.is_null("logprobs");
     let beside = top(body, "logprobs")?;
     let named = top(&mut kwargs, "logprobs")?.or(beside).unwrap_or(0);
     asked.common.params.top_logprobs = if none { 0 } else { named };
-    let regex = body.take("structured_outputs_regex")?.map(Grammar::Regex);
-    let grammar = grammar::structured_outputs(&mut kwargs)?;
-    asked.grammar = regex.or(grammar);
     neutral::check(&mut kwargs, &SAMPLING_NEUTRAL)?;
     kwargs.finish()?;
     Ok((asked, !none))

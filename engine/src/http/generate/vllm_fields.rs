@@ -1,6 +1,6 @@
 //! The fields of `/inference/v1/generate`, as vLLM has them.
 
-use super::{Asked, grammar};
+use super::Asked;
 use crate::http::AppState;
 use crate::http::body::Fields;
 use crate::http::error::ApiError;
@@ -12,7 +12,7 @@ const BODY: [&str; 6] =
     ["model", "request_id", "stream", "stream_options", "cache_salt", "priority"];
 
 /// The same in vLLM's `SamplingParams`.
-pub const SAMPLING: [&str; 21] = [
+pub const SAMPLING: [&str; 22] = [
     "n",
     "temperature",
     "top_p",
@@ -34,6 +34,7 @@ pub const SAMPLING: [&str; 21] = [
     "allowed_token_ids",
     "bad_words",
     "logprobs_mode",
+    "structured_outputs",
 ];
 
 /// Images, transfers between servers and reasoning parsers: there are none here.
@@ -96,7 +97,6 @@ impl Body {
         let others = logprobs.filter(|named| text || *named > 1);
         asked.common.params.top_logprobs = others.unwrap_or(0);
         asked.common.params.prompt_logprobs = top(&mut sampling, "prompt_logprobs")?;
-        asked.grammar = grammar::structured_outputs(&mut sampling)?;
         check_output(&mut sampling, &asked, text)?;
         neutral::check(&mut body, &BODY_NEUTRAL)?;
         neutral::check(&mut sampling, &SAMPLING_NEUTRAL)?;
