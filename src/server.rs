@@ -3,12 +3,19 @@
 use anyhow::Context;
 use onpolicy_engine::{
     chat::ChatTokenizer,
-    http::{self, AppState, Limits, metrics::PrometheusHandle},
+    http::{
+        self, AppState, Limits,
+        access::{Access, Key},
+        connections::{ConnectionLimits, serve},
+        control::{Settings, roots::Roots},
+        metrics::PrometheusHandle,
+    },
 };
 use onpolicy_plugin_api::Engine;
-use onpolicy_trainer::config::Config;
+use onpolicy_trainer::config::{Config, ControlPlane, Server as Section};
 use std::{
     net::SocketAddr,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -33,11 +40,13 @@ pub fn record_metrics() -> Result<PrometheusHandle, anyhow::Error> {
     http::metrics::install().context("metrics cannot be recorded")
 }
 
-/// Starts the endpoint, unless the configuration says that there is none.
+/// Starts the endpoint, unless the configuration says that there is none. Clients may load weights
+/// from the configured directories, and from `run`.
 pub fn start(
     config: &Config,
     (engine, tokenizer): (&Arc<dyn Engine>, &ChatTokenizer),
     metrics: PrometheusHandle,
+    run: Option<PathBuf>,
 ) -> Result<Option<Server>, anyhow::Error> {
     if !config.server.enabled {
         return Ok(None);
@@ -48,19 +57,82 @@ pub fn start(
         format!("cannot listen on {}:{}; choose another --port, or 0 for any", wanted.0, wanted.1)
     })?;
     let address = listener.local_addr()?;
-    let state = AppState::new(engine.clone(), tokenizer.clone(), Limits::default(), metrics);
+    let access = access(&config.server, address)?;
+    let control = settings(&config.server, run)?;
+    let limits = limits(&config.server);
+    let state = AppState::new(engine.clone(), tokenizer.clone(), limits, metrics)
+        .with_access(access, control);
+    let connections = connections(&config.server);
     let (shutdown, signal) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("http".into()).spawn(move || {
         let stopped = async {
             // A dropped sender says the same.
             let _ = signal.await;
         };
-        if let Err(error) = runtime.block_on(http::run(listener, http::app(state), stopped)) {
+        let served = serve(listener, http::app(state), connections, stopped);
+        if let Err(error) = runtime.block_on(served) {
             tracing::error!(%error, "the HTTP endpoint failed");
         }
         runtime.shutdown_timeout(Duration::from_secs(1));
     })?;
     Ok(Some(Server { address, shutdown, thread }))
+}
+
+/// Who may do what at an endpoint that listens on `address`.
+fn access(server: &Section, address: SocketAddr) -> Result<Access, anyhow::Error> {
+    let api_key = key(server.api_key.as_ref(), "ONPOLICY_API_KEY")?;
+    let control_key = key(server.control_key.as_ref(), "ONPOLICY_CONTROL_KEY")?;
+    let local = address.ip().is_loopback();
+    let control = match server.control {
+        ControlPlane::Off => false,
+        ControlPlane::On if local || control_key.is_some() => true,
+        ControlPlane::On => anyhow::bail!(
+            "server.control = \"on\" lets everybody who reaches {address} change the weights; set \
+             server.control_key (or ONPOLICY_CONTROL_KEY), or listen on 127.0.0.1"
+        ),
+        // A key for the model alone says that not everybody here is trusted.
+        ControlPlane::Auto => local && (control_key.is_some() || api_key.is_none()),
+    };
+    Ok(Access { api_key, control_key, control })
+}
+
+/// The configured key, or the one in the environment, so that it need not stand in a file.
+fn key(configured: Option<&Key>, variable: &str) -> Result<Option<Key>, anyhow::Error> {
+    if let Some(key) = configured {
+        return Ok(Some(key.clone()));
+    }
+    let given = std::env::var(variable).ok().filter(|key| !key.is_empty());
+    given.map(|key| Key::new(key).map_err(|rule| anyhow::anyhow!("{variable}: {rule}"))).transpose()
+}
+
+fn settings(server: &Section, run: Option<PathBuf>) -> Result<Settings, anyhow::Error> {
+    let roots = server.weight_roots.iter().map(PathBuf::from).chain(run);
+    let weight_roots = Roots::new(roots).context("server.weight_roots")?;
+    Ok(Settings { weight_roots, timeout: Duration::from_secs(server.control_timeout_seconds) })
+}
+
+fn limits(server: &Section) -> Limits {
+    let seconds = server.request_timeout_seconds;
+    Limits {
+        concurrent_requests: server.max_concurrent_requests,
+        prompts: server.max_prompts,
+        samples: server.max_samples,
+        prompt_tokens: server.max_prompt_tokens,
+        body_bytes: server.max_body_mb << 20,
+        body_time: Duration::from_secs(server.body_timeout_seconds),
+        request_time: (seconds > 0).then(|| Duration::from_secs(seconds)),
+        undelivered_tokens: server.max_undelivered_tokens,
+        ..Limits::default()
+    }
+}
+
+fn connections(server: &Section) -> ConnectionLimits {
+    ConnectionLimits {
+        connections: server.max_connections,
+        header_time: Duration::from_secs(server.header_timeout_seconds),
+        write_time: Duration::from_secs(server.write_timeout_seconds),
+        grace: Duration::from_secs(server.shutdown_grace_seconds),
+    }
 }
 
 impl Server {

@@ -24,7 +24,12 @@ fn main() {
     let weights = Weights::new(checkpoint.tensors);
     let engines = DTYPES.map(|serve_dtype| {
         let config = checkpoint.config.clone();
-        let model = Model { name: serve_dtype.to_string(), config, weights: weights.share() };
+        let model = Model {
+            name: serve_dtype.to_string(),
+            config,
+            weights: weights.share(),
+            tokenizer: None,
+        };
         let config = EngineConfig { kv_memory: 64 << 20, serve_dtype, ..EngineConfig::default() };
         EngineHandle::start(model, config).expect("the engine starts")
     });

@@ -14,6 +14,7 @@
 //! - [`ops`]: the decoder's operations, with gradients. [`kernels`]: what they and attention over
 //!   pages are computed with.
 //! - [`logits`]: logits to log-prob, entropy, discriminator, baseline.
+//! - [`grammar`]: what a sample's text must be, and which tokens may come next.
 //! - [`sampler`]: logits to the next token.
 //! - [`head`]: hidden states to the next token, without logits in memory where none is needed.
 //! - [`remote`]: vLLM or SGLang servers elsewhere, as an engine.
@@ -26,6 +27,7 @@ pub mod block_manager;
 pub mod chat;
 pub mod collect;
 pub mod engine;
+pub mod grammar;
 pub mod head;
 pub mod http;
 pub mod in_place;

@@ -39,6 +39,8 @@ pub struct Draw<'a> {
     pub position: usize,
     /// Ids that may not be drawn here; their probability is 0.
     pub forbidden: &'a [u32],
+    /// Ids that alone may be drawn: a bit for each, from the lowest bit of the first word on.
+    pub mask: Option<&'a [u32]>,
     /// The tokens before.
     pub past: Past<'a>,
 }
@@ -46,7 +48,8 @@ pub struct Draw<'a> {
 impl<'a> Draw<'a> {
     /// The first draw of stream 0, with nothing forbidden and nothing before.
     pub fn new(row: usize, params: &'a SamplingParams) -> Self {
-        Self { row, params, stream: 0, position: 0, forbidden: &[], past: Past::default() }
+        let (forbidden, mask, past) = (&[][..], None, Past::default());
+        Self { row, params, stream: 0, position: 0, forbidden, mask, past }
     }
 }
 

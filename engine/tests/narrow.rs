@@ -167,6 +167,7 @@ fn weights_that_do_not_fit_are_refused_at_the_start() {
             name: "large".into(),
             config: checkpoint.config.clone(),
             weights: Weights::new(weights.collect()),
+            tokenizer: None,
         };
         let kv_memory = 8 << 20;
         EngineHandle::start(model, EngineConfig { kv_memory, serve_dtype, ..Default::default() })

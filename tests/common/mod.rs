@@ -5,7 +5,12 @@ use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
+
+/// How long a client may take.
+const CLIENT_LIMIT: Duration = Duration::from_secs(300);
 
 /// The folder that scripts/setup fills.
 pub fn cache() -> PathBuf {
@@ -31,10 +36,16 @@ pub struct Served {
 
 /// Starts `onpolicy serve` on a free port and waits until it listens.
 pub fn serve(model: &Path, arguments: &[&str]) -> Served {
+    serve_in(model, arguments, &[])
+}
+
+/// As [`serve`], with these variables in its environment.
+pub fn serve_in(model: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Served {
     let mut child = Command::new(env!("CARGO_BIN_EXE_onpolicy"))
         .args(["serve", "--port", "0", "--model"])
         .arg(model)
         .args(arguments)
+        .envs(environment.iter().copied())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -52,11 +63,48 @@ impl Served {
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
+
+    /// The exit code, once the process has ended; none if it does not within `limit`.
+    pub fn ended_within(&mut self, limit: std::time::Duration) -> Option<i32> {
+        let deadline = std::time::Instant::now() + limit;
+        while std::time::Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().expect("a status") {
+                return status.code();
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        None
+    }
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Runs a script of tests/python in the environment `venv` of the cache; it must end well, in time.
+pub fn run_client(venv: &str, script: &str, arguments: &[&str]) {
+    let python = cache().join(venv).join("bin/python");
+    assert!(python.exists(), "{} is missing: run scripts/test", python.display());
+    let mut client = Command::new(python)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(script))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("Python starts");
+    let started = Instant::now();
+    loop {
+        if let Some(status) = client.try_wait().expect("a status") {
+            assert!(status.success(), "{script} failed: {status}");
+            return;
+        }
+        if started.elapsed() > CLIENT_LIMIT {
+            let _ = client.kill();
+            let _ = client.wait();
+            panic!("{script} did not end in time");
+        }
+        thread::sleep(Duration::from_millis(50));
     }
 }

@@ -178,6 +178,28 @@ def check_rules(client, model):
     assert said(presence_penalty=0, frequency_penalty=0) == plain
 
 
+def check_tokens(client, model):
+    """Token ids beside the text, whole and streamed; they go on as they are in a second turn."""
+    body = {"model": model, "temperature": 0, "extra_body": {"return_token_ids": True}}
+    whole = client.completions.create(**body, prompt=PROMPT, max_tokens=24).choices[0]
+    first = client.completions.create(**body, prompt=PROMPT, max_tokens=9).choices[0]
+    assert first.token_ids == whole.token_ids[:9] and len(first.prompt_token_ids) > 0
+    longer = first.prompt_token_ids + first.token_ids
+    second = client.completions.create(**body, prompt=longer, max_tokens=15).choices[0]
+    assert second.prompt_token_ids == longer
+    assert first.token_ids + second.token_ids == whole.token_ids
+    assert first.text + second.text == whole.text
+
+    stream = client.completions.create(**body, prompt=PROMPT, max_tokens=24, stream=True)
+    streamed = []
+    for chunk in stream:
+        streamed += getattr(chunk.choices[0], "token_ids", None) or []
+    assert streamed == whole.token_ids
+    chat = client.chat.completions.create(**body, messages=MESSAGES, max_tokens=4)
+    assert len(chat.choices[0].token_ids) == chat.usage.completion_tokens
+    assert len(chat.prompt_token_ids) == chat.usage.prompt_tokens
+
+
 def check_errors(client, model):
     """Errors arrive as the package's own exceptions."""
     try:
@@ -206,6 +228,8 @@ def main(url):
     print("streamed chat: ok")
     check_rules(client, model)
     print("rules: ok")
+    check_tokens(client, model)
+    print("token ids: ok")
     check_errors(client, model)
     print("errors: ok")
     print("all checks passed")

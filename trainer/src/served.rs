@@ -111,7 +111,9 @@ impl Served {
         let policy = Weights::new(tensors);
         let weights = policy.share_trainable();
         let name = config.model.name.clone().unwrap_or(name);
-        let served = Model { name, config: model.clone(), weights: policy };
+        let tokenizer_too = Some(tokenizer.clone());
+        let served =
+            Model { name, config: model.clone(), weights: policy, tokenizer: tokenizer_too };
         let native = EngineHandle::start(served, engine_config(config))?;
         // Not before, so that what loading has left is gone.
         keep_freed();

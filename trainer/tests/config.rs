@@ -2,7 +2,7 @@
 
 use onpolicy_trainer::{
     advantage::Advantage,
-    config::{Config, ConfigError, Mode, OnUpdate, Schedule},
+    config::{Config, ConfigError, Mode, OnUpdate, Schedule, sections},
 };
 use std::path::Path;
 
@@ -291,4 +291,29 @@ fn naming_another_plugin_starts_from_its_defaults() {
     assert_eq!(same, ("clip_v".into(), r#"{"max_frac":0.1,"mu":8}"#.into()));
     let other = options(&["gate.name=clip_b", "gate.mu=2"]);
     assert_eq!(other, ("clip_b".into(), r#"{"mu":2}"#.into()));
+}
+
+#[test]
+fn keys_are_read_and_never_written() {
+    let set = ["server.api_key=data-secret", "server.control_key=\"control-secret\""];
+    let config = flags(&[&set[..], &["model.path=m", "server.control=on"]].concat()).unwrap();
+    let key = |text: &str| Some(sections::Key::new(text).unwrap());
+    assert_eq!(config.server.api_key, key("data-secret"));
+    assert_eq!(config.server.control_key, key("control-secret"));
+    for text in [config.to_toml(), format!("{config:?}")] {
+        assert!(!text.contains("secret"), "{text}");
+    }
+    let read = Config::parse(&config.to_toml(), &[]).unwrap();
+    assert_eq!((read.server.api_key, read.server.control_key), (None, None));
+    assert_eq!(read.server.control, sections::ControlPlane::On);
+    for (flag, word) in [
+        ("server.api_key=\"\"", "visible ASCII"),
+        ("server.control_key=\"a b\"", "visible ASCII"),
+        ("server.control=sometimes", "auto"),
+        ("server.weight_roots=[\" \"]", "must not be empty"),
+        ("server.control_timeout_seconds=0", "must be between 1 and 86400"),
+    ] {
+        let refused = refusal(flag);
+        assert!(refused.starts_with("server.") && refused.contains(word), "{refused}");
+    }
 }

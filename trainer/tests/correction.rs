@@ -29,7 +29,12 @@ fn policy() -> (ModelConfig, Weights) {
 
 /// Log-prob of every token after the prompt, as the engine has it.
 fn engine_logprobs(config: &ModelConfig, weights: &Weights, serve_dtype: ServeDtype) -> Vec<f32> {
-    let model = Model { name: "tiny".into(), config: config.clone(), weights: weights.share() };
+    let model = Model {
+        name: "tiny".into(),
+        config: config.clone(),
+        weights: weights.share(),
+        tokenizer: None,
+    };
     let settings = EngineConfig { kv_memory: 8 << 20, serve_dtype, ..EngineConfig::default() };
     let engine = EngineHandle::start(model, settings).expect("the engine starts");
     let params =

@@ -64,8 +64,12 @@ impl Blind {
         // Other weights than the trainer's: it has to be given those.
         let zeros = checkpoint.tensors.iter().map(|(name, t)| (name.clone(), t.zeros_like()));
         let weights = Weights::new(zeros.collect());
-        let model =
-            Model { name: checkpoint.name, config: checkpoint.config, weights: weights.share() };
+        let model = Model {
+            name: checkpoint.name,
+            config: checkpoint.config,
+            weights: weights.share(),
+            tokenizer: None,
+        };
         let config = EngineConfig { kv_memory: 16 << 20, ..EngineConfig::default() };
         let inner = EngineHandle::start(model, config).expect("the engine starts");
         Self { inner, weights: Arc::new(Mutex::new(weights)), given: Arc::default() }

@@ -231,3 +231,14 @@ fn a_short_online_run_learns() {
     let (first, last) = (summary.reward_first, summary.reward_last);
     assert!(first < 0.6 && last > first + 0.2, "reward {first} to {last}");
 }
+
+#[test]
+fn the_weights_of_a_run_are_not_given_back() {
+    use onpolicy_plugin_api::{Engine, EngineError, Sleep};
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = config("online", dir.path(), &[]);
+    let (parts, _) = judged_by(lottery, &config);
+    let run = Run::start(config, parts, false).expect("the run starts");
+    let refused = run.served().engine.sleep(Sleep::Weights);
+    assert!(matches!(refused, Err(EngineError::Unsupported(_))), "{refused:?}");
+}

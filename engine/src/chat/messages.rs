@@ -11,6 +11,8 @@ pub struct Chat {
     pub messages: Vec<Value>,
     /// The tools offered to the model, as OpenAI describes them.
     pub tools: Option<Value>,
+    /// Documents that the model may draw on, as templates for retrieval read them.
+    pub documents: Option<Value>,
     /// End with the beginning of an assistant turn.
     pub add_generation_prompt: bool,
     /// Leave the last message open, so that the model goes on with it.

@@ -5,6 +5,7 @@
 //! - [`Chat`]: a conversation, and how to render it.
 //! - [`Detokenizer`]: one token at a time to text, in time linear in the text.
 //! - `template`, `python`: the Jinja templates that come with models, as transformers renders them.
+//! - [`ToolFormat`], [`CallParser`]: calls of tools in what a model writes.
 //! - `bytes`: how a vocabulary spells bytes.
 
 mod bytes;
@@ -12,9 +13,11 @@ mod detokenizer;
 mod messages;
 mod python;
 mod template;
+mod tools;
 
 pub use detokenizer::Detokenizer;
 pub use messages::Chat;
+pub use tools::{CallParser, Part, Tool, ToolFormat};
 
 use bytes::Spelling;
 use serde_json::{Map, Value};
@@ -169,6 +172,12 @@ impl ChatTokenizer {
     /// Those of [`ChatTokenizer::render`] and [`ChatTokenizer::encode`].
     pub fn encode_chat(&self, chat: &Chat) -> Result<Vec<u32>, ChatError> {
         self.encode(&self.render(chat)?)
+    }
+
+    /// How the model writes calls of tools; none if its chat template speaks of a form that is not
+    /// known here.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.0.templates.as_ref().ok()?.tool_format()
     }
 
     /// Starts the decoding of a growing token sequence.

@@ -41,6 +41,20 @@ pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     Ok(out)
 }
 
+/// A value as `json.dumps` writes it by default, but without ASCII escapes.
+pub(super) fn dumps(value: &Json) -> String {
+    let layout = Layout {
+        indent: None,
+        item_separator: ", ".into(),
+        key_separator: ": ".into(),
+        ensure_ascii: false,
+        sort_keys: false,
+    };
+    let mut out = String::new();
+    layout.write(&mut out, value, 0);
+    out
+}
+
 /// A template value as JSON; an undefined value has none.
 fn plain(value: &Value) -> Result<Json, Error> {
     if value.is_undefined() {

@@ -1,7 +1,10 @@
 //! Chat templates, rendered as transformers renders them.
 
-use super::{Chat, ChatError, TokenizerFiles, parse_object, python};
-use minijinja::{Environment, Error, ErrorKind};
+use super::{
+    Chat, ChatError, TokenizerFiles, parse_object, python,
+    tools::{ToolFormat, prompt},
+};
+use minijinja::{Environment, Error, ErrorKind, Template};
 use serde_json::{Map, Value};
 use std::{error::Error as _, fmt::Write};
 
@@ -55,8 +58,17 @@ impl Templates {
             return Err(ChatError::invalid("chat_template_kwargs", reason));
         }
         let mut messages = chat.normalised()?;
+        let template = self.template(chat.tools.is_some())?;
+        if chat.documents.is_some() && !reads(&template, "documents") {
+            let reason = "the model's chat template does not show documents to the model; put \
+                          them into a message";
+            return Err(ChatError::invalid("documents", reason));
+        }
+        if !reads(&template, "tools") {
+            messages = prompt::spelled_out(messages, chat.tools.as_ref());
+        }
         if !chat.continue_final_message {
-            return self.apply(chat, messages);
+            return apply(&template, self.variables(chat, messages));
         }
         let content = messages.last_mut().and_then(|message| message.get_mut("content"));
         let Some(Value::String(text)) = content else {
@@ -64,24 +76,44 @@ impl Templates {
             return Err(ChatError::invalid("continue_final_message", reason));
         };
         text.push_str(CONTINUE_MARK);
-        cut_at_mark(self.apply(chat, messages)?)
+        cut_at_mark(apply(&template, self.variables(chat, messages))?)
     }
 
-    fn apply(&self, chat: &Chat, messages: Vec<Value>) -> Result<String, ChatError> {
+    /// How the model writes calls of tools; none if its template speaks of a form that is not known
+    /// here.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        let template = self.template(true).ok()?;
+        if !reads(&template, "tools") {
+            return Some(prompt::FORMAT);
+        }
+        ToolFormat::of_template(template.source())
+    }
+
+    fn template(&self, with_tools: bool) -> Result<Template<'_, '_>, ChatError> {
+        let get = |name: &str| self.environment.get_template(name).ok();
+        let for_tools = if with_tools { get(TOOL_USE) } else { None };
+        for_tools.or_else(|| get(DEFAULT)).ok_or(ChatError::NoTemplate)
+    }
+
+    fn variables(&self, chat: &Chat, messages: Vec<Value>) -> Map<String, Value> {
         let mut variables = self.special_tokens.clone();
         variables.extend(chat.kwargs.clone());
         variables.insert("messages".into(), Value::Array(messages));
         variables.insert("tools".into(), chat.tools.clone().unwrap_or(Value::Null));
-        variables.insert("documents".into(), Value::Null);
+        variables.insert("documents".into(), chat.documents.clone().unwrap_or(Value::Null));
         variables.insert("add_generation_prompt".into(), chat.add_generation_prompt.into());
-        let for_tools =
-            chat.tools.as_ref().and_then(|_| self.environment.get_template(TOOL_USE).ok());
-        let template = match for_tools {
-            Some(template) => template,
-            None => self.environment.get_template(DEFAULT).map_err(|_| ChatError::NoTemplate)?,
-        };
-        template.render(minijinja::Value::from_serialize(&variables)).map_err(|e| explain(&e))
+        variables
     }
+}
+
+fn apply(template: &Template, variables: Map<String, Value>) -> Result<String, ChatError> {
+    template.render(minijinja::Value::from_serialize(&variables)).map_err(|e| explain(&e))
+}
+
+/// Whether a template looks at a variable that a request fills. The name is enough to tell: some
+/// templates set the variable themselves where it is not given.
+fn reads(template: &Template, variable: &str) -> bool {
+    template.source().contains(variable)
 }
 
 /// The prompt up to the mark. A template that trims its messages has eaten the mark's last space,

@@ -33,6 +33,10 @@ pub(crate) fn check_fields(request: &Request, info: &ModelInfo) -> Result<(), En
     check_ids("logit_bias", params.logit_bias.iter().map(|(id, _)| id), vocab)?;
     check_biases(params)?;
     check_choice(params, &info.eos_token_ids)?;
+    if params.grammar.is_some() && params.ignore_eos {
+        let rule = "cannot be combined with a grammar, whose end is the end of the text";
+        return Err(EngineError::invalid("ignore_eos", rule));
+    }
     if request.cache_salt.as_ref().is_some_and(String::is_empty) {
         return Err(EngineError::invalid("cache_salt", "must not be empty"));
     }

@@ -2,11 +2,17 @@
 //! events come out through each request's sink.
 
 pub(crate) mod check;
+mod control;
+mod handle;
+mod hold;
 mod request;
 mod runner;
+mod update;
 mod worker;
 
 use crate::{
+    chat::ChatTokenizer,
+    grammar::{Grammars, Place},
     in_place::update_in_place,
     kv_cache::KvCache,
     model::config::ModelConfig,
@@ -14,7 +20,8 @@ use crate::{
     scheduler::{Scheduler, SchedulerConfig},
     weights::{ServeDtype, Version, Weights},
 };
-use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, RequestId, Sink, WeightUpdate};
+use hold::Status;
+use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, WeightUpdate};
 use std::{
     sync::{
         Arc, Mutex,
@@ -24,7 +31,7 @@ use std::{
     thread::JoinHandle,
     time::Duration,
 };
-use worker::{Command, Submission, Update, Worker};
+use worker::{Command, Worker};
 
 /// What running samples do when the weights change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -111,6 +118,8 @@ pub struct Model {
     pub config: ModelConfig,
     /// Handles to the served tensors.
     pub weights: Weights,
+    /// Says what the tokens stand for; without it no request may have a grammar.
+    pub tokenizer: Option<ChatTokenizer>,
 }
 
 /// Numbers of the engine between two steps.
@@ -141,6 +150,7 @@ pub struct EngineStats {
 /// State that handle and worker share.
 struct Shared {
     version: Version,
+    status: Status,
     /// Submitted requests that the worker has not taken yet.
     submitted: AtomicUsize,
     /// Requests that waited at the end of the last step.
@@ -163,7 +173,10 @@ pub struct EngineHandle {
 struct Inner {
     commands: mpsc::Sender<Command>,
     info: ModelInfo,
+    model: ModelConfig,
+    serve_dtype: ServeDtype,
     limits: SchedulerConfig,
+    grammars: Grammars,
     shared: Arc<Shared>,
     next_id: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -182,6 +195,7 @@ impl EngineHandle {
         let scheduler = Scheduler::new(limits.clone())?;
         let shared = Arc::new(Shared {
             version: Version::default(),
+            status: Status::default(),
             submitted: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         });
@@ -192,9 +206,12 @@ impl EngineHandle {
             eos_token_ids: model.config.eos_token_ids.clone(),
             max_samples: limits.max_num_seqs,
         };
+        let eos = info.eos_token_ids.clone();
+        let grammars = Grammars::new(model.tokenizer, info.vocab_size, eos);
         let (commands, inbox) = mpsc::channel();
         let worker_shared = shared.clone();
         let blocks = limits.num_blocks;
+        let model_config = model.config.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
@@ -208,7 +225,10 @@ impl EngineHandle {
         let inner = Inner {
             commands,
             info,
+            model: model_config,
+            serve_dtype: dtype,
             limits,
+            grammars,
             shared,
             next_id: AtomicU64::new(0),
             thread: Mutex::new(Some(thread)),
@@ -229,12 +249,26 @@ impl EngineHandle {
         update_in_place(self, write)
     }
 
+    /// From now on a trainer works on the weights: they are not given back or reset.
+    pub fn train_weights(&self) {
+        self.inner.shared.status.trained.set(true);
+    }
+
     /// Numbers of the engine between two steps; blocks until the one in progress is done.
     ///
     /// # Errors
     /// [`EngineError::Stopped`].
     pub fn stats(&self) -> Result<EngineStats, EngineError> {
         self.inner.ask(|reply| Command::Stats { reply })
+    }
+
+    /// Verifies all bookkeeping of blocks and samples; takes time proportional to the pool. For
+    /// tests. Blocks until the step in progress is done.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`], or [`EngineError::Internal`] with what is wrong: a bug.
+    pub fn check(&self) -> Result<(), EngineError> {
+        self.inner.ask(|reply| Command::Check { reply })?.map_err(EngineError::Internal)
     }
 
     /// Where the engine's time has gone so far; none if [`EngineConfig::profile`] is off. Blocks
@@ -269,70 +303,20 @@ impl Inner {
             let _ = thread.join();
         }
     }
+
+    /// The request with its grammar compiled.
+    fn prepared(
+        &self,
+        (request, sink): (Request, Box<dyn Sink>),
+    ) -> Result<(Request, Box<dyn Sink>, Option<Place>), EngineError> {
+        let grammar = request.params.grammar.as_ref();
+        let grammar = grammar.map(|grammar| self.grammars.compile(grammar)).transpose()?;
+        Ok((request, sink, grammar))
+    }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-impl Engine for EngineHandle {
-    fn info(&self) -> ModelInfo {
-        self.inner.info.clone()
-    }
-
-    fn submit(&self, request: Request, sink: Box<dyn Sink>) -> Result<RequestId, EngineError> {
-        Ok(self.submit_all(vec![(request, sink)])?[0])
-    }
-
-    fn submit_all(
-        &self,
-        requests: Vec<(Request, Box<dyn Sink>)>,
-    ) -> Result<Vec<RequestId>, EngineError> {
-        let inner = &self.inner;
-        let check = |request| check::check(request, &inner.info, &inner.limits);
-        requests.iter().try_for_each(|(request, _)| check(request))?;
-        let waiting = inner.shared.queued();
-        if waiting + requests.len() > inner.limits.max_waiting {
-            return Err(EngineError::Overloaded { waiting });
-        }
-        let count = requests.len();
-        let first = inner.next_id.fetch_add(count as u64, Ordering::Relaxed);
-        let ids: Vec<RequestId> = (first..first + count as u64).map(RequestId).collect();
-        let submissions = ids.iter().copied().zip(requests);
-        let submissions =
-            submissions.map(|(id, (request, sink))| Submission { id, request, sink }).collect();
-        inner.shared.submitted.fetch_add(count, Ordering::Relaxed);
-        let sent = inner.commands.send(Command::Submit(submissions));
-        sent.map(|()| ids).map_err(|_| EngineError::Stopped)
-    }
-
-    fn abort(&self, id: RequestId, index: Option<usize>) {
-        // An engine that has stopped has nothing left to abort.
-        let _ = self.inner.commands.send(Command::Abort { id, index });
-    }
-
-    fn weight_version(&self) -> u64 {
-        self.inner.shared.version.get()
-    }
-
-    fn shares_weights(&self) -> bool {
-        true
-    }
-
-    fn update_weights(
-        &self,
-        update: WeightUpdate,
-        version: Option<u64>,
-    ) -> Result<u64, EngineError> {
-        let WeightUpdate::InPlace(write) = update else {
-            return Err(EngineError::unsupported("weights from a directory"));
-        };
-        self.inner.ask(|reply| Command::Update(Update { write, version, reply }))?
-    }
-
-    fn set_weight_version(&self, version: u64) -> Result<(), EngineError> {
-        self.inner.ask(|reply| Command::SetVersion { version, reply })
     }
 }

@@ -1,6 +1,7 @@
 //! A request that the engine has taken and not ended yet.
 
 use crate::{
+    grammar::Place,
     sampler::{Counts, Draw, Past, has_penalties, stream_of},
     sequence::Sequence,
 };
@@ -20,11 +21,18 @@ pub struct LiveRequest {
     /// What each sample has drawn; empty if there are no penalties.
     counts: Vec<Counts>,
     open: Vec<bool>,
+    /// Where each sample stands in the request's grammar; none without one.
+    places: Vec<Place>,
 }
 
 impl LiveRequest {
     /// A request that has just arrived.
-    pub fn new(request: &Request, eos_token_ids: &[u32], sink: Box<dyn Sink>) -> Self {
+    pub fn new(
+        request: &Request,
+        eos_token_ids: &[u32],
+        sink: Box<dyn Sink>,
+        grammar: Option<Place>,
+    ) -> Self {
         let params = request.params.clone();
         let mut stop_ids = params.stop_token_ids.clone();
         if !params.ignore_eos {
@@ -38,6 +46,7 @@ impl LiveRequest {
             prompt_tokens: Vec::new(),
             counts: vec![Counts::new(&request.prompt); counted],
             open: vec![true; params.n],
+            places: grammar.map_or_else(Vec::new, |place| vec![place; params.n]),
             params,
             sink,
         };
@@ -70,16 +79,45 @@ impl LiveRequest {
     pub fn draw<'a>(&'a self, row: usize, sequence: &'a Sequence) -> Draw<'a> {
         let tokens = sequence.generated();
         let position = tokens.len();
-        let forbidden = if position < self.params.min_tokens { &self.stop_ids[..] } else { &[] };
+        let place = self.places.get(sequence.index);
+        // A grammar that is at its end is not held back by `min_tokens`.
+        let held = position < self.params.min_tokens
+            && place.is_none_or(|place| place.allows_other_than(&self.stop_ids));
+        let forbidden = if held { &self.stop_ids[..] } else { &[] };
         let stream = stream_of(self.seed, sequence.index);
         let past = Past { tokens, counts: self.counts.get(sequence.index) };
-        Draw { row, params: &self.params, stream, position, forbidden, past }
+        let mask = place.map(Place::allowed);
+        Draw { row, params: &self.params, stream, position, forbidden, mask, past }
+    }
+
+    /// Works out what the grammar allows next, for one sample; nothing without a grammar.
+    ///
+    /// # Errors
+    /// Why the sample cannot go on.
+    pub fn look(&mut self, index: usize) -> Result<(), EngineError> {
+        let Some(place) = self.places.get_mut(index) else { return Ok(()) };
+        place.look().map_err(|why| EngineError::invalid("grammar", why))
+    }
+
+    /// True if the samples follow a grammar.
+    pub fn has_grammar(&self) -> bool {
+        !self.places.is_empty()
+    }
+
+    /// Takes a drawn token into the sample's grammar.
+    ///
+    /// # Errors
+    /// The grammar cannot go on with it.
+    pub fn advance(&mut self, index: usize, token: u32) -> Result<(), EngineError> {
+        let Some(place) = self.places.get_mut(index) else { return Ok(()) };
+        place.advance(token).map_err(|why| EngineError::invalid("grammar", why))
     }
 
     /// The field that may leave no token to draw, if there is one.
     pub fn restriction(&self) -> Option<&'static str> {
         let params = &self.params;
         let fields = [
+            (params.grammar.is_some(), "grammar"),
             (params.allowed_token_ids.is_some(), "allowed_token_ids"),
             (!params.bad_words.is_empty(), "bad_words"),
             (params.min_tokens > 0, "min_tokens"),

@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use onpolicy_plugin_api::PromptToken;
 use serde::Serialize;
 use std::time::{SystemTime, UNIX_EPOCH};
+use utoipa::ToSchema;
 
 /// How a route words its choices.
 pub trait Wording: Send + Sync + 'static {
@@ -46,7 +47,7 @@ pub trait Wording: Send + Sync + 'static {
 }
 
 /// Token counts over all prompts and samples.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
@@ -87,7 +88,7 @@ pub fn unix_time() -> u64 {
 }
 
 /// An answer or a chunk of one. A `usage` of `Some(None)` is written as null.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Envelope<'a, C> {
     id: &'a str,
     object: &'static str,
@@ -96,6 +97,7 @@ pub(super) struct Envelope<'a, C> {
     weight_version: u64,
     choices: Vec<C>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Usage>)]
     pub(super) usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prompt_token_ids: Option<&'a [u32]>,

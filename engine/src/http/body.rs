@@ -7,6 +7,7 @@ use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// The raw bytes of a JSON body that is within the size and time limits.
@@ -19,8 +20,10 @@ impl FromRequest<Arc<AppState>> for JsonBytes {
         check_content_type(request.headers())?;
         let read = Bytes::from_request(request, state);
         let Ok(read) = tokio::time::timeout(state.limits.body_time, read).await else {
-            let message = "the body did not arrive in time";
-            return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message));
+            let limit = state.limits.body_time;
+            let message = format!("the body did not arrive within {limit:?}; send it faster");
+            let error = ApiError::new(StatusCode::REQUEST_TIMEOUT, message);
+            return Err(error.with_code("slow_body"));
         };
         read.map(Self).map_err(|rejection| {
             let status = rejection.status();
@@ -34,6 +37,11 @@ impl FromRequest<Arc<AppState>> for JsonBytes {
 }
 
 impl JsonBytes {
+    #[cfg(test)]
+    pub(super) fn of(body: &str) -> Self {
+        Self(body.to_string().into())
+    }
+
     /// Parses the body as one JSON object.
     pub fn fields(&self) -> Result<Fields, ApiError> {
         let value = serde_json::from_slice(&self.0).map_err(|error| {
@@ -41,7 +49,7 @@ impl JsonBytes {
             ApiError::new(StatusCode::BAD_REQUEST, message).with_code("invalid_json")
         })?;
         match value {
-            Value::Object(map) => Ok(Fields { map, prefix: String::new() }),
+            Value::Object(map) => Ok(Fields { map, ..Fields::default() }),
             _ => Err(ApiError::new(StatusCode::BAD_REQUEST, "the body must be a JSON object")),
         }
     }
@@ -58,30 +66,89 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 /// The fields of a JSON object that nobody has taken yet. A field that is null counts as absent.
+#[derive(Default)]
 pub struct Fields {
     map: Map<String, Value>,
     prefix: String,
+    adopted: Paths,
+}
+
+/// Where the client wrote fields that have another name, or another place, here.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Paths(HashMap<String, String>);
+
+impl Paths {
+    /// The error as the client reads it: about the field that the client wrote.
+    pub fn place(&self, mut error: ApiError) -> ApiError {
+        let Some(name) = &error.param else { return error };
+        let Some(path) = self.0.get(name) else { return error };
+        if let Some(rule) = error.message.strip_prefix(&format!("{name}: ")) {
+            error.message = format!("{path}: {rule}");
+        }
+        error.param = Some(path.clone());
+        error
+    }
 }
 
 impl Fields {
+    /// The fields of a body that is parsed already.
+    pub fn from_map(map: Map<String, Value>) -> Self {
+        Self { map, prefix: String::new() }
+    }
+
     /// The fields of the object at `path` of the body.
     ///
     /// # Errors
     /// 400 if `value` is no object.
     pub fn of(value: Value, path: &str) -> Result<Self, ApiError> {
         match value {
-            Value::Object(map) => Ok(Self { map, prefix: format!("{path}.") }),
+            Value::Object(map) => Ok(Self { map, prefix: format!("{path}."), ..Self::default() }),
             _ => Err(ApiError::invalid(path, "must be an object")),
         }
     }
 
     /// The full path of one of the fields.
     pub fn path(&self, name: &str) -> String {
-        format!("{}{name}", self.prefix)
+        let adopted = self.adopted.0.get(name).cloned();
+        adopted.unwrap_or_else(|| format!("{}{name}", self.prefix))
+    }
+
+    /// Moves the field `name` of another object here, where it is called `to`. If there is one of
+    /// this name, the new one stands. Errors go on to name the field as the client did.
+    pub fn adopt(&mut self, from: &mut Fields, name: &str, to: &str) {
+        let path = from.path(name);
+        let value = from.take_value(name);
+        self.adopted.0.entry(to.to_string()).or_insert_with(|| path.clone());
+        if let Some(value) = value {
+            self.map.insert(to.to_string(), value);
+            self.adopted.0.insert(to.to_string(), path);
+        }
+    }
+
+    /// Adds a field.
+    pub fn put(&mut self, name: &str, value: Value) {
+        self.map.insert(name.to_string(), value);
+    }
+
+    /// Where the client wrote the adopted fields.
+    pub fn paths(&self) -> Paths {
+        self.adopted.clone()
+    }
+
+    /// A field as it is, left where it is.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.map.get(name).filter(|value| !value.is_null())
+    }
+
+    /// True for a field that is there, and null.
+    pub fn is_null(&self, name: &str) -> bool {
+        self.map.get(name).is_some_and(Value::is_null)
     }
 
     /// Takes a field as it is.
     pub fn take_value(&mut self, name: &str) -> Option<Value> {
+        #[cfg(test)]
+        asked::note(self.path(name));
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
@@ -123,6 +190,25 @@ impl Fields {
                 Err(ApiError::invalid(self.path(name), rule).with_code("unknown_field"))
             }
         }
+    }
+}
+
+/// The names that were asked for on this thread, whether or not a body had them.
+#[cfg(test)]
+pub(super) mod asked {
+    use std::{cell::RefCell, collections::BTreeSet};
+
+    thread_local! {
+        static NAMES: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
+    }
+
+    pub fn note(path: String) {
+        NAMES.with_borrow_mut(|names| names.insert(path));
+    }
+
+    /// All of them since the last call.
+    pub fn names() -> BTreeSet<String> {
+        NAMES.take()
     }
 }
 
@@ -177,6 +263,30 @@ mod tests {
         assert_eq!(f.finish().unwrap_err().param.as_deref(), Some("odd"));
         let inner = Fields::of(json!({"b": 1}), "a").unwrap().finish().unwrap_err();
         assert_eq!(inner.param.as_deref(), Some("a.b"));
+    }
+
+    #[test]
+    fn adopted_fields_keep_the_clients_name() {
+        let mut body =
+            fields(json!({"rid": "a", "n": 1, "inner": {"max_new_tokens": "x", "n": 2}}));
+        let mut inner = Fields::of(body.take_value("inner").unwrap(), "inner").unwrap();
+        let mut common = Fields::default();
+        common.adopt(&mut body, "rid", "request_id");
+        common.adopt(&mut body, "n", "n");
+        common.adopt(&mut inner, "n", "n");
+        common.adopt(&mut inner, "max_new_tokens", "max_tokens");
+        common.adopt(&mut inner, "min_new_tokens", "min_tokens");
+        assert!(body.finish().is_ok() && inner.finish().is_ok());
+        assert_eq!(common.take::<usize>("n").unwrap(), Some(2), "the later one stands");
+        let error = common.take::<usize>("max_tokens").unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("inner.max_new_tokens"));
+        assert_eq!(common.path("request_id"), "rid");
+        let paths = common.paths();
+        let placed = paths.place(ApiError::invalid("min_tokens", "is too large"));
+        assert_eq!(placed.param.as_deref(), Some("inner.min_new_tokens"));
+        assert_eq!(placed.message, "inner.min_new_tokens: is too large");
+        let other = ApiError::invalid("other", "is odd");
+        assert_eq!(paths.place(other.clone()), other);
     }
 
     #[test]

@@ -1,20 +1,22 @@
 //! `POST /v1/completions`: text or tokens in, text out.
 
-use super::answer::{Meta, Wording, respond, unix_time};
+use super::answer::{Envelope, Meta, Wording, respond, unix_time};
 use super::body::{Fields, JsonBytes};
 use super::error::ApiError;
 use super::fields::{Common, check_top};
 use super::generation::{Finish, Generation, Job, Sample, StopReason};
 use super::logprobs::{PolicyStats, TextLogprobs, TokenNames};
 use super::metrics::RequestClock;
+use super::openapi::errors;
 use super::prompt::Prompt;
 use super::prompt_logprobs::PromptLogprobs;
 use super::text::{Piece, PlacedToken};
-use super::{Admission, AppState, Shared, neutral};
+use super::{Admission, AppState, Shared, neutral, structured};
 use axum::extract::State;
 use axum::response::Response;
 use onpolicy_plugin_api::{FinishReason, PromptToken, SamplingParams};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// The route's path.
 pub const PATH: &str = "/v1/completions";
@@ -25,23 +27,40 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/v1/completions", operation_id = "completions", tag = "generation",
+    request_body = ref("#/components/schemas/CompletionRequest"),
+    responses(
+        (status = 200, description = "All samples; or, with `stream`, events of more of them",
+            content((Envelope<Choice> = "application/json"), (String = "text/event-stream"))),
+        errors::Generating,
+    ),
+)]
 pub async fn create(
     State(state): Shared,
     admission: Admission,
     body: JsonBytes,
 ) -> Result<Response, ApiError> {
     let clock = RequestClock::start(PATH);
-    let (job, wording, meta) = state.off_thread(move |state| plan(body.fields()?, state)).await?;
-    let generation = Generation::start(&state, job, admission, clock)?;
+    let start = move |state: &AppState| {
+        let Plan { job, wording, meta, structured } = plan(body.fields()?, state)?;
+        let generation = Generation::start(state, job, admission, clock)
+            .map_err(|error| structured::named(error, structured.as_deref()))?
+            .named(&meta.id);
+        Ok((wording, meta, generation))
+    };
+    let (wording, meta, generation) = state.off_thread(start).await?;
     respond(wording, meta, generation).await
 }
 
 /// One choice, of a whole answer or of a chunk.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = CompletionChoice)]
 struct Choice {
     index: usize,
     text: String,
     logprobs: Option<TextLogprobs>,
+    #[schema(value_type = Option<String>)]
     finish_reason: Option<FinishReason>,
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -79,7 +98,30 @@ struct CompletionWording {
     names: TokenNames,
 }
 
-fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording, Meta), ApiError> {
+/// Parses a body and forgets what it asks for.
+#[cfg(test)]
+pub(super) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan(fields, state).map(|_| ())
+}
+
+/// What would be generated from, and whether with log-probs, without generating it.
+///
+/// # Errors
+/// As the route itself.
+pub(super) fn preview(fields: Fields, state: &AppState) -> Result<(Job, Meta, bool), ApiError> {
+    plan(fields, state).map(|plan| (plan.job, plan.meta, plan.wording.logprobs))
+}
+
+/// A request, ready to be started.
+struct Plan {
+    job: Job,
+    wording: CompletionWording,
+    meta: Meta,
+    /// The field that says what the text must be.
+    structured: Option<String>,
+}
+
+fn plan(mut fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
     let mut common = Common::take(&mut fields, state)?;
     let prompts = Prompt::take_all(&mut fields, state)?;
     let echo = fields.take_or("echo", false)?;
@@ -123,7 +165,8 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<(Job, CompletionWording,
         include_usage: common.include_usage,
     };
     let rules = common.text_rules(&state.info);
-    Ok((Job { requests, rules }, wording, meta))
+    let structured = common.structured_field();
+    Ok(Plan { job: Job { requests, rules, stream: common.stream }, wording, meta, structured })
 }
 
 fn params_for(

@@ -6,6 +6,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use onpolicy_plugin_api::EngineError;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// Seconds after which a refused client may try again.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
@@ -41,6 +42,30 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }
 
+    /// 504: the request has had its time.
+    pub fn out_of_time(time: Duration) -> Self {
+        let message = format!(
+            "the request did not end within {time:?} and was stopped; ask for fewer tokens, \
+             samples or prompts at once, or raise server.request_timeout_seconds"
+        );
+        Self::new(StatusCode::GATEWAY_TIMEOUT, message).with_code("request_timeout")
+    }
+
+    /// 408: the reader of a stream is too slow.
+    pub fn slow_reader(tokens: usize) -> Self {
+        let message = format!(
+            "the stream was read too slowly: {tokens} tokens waited for its reader, and the \
+             request was stopped; read faster, ask for fewer samples, or do not stream"
+        );
+        Self::new(StatusCode::REQUEST_TIMEOUT, message).with_code("slow_reader")
+    }
+
+    /// 503: the server stops.
+    pub fn shutting_down() -> Self {
+        let message = "the server is shutting down; send the request again later";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("shutting_down")
+    }
+
     /// Adds the word for programs.
     #[must_use]
     pub fn with_code(mut self, code: &'static str) -> Self {
@@ -62,8 +87,11 @@ impl ApiError {
         match self.status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
             StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
+            StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => "timeout_error",
             status if status.is_server_error() => "internal_server_error",
             StatusCode::NOT_FOUND => "not_found_error",
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::FORBIDDEN => "permission_error",
             _ => "invalid_request_error",
         }
     }
@@ -75,7 +103,7 @@ impl IntoResponse for ApiError {
             tracing::error!(status = self.status.as_u16(), "{}", self.message);
         }
         let mut response = (self.status, Json(self.body())).into_response();
-        if self.status == StatusCode::TOO_MANY_REQUESTS {
+        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
         }
         response
@@ -91,6 +119,9 @@ impl From<EngineError> for ApiError {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("overloaded")
             }
             EngineError::Stopped => Self::new(StatusCode::SERVICE_UNAVAILABLE, message),
+            EngineError::Unavailable(_) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("unavailable")
+            }
             EngineError::Internal(_) => Self::internal(message),
             EngineError::Unsupported(_) => {
                 Self::new(StatusCode::BAD_REQUEST, message).with_code("unsupported")

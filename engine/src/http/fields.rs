@@ -1,7 +1,10 @@
 //! The request fields that both generating routes have.
 
 use super::text::TextRules;
-use super::{AppState, Limits, body::Fields, error::ApiError, neutral, sampling};
+use super::{
+    AppState, Limits, body::Fields, error::ApiError, neutral, sampling, structured,
+    structured::Structured,
+};
 use axum::http::StatusCode;
 use onpolicy_plugin_api::sampling::MAX_TOP_LOGPROBS;
 use onpolicy_plugin_api::{ModelInfo, Request, SamplingParams};
@@ -10,6 +13,8 @@ use std::sync::Arc;
 
 /// Longest stop string, in bytes.
 const MAX_STOP_BYTES: usize = 1024;
+/// Longest `cache_salt`, in bytes.
+const MAX_SALT_BYTES: usize = 1024;
 /// Longest `request_id`, in bytes.
 const MAX_ID_BYTES: usize = 128;
 
@@ -35,6 +40,8 @@ pub struct Common {
     pub priority: i32,
     /// See [`Request::cache_salt`].
     pub cache_salt: Option<String>,
+    /// What the text must be; `params` does not have it yet.
+    pub structured: Option<Structured>,
     /// The field's value, if it was given.
     pub max_tokens: Option<usize>,
     /// Strings that end a sample.
@@ -79,6 +86,7 @@ impl Common {
             truncate: truncation(fields, &state.info)?,
             priority: fields.take_or("priority", 0)?,
             cache_salt: cache_salt(fields)?,
+            structured: structured::take(fields)?,
             max_tokens: fields.take("max_tokens")?,
             stop: stop_strings(fields, &state.limits)?,
             include_stop: fields.take_or("include_stop_str_in_output", false)?,
@@ -104,7 +112,8 @@ impl Common {
     ) -> Result<SamplingParams, ApiError> {
         let room = info.max_model_len.saturating_sub(prompt_len);
         let max_tokens = self.max_tokens.unwrap_or(default.min(room).max(1));
-        let params = SamplingParams { max_tokens, ..self.params.clone() };
+        let grammar = self.structured.as_ref().map(|structured| structured.grammar.clone());
+        let params = SamplingParams { max_tokens, grammar, ..self.params.clone() };
         params.validate()?;
         if max_tokens > room {
             return Err(too_long(prompt_len, max_tokens, info.max_model_len));
@@ -142,7 +151,13 @@ impl Common {
             skip_special: self.skip_special,
             min_tokens: self.params.min_tokens,
             stop_tokens: [eos, &self.params.stop_token_ids].concat(),
+            tokens_only: false,
         })
+    }
+
+    /// The field that says what the text must be.
+    pub fn structured_field(&self) -> Option<String> {
+        self.structured.as_ref().map(|structured| structured.field.clone())
     }
 
     /// The answer's id: the client's name for it, or a new one.
@@ -221,8 +236,9 @@ fn truncation(fields: &mut Fields, info: &ModelInfo) -> Result<Option<Truncation
 
 fn cache_salt(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     let salt = fields.take::<String>("cache_salt")?;
-    if salt.as_ref().is_some_and(String::is_empty) {
-        return Err(ApiError::invalid(fields.path("cache_salt"), "must not be empty"));
+    if salt.as_ref().is_some_and(|salt| salt.is_empty() || salt.len() > MAX_SALT_BYTES) {
+        let rule = format!("must be 1 to {MAX_SALT_BYTES} bytes long");
+        return Err(ApiError::invalid(fields.path("cache_salt"), rule));
     }
     Ok(salt)
 }

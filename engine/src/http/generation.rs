@@ -2,16 +2,21 @@
 //! into text events, ends samples at stop strings, and aborts what is left when it is dropped.
 
 use super::error::ApiError;
+use super::feed::{Feed, FeedLimits, feed};
 use super::metrics::{RequestClock, SampleClock};
+use super::registry::Registered;
 use super::text::{Piece, SampleText, TextRules};
-use super::{Admission, AppState};
+use super::{Admission, AppState, Limits};
 use onpolicy_plugin_api::{
     Engine, Event, FinishReason, PromptToken, Request, RequestId, Sink, Token,
 };
 use serde::Serialize;
 use std::collections::VecDeque;
+use std::future::{Future, pending};
+use std::pin::Pin;
 use std::sync::Arc;
-use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use std::time::{Duration, Instant};
+use utoipa::ToSchema;
 
 /// A validated request, ready for the engine.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +25,8 @@ pub struct Job {
     pub requests: Vec<Request>,
     /// How the samples become text.
     pub rules: Arc<TextRules>,
+    /// Tokens may wait for their reader, who may be slow; a whole answer is gathered at once.
+    pub stream: bool,
 }
 
 impl Job {
@@ -27,10 +34,36 @@ impl Job {
     pub fn samples(&self) -> usize {
         self.requests.first().map_or(0, |request| request.params.n)
     }
+
+    /// Checks what all prompts ask for together.
+    ///
+    /// # Errors
+    /// 400 with the numbers.
+    fn check(&self, limits: &Limits) -> Result<(), ApiError> {
+        let (prompts, n) = (self.requests.len(), self.samples());
+        let (samples, most) = (prompts.saturating_mul(n), limits.samples);
+        if samples > most {
+            let rule = format!(
+                "{prompts} prompts with {n} samples each are {samples} samples; one request may \
+                 ask for {most}: send several requests"
+            );
+            return Err(ApiError::invalid("n", rule));
+        }
+        let tokens: usize = self.requests.iter().map(|request| request.prompt.len()).sum();
+        if tokens > limits.prompt_tokens {
+            let most = limits.prompt_tokens;
+            let rule = format!(
+                "the prompts have {tokens} tokens together; one request may have {most}: send \
+                 several requests"
+            );
+            return Err(ApiError::invalid("prompt", rule));
+        }
+        Ok(())
+    }
 }
 
 /// What ended a sample beside the token limit and end-of-sequence.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum StopReason {
     /// A stop string.
@@ -82,22 +115,6 @@ pub struct Answers {
     pub samples: Vec<Sample>,
 }
 
-/// Carries a prompt's events from the engine's thread to the task of the HTTP request.
-struct ChannelSink {
-    prompt: usize,
-    events: UnboundedSender<(usize, Event)>,
-}
-
-impl Sink for ChannelSink {
-    fn send(&mut self, event: Event) -> bool {
-        self.events.send((self.prompt, event)).is_ok()
-    }
-
-    fn is_closed(&self) -> bool {
-        self.events.is_closed()
-    }
-}
-
 /// A request that the engine has taken, and how many of its samples are not over.
 struct Submitted {
     id: RequestId,
@@ -121,24 +138,58 @@ pub struct Generation {
     submitted: Vec<Submitted>,
     running: Vec<Option<Running>>,
     open: usize,
-    events: UnboundedReceiver<(usize, Event)>,
+    events: Feed,
+    /// Most tokens that wait for the reader.
+    backlog: usize,
     ready: VecDeque<Update>,
     clock: RequestClock,
+    registered: Registered,
+    /// What ends it from outside.
+    ending: Ending,
     _admission: Admission,
+}
+
+/// Waits for what ends a request whether or not its samples are over, and says why.
+type Ending = Pin<Box<dyn Future<Output = ApiError> + Send>>;
+
+fn ending(deadline: Option<Instant>, time: Option<Duration>, admission: &Admission) -> Ending {
+    let lifetime = admission.lifetime.clone();
+    Box::pin(async move {
+        let cut_off = async {
+            match lifetime {
+                Some(lifetime) => lifetime.cut_off().await,
+                None => pending().await,
+            }
+        };
+        let late = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            () = cut_off => ApiError::shutting_down(),
+            () = late => ApiError::out_of_time(time.unwrap_or_default()),
+        }
+    })
 }
 
 impl Generation {
     /// Submits all prompts of the job.
     ///
     /// # Errors
-    /// The engine's refusal; what was submitted before is aborted.
+    /// The engine's refusal, or more than one request may ask for; nothing is started then.
     pub fn start(
         state: &AppState,
         job: Job,
         admission: Admission,
         clock: RequestClock,
     ) -> Result<Self, ApiError> {
-        let (sender, events) = mpsc::unbounded_channel();
+        let limits = &state.limits;
+        job.check(limits)?;
+        let backlog = if job.stream { limits.undelivered_tokens } else { usize::MAX };
+        let deadline = limits.request_time.and_then(|time| Instant::now().checked_add(time));
+        let (sinks, events) = feed(job.requests.len(), FeedLimits { tokens: backlog, deadline });
         let samples_per_prompt = job.samples();
         let running = || Running {
             text: SampleText::new(&state.tokenizer, job.rules.clone()),
@@ -152,20 +203,30 @@ impl Generation {
             engine: state.engine.clone(),
             eos: eos_that_end(&job, &state.info.eos_token_ids),
             samples_per_prompt,
-            submitted: Vec::with_capacity(job.requests.len()),
+            submitted: Vec::new(),
             running: (0..samples).map(|_| Some(running())).collect(),
             open: samples,
             events,
+            backlog,
             ready: VecDeque::new(),
             clock,
+            registered: state.registry.add(),
+            ending: ending(deadline, limits.request_time, &admission),
             _admission: admission,
         };
-        for (prompt, request) in job.requests.into_iter().enumerate() {
-            let sink = ChannelSink { prompt, events: sender.clone() };
-            let id = this.engine.submit(request, Box::new(sink))?;
-            this.submitted.push(Submitted { id, open: samples_per_prompt });
-        }
+        let sinks = sinks.into_iter().map(|sink| Box::new(sink) as Box<dyn Sink>);
+        let ids = this.engine.submit_all(job.requests.into_iter().zip(sinks).collect())?;
+        ids.iter().for_each(|&id| this.registered.request(id));
+        let submitted = |id| Submitted { id, open: samples_per_prompt };
+        this.submitted = ids.into_iter().map(submitted).collect();
         Ok(this)
+    }
+
+    /// Clients may abort it by the answer's id from now on, and by what they have called it.
+    #[must_use]
+    pub fn named(self, id: &str) -> Self {
+        self.registered.name(id);
+        self
     }
 
     /// Samples over all prompts.
@@ -181,7 +242,8 @@ impl Generation {
     /// The next update; `None` once every sample has finished.
     ///
     /// # Errors
-    /// The engine's failure, after which there are no more updates.
+    /// The engine's failure, the end of the request's time, or a server that stops; after it there
+    /// are no more updates.
     pub async fn next(&mut self) -> Option<Result<Update, ApiError>> {
         loop {
             if let Some(update) = self.ready.pop_front() {
@@ -190,9 +252,13 @@ impl Generation {
             if self.open == 0 {
                 return None;
             }
-            let taken = match self.events.recv().await {
-                Some((prompt, event)) => self.take(prompt, event),
-                None => Err(ApiError::internal("the engine dropped the request")),
+            let taken = tokio::select! {
+                biased;
+                error = &mut self.ending => Err(error),
+                event = self.events.next() => match event {
+                    Some((prompt, event)) => self.take(prompt, event),
+                    None => Err(self.dropped().await),
+                },
             };
             if let Err(error) = taken {
                 self.abort_all();
@@ -219,6 +285,16 @@ impl Generation {
         let samples = pieces.into_iter().zip(finishes);
         let samples = samples.filter_map(|(piece, finish)| Some(Sample { piece, finish: finish? }));
         Ok(Answers { prompt_logprobs, samples: samples.collect() })
+    }
+
+    /// Why the engine has let go of a request whose samples are not over.
+    async fn dropped(&mut self) -> ApiError {
+        if self.events.lagged() {
+            return ApiError::slow_reader(self.backlog);
+        }
+        // The engine may see the deadline a moment before the timer does.
+        let late = tokio::time::timeout(Duration::from_millis(20), &mut self.ending).await;
+        late.unwrap_or_else(|_| ApiError::internal("the engine dropped the request"))
     }
 
     fn take(&mut self, prompt: usize, event: Event) -> Result<(), ApiError> {

@@ -4,9 +4,10 @@ use super::text::PlacedToken;
 use crate::chat::ChatTokenizer;
 use onpolicy_plugin_api::{PromptToken, Token};
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 /// Stands for minus infinity, which JSON does not have.
-const LOWEST: f32 = -9999.0;
+pub(super) const LOWEST: f32 = -9999.0;
 
 /// A log-prob as JSON can have it.
 pub(super) fn shown(logprob: f32) -> f32 {
@@ -23,13 +24,14 @@ pub struct TokenNames {
 }
 
 impl TokenNames {
-    fn name(&self, id: u32) -> String {
+    /// The name of a token.
+    pub(super) fn name(&self, id: u32) -> String {
         if self.as_ids { format!("token_id:{id}") } else { self.tokenizer.token_text(id) }
     }
 }
 
 /// Log-probs of a text completion. The lists are aligned.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct TextLogprobs {
     /// The tokens' names.
     pub tokens: Vec<String>,
@@ -37,6 +39,7 @@ pub struct TextLogprobs {
     pub token_logprobs: Vec<Option<f32>>,
     /// Log-probs of the likeliest tokens and of the token itself, by name; null for a prompt's first
     /// token.
+    #[schema(value_type = Vec<Option<HashMap<String, f32>>>)]
     pub top_logprobs: Vec<Option<NamedLogprobs>>,
     /// Where the token's text begins, in characters of the choice's text.
     pub text_offset: Vec<usize>,
@@ -97,14 +100,14 @@ impl Serialize for NamedLogprobs {
 }
 
 /// Log-probs of a chat message.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct ChatLogprobs {
     /// One entry per token.
     pub content: Vec<ChatToken>,
 }
 
 /// A token of a chat message.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct ChatToken {
     token: String,
     /// In nats.
@@ -113,6 +116,7 @@ pub struct ChatToken {
     bytes: Vec<u8>,
     /// The likeliest tokens at this position, likeliest first. Absent within this list.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(no_recursion)]
     top_logprobs: Option<Vec<ChatToken>>,
 }
 
@@ -139,7 +143,7 @@ impl ChatLogprobs {
 /// Statistics of the distributions that the tokens were drawn from, aligned with the log-probs;
 /// null for prompt tokens. See `onpolicy_plugin_api::TokenStats`. Without log-probs it is the weight
 /// versions alone, aligned with the token ids.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct PolicyStats {
     /// Entropy, in nats.
     #[serde(skip_serializing_if = "Option::is_none")]

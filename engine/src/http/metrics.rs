@@ -77,6 +77,13 @@ impl Recorder {
 }
 
 /// `GET /metrics`.
+#[utoipa::path(
+    get, path = "/metrics", operation_id = "metrics", tag = "server",
+    responses(
+        (status = 200, description = "Prometheus text", body = String, content_type = "text/plain"),
+        super::openapi::errors::Plain,
+    ),
+)]
 pub async fn show(State(state): Shared) -> Response {
     const TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, TEXT)], state.recorder.handle.render()).into_response()

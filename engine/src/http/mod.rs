@@ -2,40 +2,58 @@
 //!
 //! # Layout
 //! In the order that a request's data flows:
+//! - [`connections`], [`lifetime`]: from a socket to a request, and how both end.
 //! - [`body`]: a JSON body, taken field by field; [`error`]: the one error type.
-//! - [`fields`], [`sampling`], [`neutral`], [`prompt`]: what is asked for, checked.
-//! - [`generation`], [`text`]: the request at the engine; tokens become text.
+//! - [`fields`], [`sampling`], [`structured`], [`tools`], [`neutral`], [`prompt`]: what is asked for,
+//!   checked.
+//! - [`feed`], [`generation`], [`text`]: the request at the engine; tokens become text.
 //! - [`completions`], [`chat_completions`], [`logprobs`], [`prompt_logprobs`], [`answer`],
 //!   `stream`: the answer.
-//! - [`tokens`], [`models`], [`metrics`]: the other routes.
+//! - [`generate`]: the same in the shapes of other servers, for clients that keep token ids.
+//! - [`tokens`], [`render`], [`models`], [`health`], [`metrics`]: the other routes; [`openapi`]
+//!   describes them.
+//! - [`access`]: keys; [`control`]: routes that control the engine; [`registry`]: what runs.
 
+pub mod access;
 pub mod answer;
 pub mod body;
 pub mod chat_completions;
 pub mod completions;
+pub mod connections;
+pub mod control;
 pub mod error;
+pub mod feed;
 pub mod fields;
+pub mod generate;
 pub mod generation;
+pub mod health;
+pub mod lifetime;
 pub mod logprobs;
 pub mod metrics;
 pub mod models;
 pub mod neutral;
+pub mod openapi;
 pub mod prompt;
 pub mod prompt_logprobs;
+pub mod registry;
+pub mod render;
 pub mod sampling;
 mod stream;
+pub mod structured;
 pub mod text;
 pub mod tokens;
+pub mod tools;
 
-use crate::chat::ChatTokenizer;
+use crate::chat::{ChatTokenizer, ToolFormat};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, State};
 use axum::http::{StatusCode, request::Parts};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
+use connections::ConnectionLimits;
 use error::ApiError;
+use lifetime::Lifetime;
 use metrics_exporter_prometheus::PrometheusHandle;
 use onpolicy_plugin_api::{Engine, ModelInfo};
 use std::any::Any;
@@ -44,11 +62,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_http::catch_panic::CatchPanicLayer;
-
-/// How long running requests may go on after the shutdown signal.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// What one client may ask for, and how much may go on at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,12 +72,23 @@ pub struct Limits {
     pub concurrent_requests: usize,
     /// Prompts in one request.
     pub prompts: usize,
+    /// Samples in one request: prompts times `n`.
+    pub samples: usize,
+    /// Tokens of all prompts of one request.
+    pub prompt_tokens: usize,
     /// Stop strings in one request.
     pub stop_strings: usize,
     /// Longest body, in bytes; a longer one is answered with 413.
     pub body_bytes: usize,
     /// How long a body may take to arrive; a slower one is answered with 408.
     pub body_time: Duration,
+    /// How long `/health_generate` waits for a token; then it answers 503.
+    pub health_time: Duration,
+    /// How long the samples of a request may take; what takes longer is answered with 504. No limit
+    /// if none.
+    pub request_time: Option<Duration>,
+    /// Tokens of a stream that may wait for its reader; a slower reader is cut off.
+    pub undelivered_tokens: usize,
 }
 
 impl Default for Limits {
@@ -70,9 +96,14 @@ impl Default for Limits {
         Self {
             concurrent_requests: 1024,
             prompts: 1024,
+            samples: 16_384,
+            prompt_tokens: 1 << 20,
             stop_strings: 16,
             body_bytes: 8 << 20,
             body_time: Duration::from_secs(60),
+            health_time: Duration::from_secs(20),
+            request_time: Some(Duration::from_secs(3600)),
+            undelivered_tokens: 16_384,
         }
     }
 }
@@ -81,9 +112,13 @@ impl Default for Limits {
 pub struct AppState {
     engine: Arc<dyn Engine>,
     tokenizer: ChatTokenizer,
+    tool_format: Option<ToolFormat>,
     limits: Limits,
     info: ModelInfo,
     recorder: metrics::Recorder,
+    access: access::Access,
+    control: control::Control,
+    registry: Arc<registry::Registry>,
     /// When the server started, in seconds since 1970.
     created: u64,
     /// Places for generating requests.
@@ -108,13 +143,37 @@ impl AppState {
         Self {
             info: engine.info(),
             engine,
+            tool_format: tokenizer.tool_format(),
             tokenizer,
             recorder: metrics::Recorder::new(metrics),
+            access: access::Access::default(),
+            control: control::Control::new(control::Settings::default()),
+            registry: Arc::default(),
             created: answer::unix_time(),
             places: Arc::new(Semaphore::new(limits.concurrent_requests)),
             turns: Arc::new(Semaphore::new(cores)),
             limits,
         }
+    }
+
+    /// Asks for keys, and lets `control` be done; without this everybody may use the model, and
+    /// nobody may control it.
+    #[must_use]
+    pub fn with_access(self, access: access::Access, control: control::Settings) -> Self {
+        Self { access, control: control::Control::new(control), ..self }
+    }
+
+    /// Looks for calls of tools in this form; without it, in the one that the chat template speaks
+    /// of.
+    #[must_use]
+    pub fn with_tool_format(mut self, format: ToolFormat) -> Self {
+        self.tool_format = Some(format);
+        self
+    }
+
+    /// How the model writes calls of tools; none if that is not known.
+    fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
     }
 
     /// Runs work that takes long (a large body) where it does not hold up other requests.
@@ -141,18 +200,27 @@ impl AppState {
 /// so that the bodies held in memory are bounded too.
 pub struct Admission {
     _permit: OwnedSemaphorePermit,
+    /// Whether the server goes on; none without a server.
+    lifetime: Option<Lifetime>,
 }
 
 impl FromRequestParts<Arc<AppState>> for Admission {
     type Rejection = ApiError;
 
-    async fn from_request_parts(_: &mut Parts, state: &Arc<AppState>) -> Result<Self, ApiError> {
+    async fn from_request_parts(
+        parts: &mut Parts,
+        state: &Arc<AppState>,
+    ) -> Result<Self, ApiError> {
+        let lifetime = parts.extensions.get::<Lifetime>().cloned();
+        if lifetime.as_ref().is_some_and(Lifetime::is_ending) {
+            return Err(ApiError::shutting_down());
+        }
         let permit = state.places.clone().try_acquire_owned().map_err(|_| {
             let limit = state.limits.concurrent_requests;
             let message = format!("{limit} requests are running already; try again later");
             ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("overloaded")
         })?;
-        Ok(Self { _permit: permit })
+        Ok(Self { _permit: permit, lifetime })
     }
 }
 
@@ -164,12 +232,26 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/models/{*id}", get(models::get))
         .route(completions::PATH, post(completions::create))
         .route(chat_completions::PATH, post(chat_completions::create))
+        .route("/v1/completions/render", post(render::completions))
+        .route("/v1/chat/completions/render", post(render::chat))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
-        .route("/health", get(models::health))
-        .route("/ping", get(models::health).post(models::health))
+        .route(generate::vllm::PATH, post(generate::vllm::create))
+        .route(generate::sglang::PATH, post(generate::sglang::create))
+        .route(generate::trl::GENERATE, post(generate::trl::generate))
+        .route(generate::trl::CHAT, post(generate::trl::chat))
+        .route("/health", get(health::health))
+        .route("/health/", get(health::health))
+        .route("/liveness", get(control::liveness))
+        .route("/ping", get(health::ping).post(health::ping))
+        .route("/health_generate", get(health::generate))
+        .route("/load", get(health::load))
         .route("/version", get(models::version))
         .route("/metrics", get(metrics::show))
+        .route("/openapi.json", get(openapi::show))
+        // Routes above need the key of those who use the model.
+        .layer(from_fn_with_state(state.clone(), access::data))
+        .merge(control::router(&state))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(state.limits.body_bytes))
@@ -204,7 +286,7 @@ pub async fn run(
     app: Router,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    run_with_grace(listener, app, shutdown, GRACE).await
+    connections::serve(listener, app, ConnectionLimits::default(), shutdown).await
 }
 
 /// As [`run`], with another time for running requests to finish.
@@ -217,28 +299,6 @@ pub async fn run_with_grace(
     shutdown: impl Future<Output = ()> + Send + 'static,
     grace: Duration,
 ) -> io::Result<()> {
-    // Events of a stream are small; they must not wait for each other.
-    let listener = listener.tap_io(|connection| {
-        if let Err(error) = connection.set_nodelay(true) {
-            tracing::debug!("TCP_NODELAY could not be set: {error}");
-        }
-    });
-    let (signal, signalled) = oneshot::channel();
-    let serve = axum::serve(listener, app).with_graceful_shutdown(async move {
-        shutdown.await;
-        let _ = signal.send(());
-    });
-    let too_late = async {
-        match signalled.await {
-            Ok(()) => tokio::time::sleep(grace).await,
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        served = serve => served,
-        () = too_late => {
-            tracing::warn!("requests that still run after {grace:?} are cut off");
-            Ok(())
-        }
-    }
+    let limits = ConnectionLimits { grace, ..ConnectionLimits::default() };
+    connections::serve(listener, app, limits, shutdown).await
 }

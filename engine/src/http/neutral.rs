@@ -1,17 +1,18 @@
 //! Fields that clients may send but that have no meaning here: each is accepted at the value that
 //! changes nothing and refused at any other, so that nothing is silently ignored.
 
+pub mod schema;
+
 use super::{body::Fields, error::ApiError};
 use serde_json::Value;
 
 /// What a field may be.
 #[derive(Clone, Copy)]
-enum Only {
+pub(super) enum Only {
     One,
     True,
     False,
     Empty,
-    Bool,
     Word(&'static [&'static str]),
     Nothing,
 }
@@ -22,7 +23,6 @@ impl Only {
             Only::One => value.as_f64() == Some(1.0),
             Only::True => *value == true,
             Only::False => *value == false,
-            Only::Bool => value.is_boolean(),
             Only::Empty => match value {
                 Value::Array(list) => list.is_empty(),
                 Value::Object(map) => map.is_empty(),
@@ -39,7 +39,6 @@ impl Only {
             Only::One => "send 1",
             Only::True => "send true",
             Only::False => "send false",
-            Only::Bool => "send a boolean",
             Only::Empty => "send it empty",
             Only::Word(words) => {
                 return format!("leave it out or send \"{}\"", words.join("\" or \""));
@@ -50,25 +49,20 @@ impl Only {
     }
 }
 
-type Rule = (&'static str, Only);
+pub(super) type Rule = (&'static str, Only);
 
+/// No tokenizer here puts spaces between special tokens: both values of that field are neutral.
 const SHARED: [Rule; 5] = [
     ("length_penalty", Only::One),
     ("use_beam_search", Only::False),
-    ("spaces_between_special_tokens", Only::True),
+    ("spaces_between_special_tokens", Only::Bool),
     ("service_tier", Only::Word(&["auto", "default"])),
     ("store", Only::False),
 ];
 
 const COMPLETIONS: [Rule; 1] = [("suffix", Only::Empty)];
 
-/// Without tools no tool is called, in parallel or not: both values of that field are neutral.
-const CHAT: [Rule; 18] = [
-    ("tools", Only::Empty),
-    ("tool_choice", Only::Word(&["none"])),
-    ("parallel_tool_calls", Only::Bool),
-    ("functions", Only::Empty),
-    ("function_call", Only::Word(&["none"])),
+const CHAT: [Rule; 12] = [
     ("metadata", Only::Empty),
     ("audio", Only::Nothing),
     ("prediction", Only::Nothing),
@@ -79,7 +73,6 @@ const CHAT: [Rule; 18] = [
     ("prompt_cache_key", Only::Nothing),
     ("prompt_cache_retention", Only::Nothing),
     ("chat_template", Only::Nothing),
-    ("documents", Only::Empty),
     ("add_special_tokens", Only::False),
     ("echo", Only::False),
 ];
@@ -87,17 +80,19 @@ const CHAT: [Rule; 18] = [
 const STREAM_OPTIONS: [Rule; 2] =
     [("include_obfuscation", Only::False), ("continuous_usage_stats", Only::False)];
 
-const MESSAGE: [Rule; 7] = [
+const MESSAGE: [Rule; 5] = [
     ("name", Only::Nothing),
     ("refusal", Only::Nothing),
     ("audio", Only::Nothing),
     ("annotations", Only::Empty),
     ("function_call", Only::Nothing),
-    ("tool_calls", Only::Empty),
-    ("tool_call_id", Only::Nothing),
 ];
 
-fn check(fields: &mut Fields, rules: &[Rule]) -> Result<(), ApiError> {
+/// Takes the fields of the rules.
+///
+/// # Errors
+/// 400 naming the first that is not neutral.
+pub(super) fn check(fields: &mut Fields, rules: &[Rule]) -> Result<(), ApiError> {
     for (name, only) in rules {
         match fields.take_value(name) {
             Some(value) if !only.allows(&value) => return Err(refuse(fields, name, *only)),
@@ -117,15 +112,7 @@ fn refuse(fields: &Fields, name: &str, only: Only) -> ApiError {
 /// # Errors
 /// 400 naming the first field that is not neutral, here and in the functions below.
 pub fn check_shared(fields: &mut Fields) -> Result<(), ApiError> {
-    check(fields, &SHARED)?;
-    check_response_format(fields)
-}
-
-fn check_response_format(fields: &mut Fields) -> Result<(), ApiError> {
-    let Some(format) = fields.take_value("response_format") else { return Ok(()) };
-    let mut format = Fields::of(format, "response_format")?;
-    check(&mut format, &[("type", Only::Word(&["text"]))])?;
-    format.finish()
+    check(fields, &SHARED)
 }
 
 /// Takes those of `/v1/completions`. `best_of` may be `n`.
@@ -153,7 +140,7 @@ pub fn check_chat(fields: &mut Fields) -> Result<(), ApiError> {
 
 /// Takes those of `/tokenize`.
 pub fn check_tokenize(fields: &mut Fields) -> Result<(), ApiError> {
-    check(fields, &[("tools", Only::Empty), ("chat_template", Only::Nothing)])
+    check(fields, &[("chat_template", Only::Nothing)])
 }
 
 /// Takes those of `stream_options`.

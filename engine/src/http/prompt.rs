@@ -2,11 +2,12 @@
 
 use super::{AppState, body::Fields, error::ApiError, fields::check_ids, neutral};
 use crate::chat::{Chat, ChatError};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 
 const SHAPES: &str =
     "must be a string, a list of strings, a list of token ids, or a list of lists of token ids";
-const ROLES: &str = "must be \"system\", \"developer\", \"user\" or \"assistant\"";
+const ROLES: &str = "must be \"system\", \"developer\", \"user\", \"assistant\" or \"tool\"";
 
 /// One prompt of `/v1/completions`.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,7 +100,15 @@ pub fn take_chat(fields: &mut Fields) -> Result<Chat, ApiError> {
         return Err(ApiError::invalid("continue_final_message", rule));
     }
     let kwargs = fields.take_or("chat_template_kwargs", serde_json::Map::new())?;
-    Ok(Chat { messages, tools: None, add_generation_prompt, continue_final_message, kwargs })
+    let documents = documents(fields)?;
+    let tools = None;
+    Ok(Chat { messages, tools, documents, add_generation_prompt, continue_final_message, kwargs })
+}
+
+/// Documents, each an object of texts; templates show `title` and `text`.
+fn documents(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
+    let documents: Vec<HashMap<String, String>> = fields.take_or("documents", Vec::new())?;
+    Ok((!documents.is_empty()).then(|| json!(documents)))
 }
 
 /// The conversation's token ids.
@@ -122,20 +131,86 @@ fn parse_message(mut fields: Fields) -> Result<Value, ApiError> {
         "system" | "developer" => "system",
         "user" => "user",
         "assistant" => "assistant",
-        "tool" | "function" => {
-            return Err(ApiError::invalid(fields.path("role"), "tools are not supported yet"));
+        "tool" => "tool",
+        "function" => {
+            let rule = "functions are the older form of tools; send the role \"tool\"";
+            return Err(ApiError::invalid(fields.path("role"), rule));
         }
         _ => return Err(ApiError::invalid(fields.path("role"), ROLES)),
     };
+    let calls = tool_calls(&mut fields, role)?;
     let path = fields.path("content");
-    let mut message =
-        json!({ "role": role, "content": content(fields.require("content")?, &path)? });
+    let content = match fields.take_value("content") {
+        None if calls.is_some() => String::new(),
+        None => return Err(ApiError::invalid(path, "is required")),
+        Some(value) => content(value, &path)?,
+    };
+    let mut message = json!({ "role": role, "content": content });
+    if let Some(calls) = calls {
+        message["tool_calls"] = calls;
+    }
+    if role == "tool" {
+        for name in ["tool_call_id", "name"] {
+            if let Some(text) = fields.take::<String>(name)? {
+                message[name] = text.into();
+            }
+        }
+    }
     if let Some(reasoning) = fields.take::<String>("reasoning_content")? {
         message["reasoning_content"] = reasoning.into();
     }
     neutral::check_message(&mut fields)?;
     fields.finish()?;
     Ok(message)
+}
+
+/// The calls that an assistant made, as chat templates read them: arguments are objects.
+fn tool_calls(fields: &mut Fields, role: &str) -> Result<Option<Value>, ApiError> {
+    let calls: Vec<Value> = fields.take_or("tool_calls", Vec::new())?;
+    let path = fields.path("tool_calls");
+    if calls.is_empty() {
+        return Ok(None);
+    }
+    if role != "assistant" {
+        return Err(ApiError::invalid(path, "only an assistant makes calls"));
+    }
+    let calls = calls.into_iter().enumerate();
+    let calls = calls.map(|(i, call)| tool_call(Fields::of(call, &format!("{path}[{i}]"))?));
+    Ok(Some(Value::Array(calls.collect::<Result<_, _>>()?)))
+}
+
+fn tool_call(mut fields: Fields) -> Result<Value, ApiError> {
+    let id: Option<String> = fields.take("id")?;
+    let kind = fields.take_or("type", "function".to_string())?;
+    if kind != "function" {
+        return Err(ApiError::invalid(fields.path("type"), "must be \"function\""));
+    }
+    // Its place, as streams have it.
+    fields.take::<usize>("index")?;
+    let path = fields.path("function");
+    let mut function = Fields::of(fields.require("function")?, &path)?;
+    fields.finish()?;
+    let name: String = function.require("name")?;
+    let path = function.path("arguments");
+    let arguments = arguments(function.take_value("arguments"), &path)?;
+    function.finish()?;
+    let mut call = json!({ "type": kind, "function": { "name": name, "arguments": arguments } });
+    if let Some(id) = id {
+        call["id"] = id.into();
+    }
+    Ok(call)
+}
+
+/// OpenAI has the arguments of a call as JSON in a string.
+fn arguments(value: Option<Value>, path: &str) -> Result<Map<String, Value>, ApiError> {
+    let parsed = match value {
+        None => Ok(Map::new()),
+        Some(Value::Object(map)) => Ok(map),
+        Some(Value::String(text)) if text.trim().is_empty() => Ok(Map::new()),
+        Some(Value::String(text)) => serde_json::from_str(&text).map_err(|error| error.to_string()),
+        Some(_) => Err("it is neither a string nor an object".to_string()),
+    };
+    parsed.map_err(|why| ApiError::invalid(path, format!("must be a JSON object: {why}")))
 }
 
 /// Text parts are joined by line breaks.
@@ -185,7 +260,14 @@ mod tests {
         assert_eq!(got, json!({"role": "system", "content": "a\nb"}));
         let refusals = [
             (json!({"role": "user"}), "messages[0].content"),
-            (json!({"role": "tool", "content": "a"}), "messages[0].role"),
+            (json!({"role": "function", "content": "a"}), "messages[0].role"),
+            (json!({"role": "tool"}), "messages[0].content"),
+            (json!({"role": "user", "content": "a", "tool_calls": [{}]}), "messages[0].tool_calls"),
+            (
+                json!({"role": "assistant", "tool_calls": [{"function": {"name": "f",
+                    "arguments": "{"}}]}),
+                "messages[0].tool_calls[0].function.arguments",
+            ),
             (json!({"role": "user", "content": "a", "name": "b"}), "messages[0].name"),
             (json!({"role": "user", "content": 1}), "messages[0].content"),
             (json!("hello"), "messages[0]"),

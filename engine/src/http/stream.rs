@@ -6,7 +6,7 @@ use super::error::ApiError;
 use super::generation::{Generation, Update};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures::stream::{self, StreamExt};
+use futures::stream::{self, Stream, StreamExt};
 use onpolicy_plugin_api::PromptToken;
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -110,18 +110,23 @@ impl<W: Wording> Chunks<W> {
     }
 }
 
-fn failure(error: &ApiError) -> Event {
+/// The event that a failed stream ends with.
+pub(super) fn failure(error: &ApiError) -> Event {
     tracing::error!("a stream failed: {}", error.message);
     Event::default().data(error.body().to_string())
 }
 
 impl<W: Wording> IntoResponse for Chunks<W> {
     fn into_response(self) -> Response {
-        let events = stream::unfold(self, async |mut chunks| Some((chunks.next().await?, chunks)));
-        let events = AssertUnwindSafe(events).catch_unwind().map(|event| {
-            let panicked = |_| failure(&ApiError::internal("the server failed; see its log"));
-            Ok::<_, Infallible>(event.unwrap_or_else(panicked))
-        });
-        Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+        respond(stream::unfold(self, async |mut chunks| Some((chunks.next().await?, chunks))))
     }
+}
+
+/// Answers with the events; one that panics becomes a [`failure`].
+pub(super) fn respond(events: impl Stream<Item = Event> + Send + 'static) -> Response {
+    let events = AssertUnwindSafe(events).catch_unwind().map(|event| {
+        let panicked = |_| failure(&ApiError::internal("the server failed; see its log"));
+        Ok::<_, Infallible>(event.unwrap_or_else(panicked))
+    });
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
 }

@@ -19,6 +19,8 @@ pub struct TextRules {
     pub min_tokens: usize,
     /// Tokens that end a sample: their text is left out unless `include_stop`.
     pub stop_tokens: Vec<u32>,
+    /// Only tokens are asked for: they go out as they come, and there is no text.
+    pub tokens_only: bool,
 }
 
 /// A token and where its text begins.
@@ -91,6 +93,10 @@ impl SampleText {
     /// # Errors
     /// 500 if the token cannot be turned into text.
     pub fn push(&mut self, token: Token) -> Result<Step, ApiError> {
+        if self.rules.tokens_only {
+            let tokens = vec![PlacedToken { token, offset: 0 }];
+            return Ok((Piece { text: String::new(), tokens }, None));
+        }
         let silent = !self.rules.include_stop && self.rules.stop_tokens.contains(&token.id);
         let added = if silent { String::new() } else { self.detokenizer.push(token.id)? };
         let placed = PlacedToken { token, offset: self.chars };

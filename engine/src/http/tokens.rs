@@ -3,16 +3,24 @@
 use super::body::{Fields, JsonBytes};
 use super::error::ApiError;
 use super::fields::{check_ids, check_model};
+use super::openapi::errors;
 use super::prompt::{Prompt, encode_chat, take_chat};
+use super::tools::take_offered;
 use super::{AppState, Shared, neutral};
 use crate::chat::ChatError;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
-use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+/// Answer of `/detokenize`.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Text {
+    prompt: String,
+}
 
 /// Answer of `/tokenize`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Tokens {
     count: usize,
     max_model_len: usize,
@@ -24,11 +32,16 @@ pub struct Tokens {
 ///
 /// # Errors
 /// 400 naming the field that is wrong.
+#[utoipa::path(
+    post, path = "/tokenize", operation_id = "tokenize", tag = "tokens",
+    request_body = ref("#/components/schemas/TokenizeRequest"),
+    responses((status = 200, description = "Token ids", body = Tokens), errors::Body),
+)]
 pub async fn tokenize(State(state): Shared, body: JsonBytes) -> Result<Json<Tokens>, ApiError> {
     state.off_thread(move |state| ids_of(body.fields()?, state)).await.map(Json)
 }
 
-fn ids_of(mut fields: Fields, state: &AppState) -> Result<Tokens, ApiError> {
+pub(super) fn ids_of(mut fields: Fields, state: &AppState) -> Result<Tokens, ApiError> {
     check_model(&mut fields, &state.info)?;
     let strings = fields.take_or("return_token_strs", false)?;
     let prompt: Option<String> = fields.take("prompt")?;
@@ -43,7 +56,8 @@ fn ids_of(mut fields: Fields, state: &AppState) -> Result<Tokens, ApiError> {
             return Err(ApiError::invalid("add_special_tokens", rule));
         }
         None => {
-            let chat = take_chat(&mut fields)?;
+            let mut chat = take_chat(&mut fields)?;
+            chat.tools = take_offered(&mut fields)?;
             neutral::check_tokenize(&mut fields)?;
             fields.finish()?;
             encode_chat(&chat, state)?
@@ -59,16 +73,21 @@ fn ids_of(mut fields: Fields, state: &AppState) -> Result<Tokens, ApiError> {
 ///
 /// # Errors
 /// 400 naming the field that is wrong.
-pub async fn detokenize(State(state): Shared, body: JsonBytes) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    post, path = "/detokenize", operation_id = "detokenize", tag = "tokens",
+    request_body = ref("#/components/schemas/DetokenizeRequest"),
+    responses((status = 200, description = "Text", body = Text), errors::Body),
+)]
+pub async fn detokenize(State(state): Shared, body: JsonBytes) -> Result<Json<Text>, ApiError> {
     state.off_thread(move |state| text_of(body.fields()?, state)).await.map(Json)
 }
 
-fn text_of(mut fields: Fields, state: &AppState) -> Result<Value, ApiError> {
+pub(super) fn text_of(mut fields: Fields, state: &AppState) -> Result<Text, ApiError> {
     check_model(&mut fields, &state.info)?;
     let tokens: Vec<u32> = fields.require("tokens")?;
     fields.finish()?;
     check_ids("tokens", &tokens, &state.info)?;
     let wrong = |e: ChatError| ApiError::invalid("tokens", e.to_string());
-    let text = state.tokenizer.decode(&tokens, false).map_err(wrong)?;
-    Ok(json!({ "prompt": text }))
+    let prompt = state.tokenizer.decode(&tokens, false).map_err(wrong)?;
+    Ok(Text { prompt })
 }

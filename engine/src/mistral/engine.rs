@@ -9,7 +9,11 @@ use super::{
     queue::Queue,
     shared::{Shared, State},
 };
-use crate::{chat::ChatTokenizer, model::loading::Description};
+use crate::{
+    chat::ChatTokenizer,
+    grammar::{Grammars, Place},
+    model::loading::Description,
+};
 use onpolicy_plugin_api::{
     Engine, EngineError, ModelInfo, PauseMode, Request, RequestId, Sink, WeightUpdate,
 };
@@ -22,6 +26,7 @@ use tokio::runtime::Runtime;
 /// A running engine over mistral.rs. It stops when it is dropped.
 pub struct MistralEngine {
     shared: Arc<Shared>,
+    grammars: Grammars,
     next_id: AtomicU64,
     /// Held while weights are loaded; the instance that was replaced last.
     retired: Mutex<Weak<Instance>>,
@@ -51,6 +56,8 @@ impl MistralEngine {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(1).thread_name("mistralrs-lines").build();
         let runtime = runtime.map_err(|error| EngineError::Internal(error.to_string()))?;
+        let (tokenizer, vocab_size) = (model.tokenizer.clone(), model.vocab_size);
+        let eos = info.eos_token_ids.clone();
         let shared = Shared {
             info,
             filler: filler(&model.tokenizer, model.vocab_size),
@@ -63,11 +70,20 @@ impl MistralEngine {
             options,
         };
         Ok(Self {
+            grammars: Grammars::new(Some(tokenizer), vocab_size, eos),
             shared: Arc::new(shared),
             next_id: AtomicU64::new(0),
             retired: Mutex::new(Weak::new()),
             runtime: Some(runtime),
         })
+    }
+
+    /// How many tokens may follow a request's prompt, and its grammar, compiled.
+    fn check(&self, request: &Request) -> Result<(usize, Option<Place>), EngineError> {
+        let room = room(request, &self.shared.info)?;
+        let grammar = request.params.grammar.as_ref();
+        let place = grammar.map(|grammar| self.grammars.compile(grammar)).transpose()?;
+        Ok((room, place))
     }
 }
 
@@ -104,17 +120,18 @@ impl Engine for MistralEngine {
         requests: Vec<(Request, Box<dyn Sink>)>,
     ) -> Result<Vec<RequestId>, EngineError> {
         let shared = &self.shared;
-        let rooms = requests.iter().map(|(request, _)| room(request, &shared.info));
-        let rooms = rooms.collect::<Result<Vec<usize>, EngineError>>()?;
+        let checked = requests.iter().map(|(request, _)| self.check(request));
+        let checked = checked.collect::<Result<Vec<_>, EngineError>>()?;
         let mut ids = Vec::with_capacity(requests.len());
         let mut state = lock(&shared.state);
         let waiting = state.queue.waiting();
         if waiting + requests.len() > shared.options.max_waiting {
             return Err(EngineError::Overloaded { waiting });
         }
-        for ((request, sink), room) in requests.into_iter().zip(rooms) {
+        for ((request, sink), (room, grammar)) in requests.into_iter().zip(checked) {
             let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
-            let live = Live::new(id, request, sink, (&shared.info.eos_token_ids, room));
+            let eos = &shared.info.eos_token_ids;
+            let live = Live::new(id, request, sink, (eos, room), grammar);
             state.queue.push(Arc::new(live));
             ids.push(id);
         }

@@ -1,6 +1,7 @@
 //! A request that has not ended.
 
 use super::{instance::Instance, lock};
+use crate::grammar::Place;
 use onpolicy_plugin_api::{
     EngineError, Event, FinishReason, Request, RequestId, SamplingParams, Sink, Token,
 };
@@ -20,6 +21,9 @@ pub(super) struct Live {
     pub seed: u64,
     /// Tokens that end a sample.
     pub stop_ids: Vec<u32>,
+    /// The beginning of its grammar, if it has one. Locked because it may not be read by two
+    /// threads at a time.
+    grammar: Option<Mutex<Place>>,
     /// The weights that serve it, all samples the same.
     instance: OnceLock<Arc<Instance>>,
     events: Mutex<Events>,
@@ -37,6 +41,7 @@ impl Live {
         request: Request,
         sink: Box<dyn Sink>,
         (eos_token_ids, room): (&[u32], usize),
+        grammar: Option<Place>,
     ) -> Self {
         let mut params = request.params;
         params.max_tokens = params.max_tokens.min(room);
@@ -50,10 +55,16 @@ impl Live {
             prompt: request.prompt,
             seed: params.seed.unwrap_or_else(rand::random),
             stop_ids,
+            grammar: grammar.map(Mutex::new),
             instance: OnceLock::new(),
             events: Mutex::new(Events { sink, open: vec![true; params.n] }),
             params,
         }
+    }
+
+    /// The beginning of its grammar, for one sample.
+    pub fn place(&self) -> Option<Place> {
+        self.grammar.as_ref().map(|place| lock(place).clone())
     }
 
     /// The weights that serve the request: those that its first sample began with.

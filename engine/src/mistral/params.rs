@@ -6,12 +6,9 @@ use onpolicy_plugin_api::{EngineError, ModelInfo, Request};
 /// Checks a request; how many tokens may follow its prompt.
 pub(super) fn room(request: &Request, model: &ModelInfo) -> Result<usize, EngineError> {
     let params = &request.params;
-    let asked = [
-        ("prompt_logprobs", params.prompt_logprobs.is_some()),
-        ("grammar", params.grammar.is_some()),
-    ];
-    if let Some((field, _)) = asked.iter().find(|(_, asked)| *asked) {
-        return Err(EngineError::invalid(*field, "is not supported by the engine mistralrs"));
+    if params.prompt_logprobs.is_some() {
+        let reason = "is not supported by the engine mistralrs";
+        return Err(EngineError::invalid("prompt_logprobs", reason));
     }
     check_fields(request, model)?;
     if params.n > model.max_samples {

@@ -4,7 +4,10 @@
 //! its own, and draws the token from what that returns: a row that leaves no choice.
 
 use super::{instance::Instance, line::Line, live::Live, lock};
-use crate::sampler::{Counts, Draw, Past, has_penalties, sample_row, stream_of};
+use crate::{
+    grammar::Place,
+    sampler::{Counts, Draw, Drawn as Next, Past, has_penalties, sample_row, stream_of},
+};
 use mistralrs::{CustomLogitsProcessor, Device, Result, Tensor};
 use onpolicy_plugin_api::{EngineError, FinishReason, Token};
 use std::sync::{Arc, Mutex};
@@ -27,20 +30,43 @@ pub(super) struct Drawn {
     tokens: Vec<u32>,
     /// The same and the prompt's, counted, if penalties ask for it.
     counts: Option<Counts>,
+    /// Where the sample stands in its grammar, if it has one.
+    place: Option<Place>,
 }
 
 impl Drawn {
     /// Nothing yet.
     pub fn new(live: &Live) -> Self {
         let counted = has_penalties(&live.params);
-        Self { tokens: Vec::new(), counts: counted.then(|| Counts::new(&live.prompt)) }
+        let counts = counted.then(|| Counts::new(&live.prompt));
+        Self { tokens: Vec::new(), counts, place: live.place() }
     }
 
-    fn push(&mut self, token: u32) {
-        self.tokens.push(token);
-        if let Some(counts) = &mut self.counts {
-            counts.push(token);
+    /// Draws the next token from a row of logits.
+    fn draw(&mut self, row: &[f32], live: &Live, index: usize) -> Result<Next, EngineError> {
+        let grammar = |why: String| EngineError::invalid("grammar", why);
+        self.place.as_mut().map_or(Ok(()), Place::look).map_err(grammar)?;
+        let (position, place) = (self.tokens.len(), self.place.as_ref());
+        // A grammar that is at its end is not held back by `min_tokens`.
+        let held = position < live.params.min_tokens
+            && place.is_none_or(|place| place.allows_other_than(&live.stop_ids));
+        let draw = Draw {
+            stream: stream_of(live.seed, index),
+            position,
+            forbidden: if held { &live.stop_ids[..] } else { &[] },
+            mask: place.map(Place::allowed),
+            past: Past { tokens: &self.tokens, counts: self.counts.as_ref() },
+            ..Draw::new(0, &live.params)
+        };
+        let next = sample_row(row, &draw).map_err(EngineError::Internal)?;
+        if let Some(place) = &mut self.place {
+            place.advance(next.id).map_err(grammar)?;
         }
+        if let Some(counts) = &mut self.counts {
+            counts.push(next.id);
+        }
+        self.tokens.push(next.id);
+        Ok(next)
     }
 }
 
@@ -58,7 +84,7 @@ impl CustomLogitsProcessor for Sample {
         }
         match logits.to_vec1::<f32>() {
             Ok(row) => only(self.next(&row, &mut drawn)),
-            Err(error) => only(self.fail(error.to_string())),
+            Err(error) => only(self.fail(EngineError::Internal(error.to_string()))),
         }
     }
 }
@@ -78,20 +104,10 @@ impl Sample {
         if live.is_abandoned() || !live.is_open(self.index) {
             return self.end(FinishReason::Abort);
         }
-        let position = drawn.tokens.len();
-        let early = position < live.params.min_tokens;
-        let draw = Draw {
-            stream: stream_of(live.seed, self.index),
-            position,
-            forbidden: if early { &live.stop_ids[..] } else { &[] },
-            past: Past { tokens: &drawn.tokens, counts: drawn.counts.as_ref() },
-            ..Draw::new(0, &live.params)
-        };
-        let next = match sample_row(row, &draw) {
+        let next = match drawn.draw(row, live, self.index) {
             Ok(next) => next,
-            Err(reason) => return self.fail(reason),
+            Err(error) => return self.fail(error),
         };
-        drawn.push(next.id);
         let weight_version = self.instance.version();
         let token = Token { id: next.id, stats: next.stats, weight_version, top: next.top };
         if !live.deliver(self.index, token) {
@@ -110,8 +126,8 @@ impl Sample {
         self.filler
     }
 
-    fn fail(&self, reason: String) -> u32 {
-        self.live.fail(EngineError::Internal(reason));
+    fn fail(&self, error: EngineError) -> u32 {
+        self.live.fail(error);
         self.line.hang_up();
         self.filler
     }

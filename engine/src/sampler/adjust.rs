@@ -23,6 +23,7 @@ fn counts_tokens(params: &SamplingParams) -> bool {
 pub(super) fn changes(draw: &Draw) -> bool {
     let params = draw.params;
     !draw.forbidden.is_empty()
+        || draw.mask.is_some()
         || !params.logit_bias.is_empty()
         || params.allowed_token_ids.is_some()
         || has_penalties(params)
@@ -45,6 +46,9 @@ pub(super) fn apply(row: &[f32], draw: &Draw, changed: &mut Vec<f32>) {
     }
     for &id in draw.forbidden {
         forbid(changed, id);
+    }
+    if let Some(mask) = draw.mask {
+        apply_mask(changed, mask);
     }
 }
 
@@ -91,6 +95,18 @@ fn forbid_others(row: &mut [f32], allowed: &[u32]) {
     for (&id, kept) in allowed.iter().zip(kept) {
         if let Some(kept) = kept {
             row[id as usize] = kept;
+        }
+    }
+}
+
+/// Forbids the tokens whose bit is not set, and those that the mask has no bit for.
+fn apply_mask(row: &mut [f32], mask: &[u32]) {
+    for (word, logits) in row.chunks_mut(32).enumerate() {
+        let bits = mask.get(word).copied().unwrap_or(0);
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if bits >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
         }
     }
 }

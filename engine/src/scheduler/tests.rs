@@ -183,6 +183,39 @@ fn new_weights_reuse_nothing_and_mixed_sequences_leave_nothing() {
 }
 
 #[test]
+fn a_reset_cache_is_forgotten_and_running_sequences_keep_their_blocks() {
+    let mut s = scheduler(ROOMY);
+    add(&mut s, 0, 1, 40, 2);
+    step(&mut s);
+    let used = s.blocks_used();
+    s.reset_prefix_cache();
+    s.check().unwrap();
+    assert_eq!((s.blocks_used(), s.blocks_used() + s.blocks_free()), (used, s.blocks_total()));
+    add(&mut s, 1, 1, 40, 1);
+    assert_eq!(chunks(&step(&mut s)).last(), Some(&(2, 0, 40, true)), "nothing is found");
+    add(&mut s, 2, 1, 40, 1);
+    assert_eq!(chunks(&step(&mut s)).last(), Some(&(3, 32, 8, true)), "what came later is");
+    s.check().unwrap();
+}
+
+#[test]
+fn a_version_that_returns_finds_nothing_of_its_first_time() {
+    let mut s = scheduler(ROOMY);
+    add(&mut s, 0, 1, 40, 1);
+    step(&mut s);
+    s.set_version(1, false);
+    s.change_version(0, false);
+    s.check().unwrap();
+    add(&mut s, 1, 1, 40, 1);
+    assert_eq!(chunks(&step(&mut s)).last(), Some(&(1, 0, 40, true)));
+    // Other weights under the present version are other weights.
+    s.change_version(0, false);
+    add(&mut s, 2, 1, 40, 1);
+    assert_eq!(chunks(&step(&mut s)).last(), Some(&(2, 0, 40, true)));
+    s.check().unwrap();
+}
+
+#[test]
 fn recompute_starts_running_sequences_over_under_the_new_weights() {
     let mut s = scheduler(ROOMY);
     add(&mut s, 0, 1, 20, 2);

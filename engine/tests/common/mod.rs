@@ -45,6 +45,7 @@ pub fn engine(checkpoint: &Checkpoint, config: EngineConfig) -> EngineHandle {
         name: checkpoint.name.clone(),
         config: checkpoint.config.clone(),
         weights: Weights::new(weights.collect()),
+        tokenizer: Some(checkpoint.tokenizer.clone()),
     };
     EngineHandle::start(model, config).expect("the engine starts")
 }

@@ -111,7 +111,7 @@ async fn wrong_conversations_are_refused() {
             (json!({"messages": ["hi"]}), "messages[0]"),
             (json!({"messages": [{"role": "user"}]}), "messages[0].content"),
             (json!({"messages": [{"role": "robot", "content": "a"}]}), "messages[0].role"),
-            (json!({"messages": [{"role": "tool", "content": "a"}]}), "messages[0].role"),
+            (json!({"messages": [{"role": "function", "content": "a"}]}), "messages[0].role"),
             (json!({"messages": [{"role": "user", "content": "a", "odd": 1}]}), "messages[0].odd"),
             (
                 json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}),

@@ -16,9 +16,14 @@ async fn models_are_listed() {
         let server = server().await;
         let (status, mut list) = server.get("/v1/models").await;
         assert_eq!(status, 200);
-        assert!(list["data"][0]["created"].take().as_u64().unwrap() > 1_700_000_000);
+        let created = list["data"][0]["created"].take().as_u64().unwrap();
+        assert!(created > 1_700_000_000);
+        let permission = list["data"][0]["permission"].take();
+        assert_eq!(permission[0]["allow_sampling"], true);
+        assert_eq!(permission[0]["id"], format!("modelperm-{created}"));
         let model = json!({"id": MODEL, "object": "model", "created": null,
-            "owned_by": "onpolicy", "max_model_len": MAX_MODEL_LEN});
+            "owned_by": "onpolicy", "root": MODEL, "parent": null,
+            "max_model_len": MAX_MODEL_LEN, "permission": null});
         assert_eq!(list, json!({"object": "list", "data": [model]}));
         for path in ["/v1/models/test/scripted", "/v1/models/test%2Fscripted"] {
             let (status, card) = server.get(path).await;
@@ -69,7 +74,7 @@ async fn token_routes_refuse_what_is_wrong() {
             ("/tokenize", json!({"prompt": 5}), "prompt"),
             ("/tokenize", json!({"prompt": "a", "messages": user}), "messages"),
             ("/tokenize", json!({"prompt": "a", "odd": 1}), "odd"),
-            ("/tokenize", json!({"messages": user, "tools": [{}]}), "tools"),
+            ("/tokenize", json!({"messages": user, "tools": [{}]}), "tools[0].type"),
             (
                 "/tokenize",
                 json!({"messages": user, "add_special_tokens": true}),

@@ -34,6 +34,8 @@ pub struct Script {
     pub panics: bool,
     /// Never end a request by itself: after the script, say `x` on and on.
     pub endless: bool,
+    /// The model's context, in tokens.
+    pub context: usize,
 }
 
 impl Script {
@@ -46,6 +48,7 @@ impl Script {
             refuses: None,
             panics: false,
             endless: false,
+            context: MAX_MODEL_LEN,
         }
     }
 }
@@ -100,7 +103,7 @@ impl Engine for Scripted {
     fn info(&self) -> ModelInfo {
         ModelInfo {
             name: MODEL.into(),
-            max_model_len: MAX_MODEL_LEN,
+            max_model_len: self.script.context,
             vocab_size: VOCAB,
             eos_token_ids: vec![EOS],
             max_samples: MAX_SAMPLES,
@@ -130,6 +133,13 @@ impl Engine for Scripted {
     fn weight_version(&self) -> u64 {
         assert!(!self.script.panics, "the script says so");
         VERSION
+    }
+
+    fn health(&self) -> Result<(), EngineError> {
+        match &self.script.refuses {
+            Some((_, EngineError::Stopped)) => Err(EngineError::Stopped),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 use crate::scripted::{Script, Scripted, Seen};
 use crate::tokenizer::tokenizer;
 use metrics_exporter_prometheus::PrometheusHandle;
+use onpolicy_engine::chat::ToolFormat;
+use onpolicy_engine::http::connections::{ConnectionLimits, serve};
 use onpolicy_engine::http::{self, AppState, Limits};
 use reqwest::{Client, Response, StatusCode};
 use serde_json::Value;
@@ -47,17 +49,36 @@ impl Server {
     }
 
     pub async fn with_limits(script: Script, limits: Limits) -> Self {
-        let engine = Scripted::new(script);
+        let connections = ConnectionLimits { grace: GRACE, ..ConnectionLimits::default() };
+        Self::with_connections(script, limits, connections).await
+    }
+
+    pub async fn with_connections(
+        script: Script,
+        limits: Limits,
+        connections: ConnectionLimits,
+    ) -> Self {
+        let engine = Arc::new(Scripted::new(script));
         let seen = engine.seen.clone();
-        let state = AppState::new(Arc::new(engine), tokenizer(), limits, metrics());
+        Self::serving(AppState::new(engine, tokenizer(), limits, metrics()), seen).await
+    }
+
+    /// A server whose model writes calls of tools in this form.
+    pub async fn with_tool_format(script: Script, format: ToolFormat) -> Self {
+        let engine = Arc::new(Scripted::new(script));
+        let seen = engine.seen.clone();
+        let state = AppState::new(engine, tokenizer(), Limits::default(), metrics());
+        Self::serving(state.with_tool_format(format), seen).await
+    }
+
+    async fn serving(state: AppState, seen: Arc<Seen>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopping) = oneshot::channel::<()>();
         let shutdown = async {
             let _ = stopping.await;
         };
-        let stopped =
-            tokio::spawn(http::run_with_grace(listener, http::app(state), shutdown, GRACE));
+        let stopped = tokio::spawn(serve(listener, http::app(state), connections, shutdown));
         Self { url, seen, client: Client::new(), stop, stopped }
     }
 

@@ -6,7 +6,7 @@ use crate::{
 };
 use onpolicy_engine::mistral::{Dtype, Options, start};
 use onpolicy_plugin_api::{
-    Engine, EngineError, Event, Grammar, Request, SamplingParams, Sink, WeightUpdate,
+    Engine, EngineError, Event, Request, SamplingParams, Sink, WeightUpdate,
 };
 use std::path::Path;
 
@@ -34,10 +34,7 @@ fn refused(engine: &dyn Engine, prompt: Vec<u32>, params: SamplingParams) -> (St
 fn requests_that_cannot_be_served_are_refused_at_once() {
     let engine = tiny("llama-tied");
     let base = SamplingParams::default;
-    let unsupported = [
-        ("prompt_logprobs", SamplingParams { prompt_logprobs: Some(0), ..base() }),
-        ("grammar", SamplingParams { grammar: Some(Grammar::JsonObject), ..base() }),
-    ];
+    let unsupported = [("prompt_logprobs", SamplingParams { prompt_logprobs: Some(0), ..base() })];
     for (field, params) in unsupported {
         let (named, reason) = refused(&engine, vec![5], params);
         assert_eq!(named, field);

@@ -2,7 +2,9 @@
 
 use crate::advantage::Advantage;
 pub use crate::correction::Correction;
-pub use onpolicy_engine::{engine::OnUpdate, remote::RemoteOptions, weights::ServeDtype};
+pub use onpolicy_engine::{
+    engine::OnUpdate, http::access::Key, remote::RemoteOptions, weights::ServeDtype,
+};
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -106,12 +108,82 @@ pub struct Server {
     pub host: String,
     /// Port to listen on; 0 takes any free one.
     pub port: u16,
+    /// What clients of the model must show; none lets everybody in. Never written to a file.
+    #[serde(skip_serializing)]
+    pub api_key: Option<Key>,
+    /// What those that control the engine must show. Never written to a file.
+    #[serde(skip_serializing)]
+    pub control_key: Option<Key>,
+    /// Whether the engine may be controlled over HTTP.
+    pub control: ControlPlane,
+    /// Directories that weights may be loaded from by a client, or from below them.
+    pub weight_roots: Vec<String>,
+    /// How long a client waits for a command before it is told that it goes on without it.
+    pub control_timeout_seconds: u64,
+    /// Generating requests at once; one more is answered with 429.
+    pub max_concurrent_requests: usize,
+    /// Open connections; one more waits until another is closed.
+    pub max_connections: usize,
+    /// Prompts of one request.
+    pub max_prompts: usize,
+    /// Samples of one request: prompts times `n`.
+    pub max_samples: usize,
+    /// Tokens of all prompts of one request.
+    pub max_prompt_tokens: usize,
+    /// Longest body of a request, in MiB.
+    pub max_body_mb: usize,
+    /// Tokens of a stream that may wait for a slow reader.
+    pub max_undelivered_tokens: usize,
+    /// Longest time of a request at the engine, in seconds; 0 sets no limit.
+    pub request_timeout_seconds: u64,
+    /// Longest time for a request's body to arrive, in seconds.
+    pub body_timeout_seconds: u64,
+    /// Longest time for a request's headers, and of a connection without a request, in seconds.
+    pub header_timeout_seconds: u64,
+    /// Longest time that a client may read nothing, in seconds.
+    pub write_timeout_seconds: u64,
+    /// How long requests may go on after the signal to stop, in seconds.
+    pub shutdown_grace_seconds: u64,
 }
 
 impl Default for Server {
     fn default() -> Self {
-        Self { enabled: true, host: "127.0.0.1".into(), port: 8000 }
+        Self {
+            enabled: true,
+            host: "127.0.0.1".into(),
+            port: 8000,
+            api_key: None,
+            control_key: None,
+            control: ControlPlane::Auto,
+            weight_roots: Vec::new(),
+            control_timeout_seconds: 300,
+            max_concurrent_requests: 1024,
+            max_connections: 2048,
+            max_prompts: 1024,
+            max_samples: 16_384,
+            max_prompt_tokens: 1 << 20,
+            max_body_mb: 8,
+            max_undelivered_tokens: 16_384,
+            request_timeout_seconds: 3600,
+            body_timeout_seconds: 60,
+            header_timeout_seconds: 30,
+            write_timeout_seconds: 30,
+            shutdown_grace_seconds: 10,
+        }
     }
+}
+
+/// Whether the engine may be controlled over HTTP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ControlPlane {
+    /// If the endpoint listens on the loopback interface, unless only the model has a key.
+    #[default]
+    Auto,
+    /// Yes; needs a control key unless the endpoint listens on the loopback interface.
+    On,
+    /// No.
+    Off,
 }
 
 /// `[task]`, `[verifier]` and `[gate]`: the name of a plug-in, and its options beside it.

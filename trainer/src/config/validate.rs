@@ -11,6 +11,8 @@ pub(super) type Checked = Result<(), ConfigError>;
 
 /// Largest count that is taken seriously anywhere.
 const MANY: usize = 1 << 20;
+/// Longest time limit, in seconds.
+const WEEK: u64 = 7 * 86_400;
 
 impl Config {
     pub(super) fn validate(&self) -> Checked {
@@ -83,7 +85,21 @@ impl Engine {
 
 impl Server {
     fn validate(&self) -> Checked {
-        not_empty("server.host", &self.host)
+        not_empty("server.host", &self.host)?;
+        self.weight_roots.iter().try_for_each(|root| not_empty("server.weight_roots", root))?;
+        between("server.control_timeout_seconds", self.control_timeout_seconds, 1, WEEK)?;
+        between("server.max_concurrent_requests", self.max_concurrent_requests, 1, MANY)?;
+        between("server.max_connections", self.max_connections, 1, MANY)?;
+        between("server.max_prompts", self.max_prompts, 1, MANY)?;
+        between("server.max_samples", self.max_samples, 1, MANY)?;
+        between("server.max_prompt_tokens", self.max_prompt_tokens, 1, 1 << 30)?;
+        between("server.max_body_mb", self.max_body_mb, 1, 1024)?;
+        between("server.max_undelivered_tokens", self.max_undelivered_tokens, 1, 1 << 30)?;
+        between("server.request_timeout_seconds", self.request_timeout_seconds, 0, WEEK)?;
+        between("server.body_timeout_seconds", self.body_timeout_seconds, 1, WEEK)?;
+        between("server.header_timeout_seconds", self.header_timeout_seconds, 1, WEEK)?;
+        between("server.write_timeout_seconds", self.write_timeout_seconds, 1, WEEK)?;
+        between("server.shutdown_grace_seconds", self.shutdown_grace_seconds, 0, WEEK)
     }
 }
 
@@ -93,7 +109,7 @@ impl Rollout {
         between("rollout.group_size", self.group_size, 2, 4096)?;
         between("rollout.max_new_tokens", self.max_new_tokens, 1, MANY)?;
         above("rollout.temperature", self.temperature, 0.0, 100.0)?;
-        between("rollout.timeout_seconds", self.timeout_seconds, 1, 7 * 86_400)
+        between("rollout.timeout_seconds", self.timeout_seconds, 1, WEEK)
     }
 }
 
