@@ -21,7 +21,7 @@ use crate::{
     weights::{ServeDtype, Version, Weights},
 };
 use hold::Status;
-use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, WeightUpdate};
+use onpolicy_plugin_api::{EngineError, ModelInfo, Request, Sink};
 use std::{
     sync::{
         Arc, Mutex,

@@ -93,7 +93,7 @@ impl Paths {
 impl Fields {
     /// The fields of a body that is parsed already.
     pub fn from_map(map: Map<String, Value>) -> Self {
-        Self { map, prefix: String::new() }
+        Self { map, ..Self::default() }
     }
 
     /// The fields of the object at `path` of the body.

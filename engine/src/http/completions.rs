@@ -109,7 +109,7 @@ pub(super) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
 /// # Errors
 /// As the route itself.
 pub(super) fn preview(fields: Fields, state: &AppState) -> Result<(Job, Meta, bool), ApiError> {
-    plan(fields, state).map(|plan| (plan.job, plan.meta, plan.wording.logprobs))
+    plan(fields, state).map(|plan| (plan.job, plan.meta, plan.wording.logprobs.is_some()))
 }
 
 /// A request, ready to be started.

@@ -93,7 +93,7 @@ mod tests {
     fn generations_are_found_by_both_names_until_they_are_dropped() {
         let registry = Arc::new(Registry::default());
         let (one, two) = (registry.add(), registry.add());
-        [1, 2].map(|id| one.request(RequestId(id)));
+        [1, 2].into_iter().for_each(|id| one.request(RequestId(id)));
         two.request(RequestId(3));
         one.name("cmpl-a-b");
         two.name("chatcmpl-a-b");

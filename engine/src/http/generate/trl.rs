@@ -14,7 +14,7 @@ use crate::http::prompt::{Prompt, encode_chat, take_chat};
 use crate::http::{Admission, AppState, Shared};
 use axum::Json;
 use axum::extract::State;
-use onpolicy_plugin_api::{Grammar, Request, Token};
+use onpolicy_plugin_api::{Request, Token};
 use serde::Serialize;
 use serde_json::{Value, json};
 
