@@ -11,6 +11,7 @@ use crate::http::error::ApiError;
 use crate::http::generation::{Finish, Job, Sample, StopReason, Update};
 use crate::http::logprobs::{ChatLogprobs, LOWEST, PolicyStats, TokenNames};
 use crate::http::metrics::RequestClock;
+use crate::http::prompt_logprobs::PromptLogprobs;
 use crate::http::text::{Piece, PlacedToken};
 use crate::http::{Admission, AppState, Shared};
 use axum::Json;
@@ -18,8 +19,7 @@ use axum::extract::State;
 use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use onpolicy_plugin_api::{FinishReason, PromptToken, Token};
-use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 /// The route's path.
 pub const PATH: &str = "/inference/v1/generate";
@@ -62,7 +62,8 @@ struct Plan {
 }
 
 fn plan(fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
-    let Body { asked, prompt, logprobs, text, return_prompt } = Body::take(fields, state)?;
+    let Body { asked, prompt, prompt_top, logprobs, text, return_prompt } =
+        Body::take(fields, state)?;
     let request = asked.request(prompt.clone(), state)?;
     let job = asked.job(vec![request], text, state);
     let wording = Wording {
@@ -71,6 +72,7 @@ fn plan(fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
         created: unix_time(),
         weight_version: state.engine.weight_version(),
         prompt,
+        prompt_top,
         logprobs,
         text,
         return_prompt,
@@ -90,7 +92,7 @@ struct Answer<'a> {
     choices: Vec<Choice>,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
-    prompt_logprobs: Option<Vec<Option<Candidates>>>,
+    prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [u32]>,
 }
@@ -129,26 +131,6 @@ struct TokenLogprob {
     top_logprobs: Option<Vec<TokenLogprob>>,
 }
 
-/// The log-probs at one place of a prompt, by token id; the prompt's own token first.
-struct Candidates(Vec<(u32, Candidate)>);
-
-#[derive(Serialize)]
-struct Candidate {
-    logprob: f32,
-    rank: Option<usize>,
-    decoded_token: Option<String>,
-}
-
-impl Serialize for Candidates {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (id, candidate) in &self.0 {
-            map.serialize_entry(&id.to_string(), candidate)?;
-        }
-        map.end()
-    }
-}
-
 /// How this request is answered.
 struct Wording {
     request_id: String,
@@ -156,6 +138,8 @@ struct Wording {
     created: u64,
     weight_version: u64,
     prompt: Vec<u32>,
+    /// How many of the likeliest tokens are listed with each prompt token.
+    prompt_top: usize,
     logprobs: Option<usize>,
     text: bool,
     return_prompt: bool,
@@ -219,17 +203,8 @@ impl Wording {
         }
     }
 
-    /// One entry per token of the prompt; there is none for the first.
-    fn prompt_logprobs(&self, tokens: &[PromptToken]) -> Vec<Option<Candidates>> {
-        let later = self.prompt.iter().skip(1).zip(tokens).map(|(id, token)| {
-            let candidates = ranked((*id, token.logprob, token.rank), &token.top);
-            let named = candidates.map(|(id, logprob, rank)| {
-                let decoded_token = self.text.then(|| self.names.name(id));
-                (id, Candidate { logprob: logprob.max(LOWEST), rank, decoded_token })
-            });
-            Some(Candidates(named.collect()))
-        });
-        std::iter::once(None).chain(later).collect()
+    fn prompt_logprobs(&self, tokens: &[PromptToken]) -> PromptLogprobs {
+        PromptLogprobs::new(&self.prompt, tokens, self.prompt_top, &self.names)
     }
 }
 
