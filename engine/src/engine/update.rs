@@ -74,7 +74,7 @@ impl Worker {
             Change::Load(_) => false,
             Change::Reset => true,
         };
-        let write = || {
+        let write = || -> Result<(), String> {
             match change {
                 Change::Write(write) => write()?,
                 Change::Load(tensors) => self.runner.load(&tensors),
