@@ -14,6 +14,7 @@ use onpolicy_plugin_api::{
     WeightUpdate,
 };
 use std::{path::Path, sync::atomic::Ordering};
+use tch::Tensor;
 
 impl Inner {
     /// Sends the owner's command and waits for its answer.
@@ -28,13 +29,19 @@ impl Inner {
 
     /// Reads all weights from a directory, checks them, and copies them to where they are served.
     fn load(&self, dir: &Path, version: Option<u64>) -> Result<u64, EngineError> {
-        let wrong = |why: String| EngineError::invalid("directory", why);
-        let tensors = load_weights(dir, &self.model).map_err(|error| wrong(error.to_string()))?;
-        let read = Weights::new(tensors);
-        read.check_finite().and_then(|()| self.serve_dtype.check(&read)).map_err(wrong)?;
-        let loaded = self.change(Change::Load(read.into_tensors()), version);
+        let read = self.read(dir).map_err(|why| EngineError::invalid("directory", why));
+        let loaded = read.and_then(|read| self.change(Change::Load(read), version));
+        // What was read is not needed any more.
         trim();
         loaded
+    }
+
+    fn read(&self, dir: &Path) -> Result<Vec<(String, Tensor)>, String> {
+        let read = load_weights(dir, &self.model).map_err(|error| error.to_string())?;
+        let read = Weights::new(read);
+        read.check_finite()?;
+        self.serve_dtype.check(&read)?;
+        Ok(read.into_tensors())
     }
 }
 
