@@ -11,10 +11,20 @@ use std::{
 
 #[test]
 fn the_openai_package_works_unmodified() {
+    run("openai_client.py");
+}
+
+#[test]
+fn the_openai_package_calls_tools_and_gets_what_a_schema_allows() {
+    run("openai_tools.py");
+}
+
+/// Runs a script of tests/python against a server of its own.
+fn run(script: &str) {
     let python = common::cache().join("venv/bin/python");
     assert!(python.exists(), "{} is missing: run scripts/test", python.display());
     let server = common::serve(&common::smollm2(), &[]);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/openai_client.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(script);
     let mut client = Command::new(python)
         .arg(script)
         .arg(&server.url)

@@ -3,6 +3,7 @@
 
 mod request;
 mod runner;
+mod targets;
 mod worker;
 
 use crate::{
