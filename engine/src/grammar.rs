@@ -125,6 +125,10 @@ impl Place {
     /// # Errors
     /// The grammar does not allow it.
     pub fn advance(&mut self, token: u32) -> Result<(), String> {
+        // At the end of the grammar comes an end-of-sequence token, which ends nothing more.
+        if self.matcher.is_stopped() && self.matcher.stop_reason().is_ok() {
+            return Ok(());
+        }
         self.matcher.consume_token(token).map_err(source::plain)
     }
 }

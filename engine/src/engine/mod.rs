@@ -7,6 +7,7 @@ mod handle;
 mod hold;
 mod request;
 mod runner;
+mod targets;
 mod update;
 mod worker;
 

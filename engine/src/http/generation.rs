@@ -229,6 +229,13 @@ impl Generation {
         self
     }
 
+    /// As [`Generation::named`], prompt by prompt.
+    #[must_use]
+    pub fn named_each(self, ids: &[String]) -> Self {
+        self.registered.name_each(ids);
+        self
+    }
+
     /// Samples over all prompts.
     pub fn samples(&self) -> usize {
         self.running.len()

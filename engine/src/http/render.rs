@@ -70,14 +70,14 @@ fn sampling_params(params: &SamplingParams, tokenizer: &ChatTokenizer) -> Map<St
     };
     let p = params;
     add("n", true, json!(p.n));
-    add("temperature", true, json!(p.temperature));
-    add("top_p", p.top_p != none.top_p, json!(p.top_p));
+    add("temperature", true, short(p.temperature));
+    add("top_p", p.top_p != none.top_p, short(p.top_p));
     add("top_k", p.top_k != none.top_k, json!(p.top_k));
-    add("min_p", p.min_p != none.min_p, json!(p.min_p));
-    add("repetition_penalty", p.repetition_penalty != 1.0, json!(p.repetition_penalty));
-    add("presence_penalty", p.presence_penalty != 0.0, json!(p.presence_penalty));
-    add("frequency_penalty", p.frequency_penalty != 0.0, json!(p.frequency_penalty));
-    let bias = p.logit_bias.iter().map(|(id, bias)| (id.to_string(), json!(bias)));
+    add("min_p", p.min_p != none.min_p, short(p.min_p));
+    add("repetition_penalty", p.repetition_penalty != 1.0, short(p.repetition_penalty));
+    add("presence_penalty", p.presence_penalty != 0.0, short(p.presence_penalty));
+    add("frequency_penalty", p.frequency_penalty != 0.0, short(p.frequency_penalty));
+    let bias = p.logit_bias.iter().map(|(id, bias)| (id.to_string(), short(*bias)));
     add("logit_bias", !p.logit_bias.is_empty(), Value::Object(bias.collect()));
     add("allowed_token_ids", p.allowed_token_ids.is_some(), json!(p.allowed_token_ids));
     let words = p.bad_words.iter().filter_map(|ids| tokenizer.decode(ids, false).ok());
@@ -92,6 +92,11 @@ fn sampling_params(params: &SamplingParams, tokenizer: &ChatTokenizer) -> Map<St
     add("stop_token_ids", !p.stop_token_ids.is_empty(), json!(p.stop_token_ids));
     add("prompt_logprobs", p.prompt_logprobs.is_some(), json!(p.prompt_logprobs));
     fields
+}
+
+/// A number as it was sent, without the digits that more bits would have.
+fn short(number: f32) -> Value {
+    json!(number.to_string().parse::<f64>().unwrap_or(f64::from(number)))
 }
 
 fn grammar(grammar: &Grammar) -> Value {

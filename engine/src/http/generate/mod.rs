@@ -84,7 +84,12 @@ impl Asked {
     ) -> Result<Generation, ApiError> {
         let generation = Generation::start(state, job, admission, clock);
         let field = self.common.structured_field();
-        generation.map_err(|error| self.paths.place(structured::named(error, field.as_deref())))
+        let generation = generation
+            .map_err(|error| self.paths.place(structured::named(error, field.as_deref())))?;
+        Ok(match &self.common.request_id {
+            Some(id) => generation.named(id),
+            None => generation,
+        })
     }
 }
 

@@ -35,7 +35,8 @@ pub async fn create(
     let clock = RequestClock::start(PATH);
     let plan = state.off_thread(move |state| plan(body.fields()?, state)).await?;
     let Plan { job, mut wording, asked } = plan;
-    let generation = asked.start(job, &state, admission, clock)?;
+    let generation = asked.start(job, &state, admission, clock)?.named(&wording.rid);
+    let generation = generation.named_each(wording.rids.as_deref().unwrap_or_default());
     if asked.common.stream {
         let pieces = vec![Piece::default(); generation.samples()];
         return Ok(told::stream_of(generation, Telling { wording, pieces }));

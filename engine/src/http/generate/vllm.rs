@@ -36,7 +36,7 @@ pub async fn create(
     let clock = RequestClock::start(PATH);
     let plan = state.off_thread(move |state| plan(body.fields()?, state)).await?;
     let Plan { job, wording, asked } = plan;
-    let generation = asked.start(job, &state, admission, clock)?;
+    let generation = asked.start(job, &state, admission, clock)?.named(&wording.request_id);
     if asked.common.stream {
         let spans = vec![Spans::default(); generation.samples()];
         let include_usage = asked.common.include_usage;
