@@ -64,6 +64,12 @@ struct Serving {
     /// Type that linear layers and head are served in: f32, f16, bf16, int8 (engine.serve_dtype)
     #[arg(long, value_name = "TYPE")]
     serve_dtype: Option<String>,
+    /// Whether clients may pause, update and sleep the engine: auto, on, off (server.control)
+    #[arg(long, value_name = "WHEN")]
+    control: Option<String>,
+    /// Directory that clients may load weights from; may be repeated (server.weight_roots)
+    #[arg(long = "weight-root", value_name = "DIR")]
+    weight_roots: Vec<String>,
     #[command(flatten)]
     engine: EngineChoice,
 }
@@ -85,12 +91,15 @@ impl EngineChoice {
 
 impl Serving {
     /// As flags of [`Source::load`].
-    fn flags(&self) -> [(&'static str, Option<String>); 3] {
-        let serve_dtype = self.serve_dtype.as_ref().map(|dtype| format!("{dtype:?}"));
+    fn flags(&self) -> [(&'static str, Option<String>); 5] {
+        let quoted = |text: &Option<String>| text.as_ref().map(|text| format!("{text:?}"));
+        let roots = &self.weight_roots;
         [
             self.engine.flag(),
             ("engine.profile", self.profile.then(|| "true".into())),
-            ("engine.serve_dtype", serve_dtype),
+            ("engine.serve_dtype", quoted(&self.serve_dtype)),
+            ("server.control", quoted(&self.control)),
+            ("server.weight_roots", (!roots.is_empty()).then(|| format!("{roots:?}"))),
         ]
     }
 }
@@ -122,16 +131,13 @@ pub struct Train {
 impl Train {
     /// The configuration of the run.
     pub fn config(&self) -> Result<Config, ConfigError> {
-        let [engine, profile, serve_dtype] = self.serving.flags();
-        self.source.load(&[
+        let own = [
             ("output.dir", self.output.as_ref().map(|dir| format!("{dir:?}"))),
             ("train.steps", self.steps.map(|n| n.to_string())),
             ("train.seed", self.seed.map(|n| n.to_string())),
             ("server.port", self.port.map(|n| n.to_string())),
-            engine,
-            profile,
-            serve_dtype,
-        ])
+        ];
+        self.source.load(&[&own[..], &self.serving.flags()].concat())
     }
 }
 
@@ -153,14 +159,11 @@ pub struct Serve {
 impl Serve {
     /// The configuration of the server.
     pub fn config(&self) -> Result<Config, ConfigError> {
-        let [engine, profile, serve_dtype] = self.serving.flags();
-        self.source.load(&[
+        let own = [
             ("server.host", self.host.as_ref().map(|host| format!("{host:?}"))),
             ("server.port", self.port.map(|n| n.to_string())),
-            engine,
-            profile,
-            serve_dtype,
-        ])
+        ];
+        self.source.load(&[&own[..], &self.serving.flags()].concat())
     }
 }
 

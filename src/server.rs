@@ -3,12 +3,18 @@
 use anyhow::Context;
 use onpolicy_engine::{
     chat::ChatTokenizer,
-    http::{self, AppState, Limits, metrics::PrometheusHandle},
+    http::{
+        self, AppState, Limits,
+        access::{Access, Key},
+        control::{Settings, roots::Roots},
+        metrics::PrometheusHandle,
+    },
 };
 use onpolicy_plugin_api::Engine;
-use onpolicy_trainer::config::Config;
+use onpolicy_trainer::config::{Config, ControlPlane, Server as Section};
 use std::{
     net::SocketAddr,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -33,11 +39,13 @@ pub fn record_metrics() -> Result<PrometheusHandle, anyhow::Error> {
     http::metrics::install().context("metrics cannot be recorded")
 }
 
-/// Starts the endpoint, unless the configuration says that there is none.
+/// Starts the endpoint, unless the configuration says that there is none. Clients may load weights
+/// from the configured directories, and from `run`.
 pub fn start(
     config: &Config,
     (engine, tokenizer): (&Arc<dyn Engine>, &ChatTokenizer),
     metrics: PrometheusHandle,
+    run: Option<PathBuf>,
 ) -> Result<Option<Server>, anyhow::Error> {
     if !config.server.enabled {
         return Ok(None);
@@ -48,7 +56,10 @@ pub fn start(
         format!("cannot listen on {}:{}; choose another --port, or 0 for any", wanted.0, wanted.1)
     })?;
     let address = listener.local_addr()?;
-    let state = AppState::new(engine.clone(), tokenizer.clone(), Limits::default(), metrics);
+    let access = access(&config.server, address)?;
+    let control = settings(&config.server, run)?;
+    let state = AppState::new(engine.clone(), tokenizer.clone(), Limits::default(), metrics)
+        .with_access(access, control);
     let (shutdown, signal) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("http".into()).spawn(move || {
         let stopped = async {
@@ -61,6 +72,39 @@ pub fn start(
         runtime.shutdown_timeout(Duration::from_secs(1));
     })?;
     Ok(Some(Server { address, shutdown, thread }))
+}
+
+/// Who may do what at an endpoint that listens on `address`.
+fn access(server: &Section, address: SocketAddr) -> Result<Access, anyhow::Error> {
+    let api_key = key(server.api_key.as_ref(), "ONPOLICY_API_KEY")?;
+    let control_key = key(server.control_key.as_ref(), "ONPOLICY_CONTROL_KEY")?;
+    let local = address.ip().is_loopback();
+    let control = match server.control {
+        ControlPlane::Off => false,
+        ControlPlane::On if local || control_key.is_some() => true,
+        ControlPlane::On => anyhow::bail!(
+            "server.control = \"on\" lets everybody who reaches {address} change the weights; set \
+             server.control_key (or ONPOLICY_CONTROL_KEY), or listen on 127.0.0.1"
+        ),
+        // A key for the model alone says that not everybody here is trusted.
+        ControlPlane::Auto => local && (control_key.is_some() || api_key.is_none()),
+    };
+    Ok(Access { api_key, control_key, control })
+}
+
+/// The configured key, or the one in the environment, so that it need not stand in a file.
+fn key(configured: Option<&Key>, variable: &str) -> Result<Option<Key>, anyhow::Error> {
+    if let Some(key) = configured {
+        return Ok(Some(key.clone()));
+    }
+    let given = std::env::var(variable).ok().filter(|key| !key.is_empty());
+    given.map(|key| Key::new(key).map_err(|rule| anyhow::anyhow!("{variable}: {rule}"))).transpose()
+}
+
+fn settings(server: &Section, run: Option<PathBuf>) -> Result<Settings, anyhow::Error> {
+    let roots = server.weight_roots.iter().map(PathBuf::from).chain(run);
+    let weight_roots = Roots::new(roots).context("server.weight_roots")?;
+    Ok(Settings { weight_roots, timeout: Duration::from_secs(server.control_timeout_seconds) })
 }
 
 impl Server {

@@ -162,6 +162,13 @@ impl BlockManager {
         }
     }
 
+    /// As [`forget_cached`](Self::forget_cached), and nothing is registered any more about the
+    /// blocks that tables hold. No chain of theirs may be continued.
+    pub fn forget_all(&mut self) {
+        self.forget_cached();
+        self.prefix.clear();
+    }
+
     /// Takes a block that nobody holds; the caller has seen that there is one.
     fn allocate(&mut self) -> u32 {
         let block = self.free.pop().unwrap_or_else(|| {

@@ -4,7 +4,7 @@ use crate::{
     block_manager::BLOCK_SIZE,
     kernels::attention::{Pages, PagesMut, copy_block, write_pages},
     model::config::ModelConfig,
-    torch::memory::Zeroed,
+    torch::memory::{Zeroed, give_back},
 };
 
 /// K and V pages of one layer.
@@ -55,6 +55,13 @@ impl KvCache {
     /// Stores one layer's K and V rows, `[N, kv_heads, head_dim]` each, in their slots.
     pub fn write(&mut self, layer: usize, k: &[f32], v: &[f32], slots: &[u32]) {
         write_pages(k, v, &mut self.pages_mut(layer), slots);
+    }
+
+    /// Gives all pages back to the system, which hands them out again, zeroed, as they are written;
+    /// false if it does not take them.
+    pub fn give_back(&mut self) -> bool {
+        let mut layers = self.layers.iter_mut();
+        layers.all(|layer| give_back(&mut layer.keys) && give_back(&mut layer.values))
     }
 
     /// Copies block `from` to block `to` in every layer.

@@ -258,14 +258,18 @@ impl Scheduler {
     /// With `recompute`, all running sequences are computed again under the new weights; without,
     /// they go on with the KV that they have. Nothing happens if the version is the present one.
     pub fn set_version(&mut self, version: u64, recompute: bool) {
-        if version == self.version {
-            return;
+        if version != self.version {
+            self.change_version(version, recompute);
         }
+    }
+
+    /// As [`set_version`](Self::set_version), also where other weights get the present version.
+    pub fn change_version(&mut self, version: u64, recompute: bool) {
         self.version = version;
         if recompute {
             while self.preempt_latest().is_some() {}
         }
-        self.blocks.forget_cached();
+        self.blocks.forget_all();
         for id in &self.running {
             let sequence = self.sequences.get_mut(id).expect("a running sequence");
             if sequence.computed > 0 {
@@ -274,6 +278,16 @@ impl Scheduler {
                 sequence.kv_version = Some(version);
                 sequence.chain = sequence.chain.map(|_| Chain::root(version));
             }
+        }
+    }
+
+    /// Forgets the KV of earlier requests: no later one uses what is computed by now. Those that run
+    /// keep theirs.
+    pub fn reset_prefix_cache(&mut self) {
+        self.blocks.forget_all();
+        for id in &self.running {
+            let sequence = self.sequences.get_mut(id).expect("a running sequence");
+            sequence.chain = sequence.chain.filter(|_| sequence.computed == 0);
         }
     }
 

@@ -125,6 +125,26 @@ impl Weights {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
+    /// Whether every number is one.
+    ///
+    /// # Errors
+    /// Names the first tensor with a number that is not finite.
+    pub fn check_finite(&self) -> Result<(), String> {
+        let finite = |tensor: &Tensor| {
+            let (least, most) = tensor.aminmax(None, false);
+            [least, most].iter().all(|extreme| extreme.double_value(&[]).is_finite())
+        };
+        match self.tensors.iter().find(|(_, tensor)| !finite(tensor)) {
+            None => Ok(()),
+            Some((name, _)) => Err(format!("'{name}' holds a number that is not finite")),
+        }
+    }
+
+    /// The tensors, in the checkpoint's order.
+    pub fn into_tensors(self) -> Vec<(String, Tensor)> {
+        self.tensors
+    }
+
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
         self.tensors.iter().map(|(_, t)| t.numel() * t.kind().elt_size_in_bytes()).sum()

@@ -143,6 +143,9 @@ pub enum EngineError {
     /// The engine is shutting down or has stopped.
     #[error("the engine is shutting down")]
     Stopped,
+    /// The engine is in a state in which it cannot do this; the reason says what to do first.
+    #[error("not now: {0}")]
+    Unavailable(String),
     /// The engine failed; the reason says how.
     #[error("engine failure: {0}")]
     Internal(String),
@@ -155,6 +158,11 @@ impl EngineError {
     /// An [`EngineError::Invalid`] about one field.
     pub fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Invalid { field: field.into(), reason: reason.into() }
+    }
+
+    /// An [`EngineError::Unavailable`]: `why` says what to do first.
+    pub fn unavailable(why: impl Into<String>) -> Self {
+        Self::Unavailable(why.into())
     }
 
     /// An [`EngineError::Unsupported`]: `what` is what the engine cannot do.
@@ -236,6 +244,23 @@ pub trait Engine: Send + Sync {
     /// The engine cannot read its weights, or has stopped.
     fn checksums(&self) -> Result<Vec<(String, u64)>, EngineError> {
         Err(EngineError::unsupported("checksums of its weights"))
+    }
+
+    /// Overwrites all weights with random numbers, so that whatever an update leaves out shows; the
+    /// engine does not generate until all of them are loaded.
+    ///
+    /// # Errors
+    /// The engine cannot, or has stopped.
+    fn reset_weights(&self) -> Result<(), EngineError> {
+        Err(EngineError::unsupported("resetting its weights"))
+    }
+
+    /// Returns once the engine has answered between two steps.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    fn ping(&self) -> Result<(), EngineError> {
+        Ok(())
     }
 
     /// Takes no more steps until [`Engine::resume`]; requests are taken and wait. Blocks until

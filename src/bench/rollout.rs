@@ -202,8 +202,8 @@ fn memory(
 fn serve(session: &Session, metrics: PrometheusHandle) -> Result<server::Server, anyhow::Error> {
     let mut config = session.config.clone();
     config.server.enabled = true;
-    let server =
-        server::start(&config, (&session.served.engine, &session.served.tokenizer), metrics)?;
+    let served = &session.served;
+    let server = server::start(&config, (&served.engine, &served.tokenizer), metrics, None)?;
     server.ok_or_else(|| anyhow::anyhow!("the server did not start"))
 }
 

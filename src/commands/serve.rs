@@ -18,7 +18,8 @@ pub fn run(
     if let Some(copies) = served.copies() {
         eprintln!("{copies}");
     }
-    let server = server::start(&config, (&served.engine, &served.tokenizer), metrics)?;
+    let parts = (&served.engine, &served.tokenizer);
+    let server = server::start(&config, parts, metrics, None)?;
     let Some(server) = server else { anyhow::bail!("the server did not start") };
     println!("serving on {}/v1 (Ctrl-C stops it)", server.url());
     let stop: &'static AtomicBool = Box::leak(Box::default());

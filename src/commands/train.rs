@@ -19,7 +19,8 @@ pub fn run(
     eprintln!("loading {} ...", config.model.path);
     let mut run = run::Run::start(config.clone(), parts, arguments.resume)?;
     let served = run.served();
-    let server = server::start(&config, (&served.engine, &served.tokenizer), metrics)?;
+    let (parts, run_dir) = ((&served.engine, &served.tokenizer), config.output.dir.clone().into());
+    let server = server::start(&config, parts, metrics, Some(run_dir))?;
     describe(&config, &run, server.as_ref())?;
     let plan = run.memory_plan()?;
     eprintln!("{plan}");

@@ -94,6 +94,9 @@ impl Run {
         let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
         let checkpoint = load(&model.to_string_lossy())?;
         let served = Served::over(checkpoint, &config, parts.engine.clone())?;
+        if let Some(native) = served.native() {
+            native.train_weights();
+        }
         let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
         let (mut step, mut seconds, mut drawn) = (0, 0.0, VecDeque::new());
         if let Some((checkpoint, state)) = &resumed {

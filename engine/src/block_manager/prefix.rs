@@ -107,6 +107,12 @@ impl PrefixCache {
         }
     }
 
+    /// Forgets all blocks.
+    pub fn clear(&mut self) {
+        self.by_hash.clear();
+        self.entries.fill(None);
+    }
+
     fn holds(&self, block: u32, chain: Chain, tokens: &[u32; BLOCK_SIZE]) -> bool {
         self.entries[block as usize].as_ref().is_some_and(|entry| {
             entry.parent == chain.last && entry.version == chain.version && entry.tokens == *tokens

@@ -1,8 +1,12 @@
 //! The engine's handle. Its thread (see [`worker`]) owns the model; commands go in by channel,
 //! events come out through each request's sink.
 
+mod control;
+mod handle;
+mod hold;
 mod request;
 mod runner;
+mod update;
 mod worker;
 
 use crate::{
@@ -13,7 +17,8 @@ use crate::{
     scheduler::{Scheduler, SchedulerConfig},
     weights::{ServeDtype, Version, Weights},
 };
-use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, RequestId, Sink, WeightUpdate};
+use hold::Status;
+use onpolicy_plugin_api::{EngineError, ModelInfo, Request};
 use std::{
     sync::{
         Arc, Mutex,
@@ -23,7 +28,7 @@ use std::{
     thread::JoinHandle,
     time::Duration,
 };
-use worker::{Command, Submission, Update, Worker};
+use worker::{Command, Worker};
 
 /// What running samples do when the weights change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -140,6 +145,7 @@ pub struct EngineStats {
 /// State that handle and worker share.
 struct Shared {
     version: Version,
+    status: Status,
     /// Submitted requests that the worker has not taken yet.
     submitted: AtomicUsize,
     /// Requests that waited at the end of the last step.
@@ -162,6 +168,8 @@ pub struct EngineHandle {
 struct Inner {
     commands: mpsc::Sender<Command>,
     info: ModelInfo,
+    model: ModelConfig,
+    serve_dtype: ServeDtype,
     limits: SchedulerConfig,
     shared: Arc<Shared>,
     next_id: AtomicU64,
@@ -181,6 +189,7 @@ impl EngineHandle {
         let scheduler = Scheduler::new(limits.clone())?;
         let shared = Arc::new(Shared {
             version: Version::default(),
+            status: Status::default(),
             submitted: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         });
@@ -194,6 +203,7 @@ impl EngineHandle {
         let (commands, inbox) = mpsc::channel();
         let worker_shared = shared.clone();
         let blocks = limits.num_blocks;
+        let model_config = model.config.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
@@ -207,6 +217,8 @@ impl EngineHandle {
         let inner = Inner {
             commands,
             info,
+            model: model_config,
+            serve_dtype: dtype,
             limits,
             shared,
             next_id: AtomicU64::new(0),
@@ -226,6 +238,11 @@ impl EngineHandle {
         write: impl FnOnce() -> Result<T, String> + Send + 'static,
     ) -> Result<(T, u64), EngineError> {
         update_in_place(self, write)
+    }
+
+    /// From now on a trainer works on the weights: they are not given back or reset.
+    pub fn train_weights(&self) {
+        self.inner.shared.status.trained.set(true);
     }
 
     /// Numbers of the engine between two steps; blocks until the one in progress is done.
@@ -292,64 +309,5 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-impl Engine for EngineHandle {
-    fn info(&self) -> ModelInfo {
-        self.inner.info.clone()
-    }
-
-    fn submit(&self, request: Request, sink: Box<dyn Sink>) -> Result<RequestId, EngineError> {
-        Ok(self.submit_all(vec![(request, sink)])?[0])
-    }
-
-    fn submit_all(
-        &self,
-        requests: Vec<(Request, Box<dyn Sink>)>,
-    ) -> Result<Vec<RequestId>, EngineError> {
-        let inner = &self.inner;
-        requests.iter().try_for_each(|(request, _)| inner.check(request))?;
-        let waiting = inner.shared.queued();
-        if waiting + requests.len() > inner.limits.max_waiting {
-            return Err(EngineError::Overloaded { waiting });
-        }
-        let count = requests.len();
-        let first = inner.next_id.fetch_add(count as u64, Ordering::Relaxed);
-        let ids: Vec<RequestId> = (first..first + count as u64).map(RequestId).collect();
-        let submissions = ids.iter().copied().zip(requests);
-        let submissions =
-            submissions.map(|(id, (request, sink))| Submission { id, request, sink }).collect();
-        inner.shared.submitted.fetch_add(count, Ordering::Relaxed);
-        let sent = inner.commands.send(Command::Submit(submissions));
-        sent.map(|()| ids).map_err(|_| EngineError::Stopped)
-    }
-
-    fn abort(&self, id: RequestId, index: Option<usize>) {
-        // An engine that has stopped has nothing left to abort.
-        let _ = self.inner.commands.send(Command::Abort { id, index });
-    }
-
-    fn weight_version(&self) -> u64 {
-        self.inner.shared.version.get()
-    }
-
-    fn shares_weights(&self) -> bool {
-        true
-    }
-
-    fn update_weights(
-        &self,
-        update: WeightUpdate,
-        version: Option<u64>,
-    ) -> Result<u64, EngineError> {
-        let WeightUpdate::InPlace(write) = update else {
-            return Err(EngineError::unsupported("weights from a directory"));
-        };
-        self.inner.ask(|reply| Command::Update(Update { write, version, reply }))?
-    }
-
-    fn set_weight_version(&self, version: u64) -> Result<(), EngineError> {
-        self.inner.ask(|reply| Command::SetVersion { version, reply })
     }
 }

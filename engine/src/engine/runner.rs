@@ -14,9 +14,13 @@ use crate::{
     profile::{Phase, timed},
     sampler::{Draw, Drawn, sample},
     scheduler::{Chunk, Scheduler, Step},
-    torch::slices::floats,
+    torch::{
+        memory::give_back,
+        slices::{bytes, floats, floats_mut},
+    },
     weights::{ServeDtype, Weights},
 };
+use rapidhash::v3::rapidhash_v3;
 use std::time::{Duration, Instant};
 use tch::Tensor;
 
@@ -26,6 +30,7 @@ const HEAD_ROWS: usize = 256;
 /// The model and its pages.
 pub struct Runner {
     decoder: Decoder,
+    weights: Weights,
     cache: KvCache,
     eos_token_ids: Vec<u32>,
     copied_bytes: usize,
@@ -51,6 +56,7 @@ impl Runner {
         Self {
             copied_bytes: decoder.copied_bytes(),
             decoder,
+            weights: weights.share(),
             cache: KvCache::new(config, num_blocks),
             eos_token_ids: config.eos_token_ids.clone(),
         }
@@ -75,6 +81,43 @@ impl Runner {
         let started = Instant::now();
         self.decoder.refresh();
         started.elapsed()
+    }
+
+    /// Overwrites the served weights with `tensors`, which have their order and shapes.
+    ///
+    /// # Panics
+    /// If they have not.
+    pub fn load(&mut self, tensors: &[(String, Tensor)]) {
+        for ((name, served), (read, tensor)) in self.weights.iter().zip(tensors) {
+            assert_eq!(name, read, "weights are checked before they are written");
+            served.shallow_clone().copy_(tensor);
+        }
+    }
+
+    /// Overwrites the served weights with random numbers.
+    pub fn reset_weights(&mut self) {
+        for (_, served) in self.weights.iter() {
+            let _ = served.shallow_clone().uniform_(-0.05, 0.05);
+        }
+    }
+
+    /// A hash of the bytes of each weight, by name: rapidhash V3, the same on every machine.
+    pub fn checksums(&self) -> Vec<(String, u64)> {
+        let weights = self.weights.iter();
+        weights.map(|(name, tensor)| (name.to_string(), rapidhash_v3(bytes(tensor)))).collect()
+    }
+
+    /// Gives the memory of all pages back to the system; false if it does not take it.
+    pub fn give_back_pages(&mut self) -> bool {
+        self.cache.give_back()
+    }
+
+    /// Gives the memory of the weights and of their copies back to the system; false if it does
+    /// not take all of it. The weights stay where they are, and are worth nothing.
+    pub fn give_back_weights(&mut self) -> bool {
+        let copies = self.decoder.give_back_copies();
+        let mut tensors = self.weights.iter();
+        tensors.all(|(_, tensor)| give_back(floats_mut(&mut tensor.shallow_clone()))) && copies
     }
 
     /// Runs the chunks of `step` through the decoder; their K and V are in the pages afterwards.

@@ -2,8 +2,11 @@
 
 use super::{
     EngineStats, OnUpdate, Shared,
+    control::Control,
+    hold::Hold,
     request::LiveRequest,
     runner::{Runner, StepOutput, predicted_prompt},
+    update::Update,
 };
 use crate::{
     profile::{self, Phase, Profile, timed},
@@ -18,13 +21,13 @@ use std::{
     sync::{
         Arc,
         atomic::Ordering,
-        mpsc::{Receiver, SyncSender, TryRecvError},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError},
     },
     time::{Duration, Instant},
 };
 
-/// Writes the weights; an error means that nothing has changed.
-pub type Write = Box<dyn FnOnce() -> Result<(), String> + Send>;
+/// How often an engine that takes no steps looks whether somebody still listens to its requests.
+const LOOK_AFTER: Duration = Duration::from_millis(20);
 
 /// A request on its way in.
 pub struct Submission {
@@ -43,20 +46,14 @@ pub enum Command {
     Update(Update),
     /// Set the version without changing the weights.
     SetVersion { version: u64, reply: SyncSender<()> },
+    /// What the engine's owner wants.
+    Control(Control),
     /// Say how things stand.
     Stats { reply: SyncSender<EngineStats> },
     /// Say where the time has gone.
     Profile { reply: SyncSender<Option<Profile>> },
     /// Fail everything and end.
     Stop,
-}
-
-/// New weights that wait for the end of the step in progress.
-pub struct Update {
-    pub write: Write,
-    /// The version to be; one more than before if none.
-    pub version: Option<u64>,
-    pub reply: SyncSender<Result<u64, EngineError>>,
 }
 
 /// One sample that gets a token from a logits row.
@@ -68,15 +65,16 @@ struct Target {
 
 /// The engine's thread.
 pub struct Worker {
-    runner: Runner,
-    scheduler: Scheduler,
-    live: HashMap<RequestId, LiveRequest>,
-    updates: VecDeque<Update>,
-    shared: Arc<Shared>,
-    on_update: OnUpdate,
+    pub(super) runner: Runner,
+    pub(super) scheduler: Scheduler,
+    pub(super) live: HashMap<RequestId, LiveRequest>,
+    pub(super) updates: VecDeque<Update>,
+    pub(super) hold: Hold,
+    pub(super) shared: Arc<Shared>,
+    pub(super) on_update: OnUpdate,
     steps: u64,
     /// How long the last update took to make the served copies anew.
-    refresh: Duration,
+    pub(super) refresh: Duration,
 }
 
 impl Worker {
@@ -86,9 +84,9 @@ impl Worker {
         shared: Arc<Shared>,
         on_update: OnUpdate,
     ) -> Self {
-        let (live, updates) = (HashMap::new(), VecDeque::new());
+        let (live, updates, hold) = (HashMap::new(), VecDeque::new(), Hold::default());
         let (steps, refresh) = (0, Duration::ZERO);
-        Self { runner, scheduler, live, updates, shared, on_update, steps, refresh }
+        Self { runner, scheduler, live, updates, hold, shared, on_update, steps, refresh }
     }
 
     /// Works until told to stop, or until every handle is gone.
@@ -97,9 +95,12 @@ impl Worker {
         while timed(Phase::Schedule, || self.take_commands(inbox)) {
             timed(Phase::Schedule, || self.drop_abandoned());
             timed(Phase::Update, || self.apply_updates());
-            let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
-            if let Err(panic) = step {
-                self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
+            self.answer_pauses();
+            if self.hold.steps() {
+                let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
+                if let Err(panic) = step {
+                    self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
+                }
             }
             timed(Phase::Delivery, || self.publish());
         }
@@ -112,8 +113,12 @@ impl Worker {
 
     /// Takes what has been sent; waits if there is nothing to do. False: stop.
     fn take_commands(&mut self, inbox: &Receiver<Command>) -> bool {
-        if self.scheduler.is_idle() && self.updates.is_empty() {
-            let Ok(command) = timed(Phase::Idle, || inbox.recv()) else { return false };
+        if self.rests() {
+            let command = match timed(Phase::Idle, || self.wait(inbox)) {
+                Ok(command) => command,
+                Err(RecvTimeoutError::Timeout) => return true,
+                Err(RecvTimeoutError::Disconnected) => return false,
+            };
             if !self.take(command) {
                 return false;
             }
@@ -131,6 +136,24 @@ impl Worker {
         }
     }
 
+    /// True if there is nothing to do before the next command.
+    fn rests(&self) -> bool {
+        let works = if self.hold.admits() {
+            !self.scheduler.is_idle()
+        } else {
+            self.hold.steps() && !self.scheduler.is_drained()
+        };
+        !works && self.updates.is_empty()
+    }
+
+    /// Waits for a command; not for long if requests wait whose listeners may go away.
+    fn wait(&self, inbox: &Receiver<Command>) -> Result<Command, RecvTimeoutError> {
+        if self.live.is_empty() {
+            return inbox.recv().map_err(RecvTimeoutError::from);
+        }
+        inbox.recv_timeout(LOOK_AFTER)
+    }
+
     fn take(&mut self, command: Command) -> bool {
         match command {
             Command::Submit(submissions) => {
@@ -142,6 +165,7 @@ impl Worker {
                 self.set_version(version);
                 let _ = reply.send(());
             }
+            Command::Control(control) => self.control(control),
             Command::Stats { reply } => {
                 let _ = reply.send(self.stats());
             }
@@ -157,6 +181,9 @@ impl Worker {
         let Submission { id, request, sink } = submission;
         self.shared.submitted.fetch_sub(1, Ordering::Relaxed);
         let live = LiveRequest::new(&request, self.runner.eos_token_ids(), sink);
+        if let Err(error) = self.shared.status.ready() {
+            return live.fail(error);
+        }
         let params = &request.params;
         let taken = self.scheduler.add(NewRequest {
             id,
@@ -174,7 +201,7 @@ impl Worker {
         }
     }
 
-    fn abort(&mut self, id: RequestId, index: Option<usize>) {
+    pub(super) fn abort(&mut self, id: RequestId, index: Option<usize>) {
         let Some(live) = self.live.get_mut(&id) else { return };
         metrics::counter!("onpolicy_aborts_total").increment(1);
         match index {
@@ -198,37 +225,6 @@ impl Worker {
         let abandoned = self.live.iter().filter(|(_, live)| live.is_abandoned());
         let abandoned: Vec<RequestId> = abandoned.map(|(&id, _)| id).collect();
         abandoned.into_iter().for_each(|id| self.abort(id, None));
-    }
-
-    /// Applies the updates that wait, unless they wait for running samples to end.
-    fn apply_updates(&mut self) {
-        let drain = self.on_update == OnUpdate::Drain && !self.updates.is_empty();
-        self.scheduler.hold_admissions(drain);
-        if drain && !self.scheduler.is_drained() {
-            return;
-        }
-        while let Some(Update { write, version, reply }) = self.updates.pop_front() {
-            let started = Instant::now();
-            let write = || write().map(|()| self.refresh = self.runner.refresh());
-            let written = catch_unwind(AssertUnwindSafe(write))
-                .unwrap_or_else(|panic| Err(panic_text(panic.as_ref())));
-            let answer = match written {
-                Ok(()) => {
-                    let version = version.unwrap_or_else(|| self.shared.version.get() + 1);
-                    self.set_version(version);
-                    Ok(version)
-                }
-                Err(reason) => Err(EngineError::Internal(reason)),
-            };
-            metrics::histogram!("onpolicy_weight_update_seconds").record(started.elapsed());
-            if self.runner.copied_bytes() > 0 {
-                metrics::histogram!("onpolicy_weight_refresh_seconds").record(self.refresh);
-            }
-            self.publish();
-            // The updater may have gone away; the update stands.
-            let _ = reply.send(answer);
-        }
-        self.scheduler.hold_admissions(false);
     }
 
     fn set_version(&mut self, version: u64) {
@@ -351,7 +347,7 @@ impl Worker {
         }
     }
 
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         let stats = self.stats();
         self.shared.waiting.store(stats.waiting, Ordering::Relaxed);
         metrics::gauge!("onpolicy_weight_version").set(self.shared.version.get() as f64);
@@ -367,7 +363,8 @@ impl Worker {
     }
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+/// What a panic said.
+pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
     text.unwrap_or("a panic without a message").to_string()

@@ -64,6 +64,11 @@ pub struct Fields {
 }
 
 impl Fields {
+    /// The fields of a body that is parsed already.
+    pub fn from_map(map: Map<String, Value>) -> Self {
+        Self { map, prefix: String::new() }
+    }
+
     /// The fields of the object at `path` of the body.
     ///
     /// # Errors

@@ -29,7 +29,7 @@ pub async fn create(
 ) -> Result<Response, ApiError> {
     let clock = RequestClock::start(PATH);
     let (job, wording, meta) = state.off_thread(move |state| plan(body.fields()?, state)).await?;
-    let generation = Generation::start(&state, job, admission, clock)?;
+    let generation = Generation::start(&state, job, admission, clock)?.named(&meta.id);
     respond(wording, meta, generation).await
 }
 

@@ -64,6 +64,8 @@ impl ApiError {
             StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
             status if status.is_server_error() => "internal_server_error",
             StatusCode::NOT_FOUND => "not_found_error",
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::FORBIDDEN => "permission_error",
             _ => "invalid_request_error",
         }
     }
@@ -91,6 +93,9 @@ impl From<EngineError> for ApiError {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("overloaded")
             }
             EngineError::Stopped => Self::new(StatusCode::SERVICE_UNAVAILABLE, message),
+            EngineError::Unavailable(_) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("unavailable")
+            }
             EngineError::Internal(_) => Self::internal(message),
             EngineError::Unsupported(_) => {
                 Self::new(StatusCode::BAD_REQUEST, message).with_code("unsupported")

@@ -3,6 +3,7 @@
 
 use super::error::ApiError;
 use super::metrics::{RequestClock, SampleClock};
+use super::registry::Registered;
 use super::text::{Piece, SampleText, TextRules};
 use super::{Admission, AppState};
 use onpolicy_plugin_api::{
@@ -124,6 +125,7 @@ pub struct Generation {
     events: UnboundedReceiver<(usize, Event)>,
     ready: VecDeque<Update>,
     clock: RequestClock,
+    registered: Registered,
     _admission: Admission,
 }
 
@@ -158,14 +160,23 @@ impl Generation {
             events,
             ready: VecDeque::new(),
             clock,
+            registered: state.registry.add(),
             _admission: admission,
         };
         for (prompt, request) in job.requests.into_iter().enumerate() {
             let sink = ChannelSink { prompt, events: sender.clone() };
             let id = this.engine.submit(request, Box::new(sink))?;
             this.submitted.push(Submitted { id, open: samples_per_prompt });
+            this.registered.request(id);
         }
         Ok(this)
+    }
+
+    /// Clients may abort it by the answer's id from now on, and by what they have called it.
+    #[must_use]
+    pub fn named(self, id: &str) -> Self {
+        self.registered.name(id);
+        self
     }
 
     /// Samples over all prompts.

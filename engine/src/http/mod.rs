@@ -7,11 +7,14 @@
 //! - [`generation`], [`text`]: the request at the engine; tokens become text.
 //! - [`completions`], [`chat_completions`], [`logprobs`], [`answer`], `stream`: the answer.
 //! - [`tokens`], [`models`], [`metrics`]: the other routes.
+//! - [`access`]: keys; [`control`]: routes that control the engine; [`registry`]: what runs.
 
+pub mod access;
 pub mod answer;
 pub mod body;
 pub mod chat_completions;
 pub mod completions;
+pub mod control;
 pub mod error;
 pub mod fields;
 pub mod generation;
@@ -20,6 +23,7 @@ pub mod metrics;
 pub mod models;
 pub mod neutral;
 pub mod prompt;
+pub mod registry;
 mod stream;
 pub mod text;
 pub mod tokens;
@@ -81,6 +85,9 @@ pub struct AppState {
     limits: Limits,
     info: ModelInfo,
     recorder: metrics::Recorder,
+    access: access::Access,
+    control: control::Control,
+    registry: Arc<registry::Registry>,
     /// When the server started, in seconds since 1970.
     created: u64,
     /// Places for generating requests.
@@ -107,11 +114,21 @@ impl AppState {
             engine,
             tokenizer,
             recorder: metrics::Recorder::new(metrics),
+            access: access::Access::default(),
+            control: control::Control::new(control::Settings::default()),
+            registry: Arc::default(),
             created: answer::unix_time(),
             places: Arc::new(Semaphore::new(limits.concurrent_requests)),
             turns: Arc::new(Semaphore::new(cores)),
             limits,
         }
+    }
+
+    /// Asks for keys, and lets `control` be done; without this everybody may use the model, and
+    /// nobody may control it.
+    #[must_use]
+    pub fn with_access(self, access: access::Access, control: control::Settings) -> Self {
+        Self { access, control: control::Control::new(control), ..self }
     }
 
     /// Runs work that takes long (a large body) where it does not hold up other requests.
@@ -164,9 +181,14 @@ pub fn app(state: AppState) -> Router {
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/health", get(models::health))
+        .route("/health/", get(models::health))
+        .route("/liveness", get(control::liveness))
         .route("/ping", get(models::health).post(models::health))
         .route("/version", get(models::version))
         .route("/metrics", get(metrics::show))
+        // Routes above need the key of those who use the model.
+        .layer(from_fn_with_state(state.clone(), access::data))
+        .merge(control::router(&state))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(state.limits.body_bytes))

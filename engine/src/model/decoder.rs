@@ -203,6 +203,13 @@ impl Decoder {
         }
     }
 
+    /// Gives the copies' memory back to the system until the next [`Decoder::refresh`]; false if it
+    /// does not take it.
+    pub fn give_back_copies(&mut self) -> bool {
+        let mut copies = self.linears().filter_map(|linear| linear.narrow.as_mut());
+        copies.all(Narrow::give_back)
+    }
+
     /// Bytes of the copies; 0 where f32 is served.
     pub fn copied_bytes(&mut self) -> usize {
         self.linears().filter_map(|linear| linear.narrow.as_ref()).map(Narrow::bytes).sum()

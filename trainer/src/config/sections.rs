@@ -2,7 +2,9 @@
 
 use crate::advantage::Advantage;
 pub use crate::correction::Correction;
-pub use onpolicy_engine::{engine::OnUpdate, remote::RemoteOptions, weights::ServeDtype};
+pub use onpolicy_engine::{
+    engine::OnUpdate, http::access::Key, remote::RemoteOptions, weights::ServeDtype,
+};
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -106,12 +108,46 @@ pub struct Server {
     pub host: String,
     /// Port to listen on; 0 takes any free one.
     pub port: u16,
+    /// What clients of the model must show; none lets everybody in. Never written to a file.
+    #[serde(skip_serializing)]
+    pub api_key: Option<Key>,
+    /// What those that control the engine must show. Never written to a file.
+    #[serde(skip_serializing)]
+    pub control_key: Option<Key>,
+    /// Whether the engine may be controlled over HTTP.
+    pub control: ControlPlane,
+    /// Directories that weights may be loaded from by a client, or from below them.
+    pub weight_roots: Vec<String>,
+    /// How long a client waits for a command before it is told that it goes on without it.
+    pub control_timeout_seconds: u64,
 }
 
 impl Default for Server {
     fn default() -> Self {
-        Self { enabled: true, host: "127.0.0.1".into(), port: 8000 }
+        Self {
+            enabled: true,
+            host: "127.0.0.1".into(),
+            port: 8000,
+            api_key: None,
+            control_key: None,
+            control: ControlPlane::Auto,
+            weight_roots: Vec::new(),
+            control_timeout_seconds: 300,
+        }
     }
+}
+
+/// Whether the engine may be controlled over HTTP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ControlPlane {
+    /// If the endpoint listens on the loopback interface, unless only the model has a key.
+    #[default]
+    Auto,
+    /// Yes; needs a control key unless the endpoint listens on the loopback interface.
+    On,
+    /// No.
+    Off,
 }
 
 /// `[task]`, `[verifier]` and `[gate]`: the name of a plug-in, and its options beside it.

@@ -83,7 +83,9 @@ impl Engine {
 
 impl Server {
     fn validate(&self) -> Checked {
-        not_empty("server.host", &self.host)
+        not_empty("server.host", &self.host)?;
+        self.weight_roots.iter().try_for_each(|root| not_empty("server.weight_roots", root))?;
+        between("server.control_timeout_seconds", self.control_timeout_seconds, 1, 86_400)
     }
 }
 

@@ -42,7 +42,7 @@ pub(super) fn source(dir: &Path) -> Result<Option<Source>, LoadError> {
 }
 
 /// The text of a file that may be absent.
-fn read_optional(dir: &Path, file: &str) -> Result<Option<String>, LoadError> {
+pub(super) fn read_optional(dir: &Path, file: &str) -> Result<Option<String>, LoadError> {
     let path = dir.join(file);
     match std::fs::read_to_string(&path) {
         Ok(text) => Ok(Some(text)),

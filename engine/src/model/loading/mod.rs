@@ -6,6 +6,7 @@
 //! - `gguf`: one file with everything; dequantised, and brought into Hugging Face's form.
 //! - `describe`: what can be said of a model without its weights.
 //! - `hub`: a hub id becomes a directory.
+//! - `replacement`: weights alone, for a model that runs already.
 //! - `tensors`: what the two formats share: names checked, tensors read in parallel.
 
 mod describe;
@@ -13,11 +14,13 @@ mod directory;
 mod error;
 mod gguf;
 mod hub;
+mod replacement;
 mod safetensors;
 mod tensors;
 
 pub use describe::{Description, describe};
 pub use error::LoadError;
+pub use replacement::load_weights;
 
 use crate::{chat::ChatTokenizer, model::config::ModelConfig};
 use std::path::Path;

@@ -28,14 +28,48 @@ struct Shard {
     header: Metadata,
 }
 
+/// The open files of a directory whose names are those of a configuration.
+struct Files {
+    shards: Vec<Shard>,
+    shard_of: HashMap<String, usize>,
+}
+
+impl Files {
+    fn open(dir: &Path, config: &ModelConfig) -> Result<Self, LoadError> {
+        let shards: Vec<Shard> =
+            shard_paths(dir)?.into_iter().map(Shard::open).collect::<Result<_, _>>()?;
+        let names =
+            |i: usize| shards[i].header.offset_keys().into_iter().map(move |name| (name, i));
+        let shard_of: HashMap<String, usize> = (0..shards.len()).flat_map(names).collect();
+        tensors::check_names(config, shard_of.keys().map(String::as_str))?;
+        Ok(Self { shards, shard_of })
+    }
+
+    fn read(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
+        self.shards[self.shard_of[name]].read(name, shape)
+    }
+}
+
 /// Reads the tensors of `config` from the safetensors in `dir`.
 pub(super) fn load(dir: &Path, config: &ModelConfig) -> Result<Vec<(String, Tensor)>, LoadError> {
-    let shards: Vec<Shard> =
-        shard_paths(dir)?.into_iter().map(Shard::open).collect::<Result<_, _>>()?;
-    let names = |i: usize| shards[i].header.offset_keys().into_iter().map(move |name| (name, i));
-    let shard_of: HashMap<String, usize> = (0..shards.len()).flat_map(names).collect();
-    tensors::check_names(config, shard_of.keys().map(String::as_str))?;
-    tensors::read_all(config, &|name, shape| shards[shard_of[name]].read(name, shape))
+    let files = Files::open(dir, config)?;
+    tensors::read_all(config, &|name, shape| files.read(name, shape))
+}
+
+/// As [`load`], on the calling thread alone: an engine goes on with the kernels' threads. All
+/// shapes are checked before anything is read.
+pub(super) fn load_one_by_one(
+    dir: &Path,
+    config: &ModelConfig,
+) -> Result<Vec<(String, Tensor)>, LoadError> {
+    let files = Files::open(dir, config)?;
+    let wanted = config.tensor_shapes();
+    for (name, shape) in &wanted {
+        let info = files.shards[files.shard_of[name]].header.info(name);
+        info.map_or(Ok(()), |info| tensors::check_shape(name, &info.shape, shape))?;
+    }
+    let read = |(name, shape): (String, Vec<i64>)| Ok((name.clone(), files.read(&name, &shape)?));
+    wanted.into_iter().map(read).collect()
 }
 
 /// The files that hold the tensors.

@@ -79,6 +79,12 @@ impl Narrow {
         each!(&mut self.0, packed => packed.pack(weights));
     }
 
+    /// Gives its memory back to the system until it is packed again; false if the system does not
+    /// take it. It is all 0 meanwhile, or worth nothing.
+    pub fn give_back(&mut self) -> bool {
+        each!(&mut self.0, packed => packed.give_back())
+    }
+
     /// `[n, k]`.
     pub fn shape(&self) -> [usize; 2] {
         each!(&self.0, packed => packed.shape)

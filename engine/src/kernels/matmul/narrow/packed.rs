@@ -10,6 +10,7 @@ use crate::kernels::matmul::plan::ranges;
 use crate::kernels::matmul::tile::widest;
 use crate::kernels::parallel::for_each;
 use crate::kernels::simd::{Kernel, LANES, Level, Simd};
+use crate::torch::memory::give_back_raw;
 
 /// Most vectors in a panel; its width is what tiles of many rows leave of the registers.
 const WIDEST: usize = 3;
@@ -64,6 +65,12 @@ impl<F: Format> Packed<F> {
     /// Bytes that it takes.
     pub(super) fn bytes(&self) -> usize {
         size_of_val(&self.lanes[..]) + size_of_val(&self.scales[..])
+    }
+
+    /// Gives the lanes' memory back to the system; false if it does not take it.
+    pub(super) fn give_back(&mut self) -> bool {
+        // SAFETY: every format is an array of integers, and all of their bits may be 0.
+        unsafe { give_back_raw(&mut self.lanes) }
     }
 
     /// Packs `weights`, row by row.

@@ -1,0 +1,111 @@
+//! Which requests of the engine belong to which answer, so that a client can abort them by name.
+
+use onpolicy_plugin_api::RequestId;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// The generations that are not over.
+#[derive(Debug, Default)]
+pub struct Registry {
+    entries: Mutex<Entries>,
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    next: u64,
+    live: HashMap<u64, Entry>,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    names: Vec<String>,
+    requests: Vec<RequestId>,
+}
+
+impl Registry {
+    /// Adds a generation without requests; it is forgotten when the result is dropped.
+    pub fn add(self: &Arc<Self>) -> Registered {
+        let mut entries = self.entries();
+        let key = entries.next;
+        entries.next += 1;
+        entries.live.insert(key, Entry::default());
+        Registered { registry: self.clone(), key }
+    }
+
+    /// The requests of the generations of this name; none if there is none.
+    pub fn find(&self, name: &str) -> Vec<RequestId> {
+        let entries = self.entries();
+        let named = entries.live.values().filter(|e| e.names.iter().any(|known| known == name));
+        named.flat_map(|entry| entry.requests.iter().copied()).collect()
+    }
+
+    /// Generations that are not over.
+    pub fn len(&self) -> usize {
+        self.entries().live.len()
+    }
+
+    /// True if all generations are over.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        self.entries.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+}
+
+/// A generation's place in the registry.
+#[derive(Debug)]
+pub struct Registered {
+    registry: Arc<Registry>,
+    key: u64,
+}
+
+impl Registered {
+    /// One more request of the engine is part of it.
+    pub fn request(&self, id: RequestId) {
+        if let Some(entry) = self.registry.entries().live.get_mut(&self.key) {
+            entry.requests.push(id);
+        }
+    }
+
+    /// Names it by the answer's id, `cmpl-7`, and by what the client may have called it, `7`.
+    pub fn name(&self, id: &str) {
+        let mut entries = self.registry.entries();
+        if let Some(entry) = entries.live.get_mut(&self.key) {
+            entry.names.push(id.to_string());
+            entry.names.extend(id.split_once('-').map(|(_, name)| name.to_string()));
+        }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.registry.entries().live.remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generations_are_found_by_both_names_until_they_are_dropped() {
+        let registry = Arc::new(Registry::default());
+        let (one, two) = (registry.add(), registry.add());
+        [1, 2].map(|id| one.request(RequestId(id)));
+        two.request(RequestId(3));
+        one.name("cmpl-a-b");
+        two.name("chatcmpl-a-b");
+        assert_eq!(registry.find("cmpl-a-b"), [RequestId(1), RequestId(2)]);
+        let mut both = registry.find("a-b");
+        both.sort();
+        assert_eq!(both, [RequestId(1), RequestId(2), RequestId(3)]);
+        assert_eq!(registry.find("b"), []);
+        drop(one);
+        assert_eq!(registry.find("a-b"), [RequestId(3)]);
+        assert_eq!(registry.len(), 1);
+        drop(two);
+        assert!(registry.is_empty());
+    }
+}
