@@ -65,7 +65,10 @@ const ROUTES: [(&str, Parse, &[&str]); 4] = [
     (
         "TokenizeRequest",
         |fields, state| tokens::ids_of(fields, state).map(|_| ()),
-        &[r#"{"prompt": "t5"}"#, r#"{"messages": [{"role": "user", "content": "t5"}]}"#],
+        &[
+            r#"{"prompt": "t5"}"#,
+            r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "t5"}]}]}"#,
+        ],
     ),
     (
         "DetokenizeRequest",
