@@ -62,15 +62,13 @@ impl Engine for EngineHandle {
         let check = |request| check(request, &inner.info, &inner.limits);
         requests.iter().try_for_each(|(request, _)| check(request))?;
         inner.shared.status.ready()?;
-        let waiting = inner.shared.queued();
-        if waiting + requests.len() > inner.limits.max_waiting {
-            return Err(EngineError::Overloaded { waiting });
-        }
         let requests: Vec<_> = requests
             .into_iter()
             .map(|request| inner.prepared(request))
             .collect::<Result<_, _>>()?;
         let count = requests.len();
+        let places = inner.shared.take_places(count, inner.limits.max_waiting);
+        places.map_err(|waiting| EngineError::Overloaded { waiting })?;
         let first = inner.next_id.fetch_add(count as u64, Ordering::Relaxed);
         let ids: Vec<RequestId> = (first..first + count as u64).map(RequestId).collect();
         let submissions = ids.iter().copied().zip(requests);
@@ -81,7 +79,6 @@ impl Engine for EngineHandle {
             grammar,
         });
         let submissions = submissions.collect();
-        inner.shared.submitted.fetch_add(count, Ordering::Relaxed);
         let sent = inner.commands.send(Command::Submit(submissions));
         sent.map(|()| ids).map_err(|_| EngineError::Stopped)
     }

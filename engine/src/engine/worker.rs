@@ -156,7 +156,10 @@ impl Worker {
     fn take(&mut self, command: Command) -> bool {
         match command {
             Command::Submit(submissions) => {
-                submissions.into_iter().for_each(|submission| self.submit(submission));
+                for submission in submissions {
+                    self.submit(submission);
+                    self.shared.arrived(self.scheduler.waiting());
+                }
             }
             Command::Abort { id, index } => self.abort(id, index),
             Command::Update(update) => self.updates.push_back(update),
@@ -181,7 +184,6 @@ impl Worker {
 
     fn submit(&mut self, submission: Submission) {
         let Submission { id, request, sink, grammar } = submission;
-        self.shared.submitted.fetch_sub(1, Ordering::Relaxed);
         let live = LiveRequest::new(&request, self.runner.eos_token_ids(), sink, grammar);
         if let Err(error) = self.shared.status.ready() {
             return live.fail(error);
