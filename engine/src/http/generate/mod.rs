@@ -15,6 +15,23 @@ pub mod trl;
 pub mod vllm;
 mod vllm_fields;
 
+/// Which fields the routes take, for their description.
+pub(super) mod tables {
+    pub mod sglang {
+        pub(in crate::http) use crate::http::generate::sglang_fields::{
+            BODY_NEUTRAL, SAMPLING, SAMPLING_NEUTRAL,
+        };
+    }
+    pub mod trl {
+        pub(in crate::http) use crate::http::generate::trl::BESIDE;
+    }
+    pub mod vllm {
+        pub(in crate::http) use crate::http::generate::vllm_fields::{
+            BODY, BODY_NEUTRAL, SAMPLING, SAMPLING_NEUTRAL,
+        };
+    }
+}
+
 use super::body::{Fields, Paths};
 use super::error::ApiError;
 use super::fields::{Common, check_ids};
