@@ -84,7 +84,7 @@ pub struct WorldSize {
     pub world_size: usize,
 }
 
-/// As [`Updated`], in SGLang's shape.
+/// As `Updated`, in SGLang's shape.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct UpdatedFromDisk {
     pub success: bool,
@@ -93,14 +93,14 @@ pub struct UpdatedFromDisk {
     pub weight_version: String,
 }
 
-/// As [`Status`], in SGLang's shape.
+/// As `Status`, in SGLang's shape.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Message {
     pub message: &'static str,
     pub status: &'static str,
 }
 
-/// As [`Aborted`], in SGLang's shape.
+/// As `Aborted`, in SGLang's shape.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct AbortedRequest {
     pub success: bool,

@@ -8,29 +8,12 @@
 //! - `spans`: which weights made which tokens; `told`: streams.
 
 pub mod sglang;
-mod sglang_fields;
+pub(super) mod sglang_fields;
 mod spans;
 mod told;
 pub mod trl;
 pub mod vllm;
-mod vllm_fields;
-
-/// Which fields the routes take, for their description.
-pub(super) mod tables {
-    pub mod sglang {
-        pub(in crate::http) use crate::http::generate::sglang_fields::{
-            BODY_NEUTRAL, SAMPLING, SAMPLING_NEUTRAL,
-        };
-    }
-    pub mod trl {
-        pub(in crate::http) use crate::http::generate::trl::BESIDE;
-    }
-    pub mod vllm {
-        pub(in crate::http) use crate::http::generate::vllm_fields::{
-            BODY, BODY_NEUTRAL, SAMPLING, SAMPLING_NEUTRAL,
-        };
-    }
-}
+pub(super) mod vllm_fields;
 
 use super::body::{Fields, Paths};
 use super::error::ApiError;
@@ -44,7 +27,7 @@ use onpolicy_plugin_api::Request;
 use std::sync::Arc;
 
 /// What is asked for, apart from the prompts, and where the client wrote it.
-struct Asked {
+pub(super) struct Asked {
     common: Common,
     paths: Paths,
     /// Tokens to generate where the client does not say.

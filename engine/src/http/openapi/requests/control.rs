@@ -57,7 +57,7 @@ fn weights() -> Vec<Route> {
             "post",
             "/update_weights",
             json!({
-                "weight_dir": text("A directory in one of server.weight_roots", "weights/step-1"),
+                "weight_dir": text("A directory in one of server.weight_roots; required", "weights/step-1"),
                 "weight_version": name(),
                 "update_info": {"description": "Needs what is not built in: 501", "type": "object"},
             }),
@@ -66,7 +66,8 @@ fn weights() -> Vec<Route> {
             "post",
             "/update_weight_version",
             json!({
-                "new_version": name(),
+                "new_version": {"description": "What the weights are called; required. A number \
+                    is what later tokens carry", "type": ["string", "number"], "example": 7},
                 "abort_all_requests": boolean("End what runs", false),
             }),
         ),
@@ -74,8 +75,8 @@ fn weights() -> Vec<Route> {
             "post",
             "/weight_checker",
             json!({
-                "action": word("What to do", &["checksum", "reset", "compare"]),
-                "baseline": {"description": "Checksums to compare with", "type": "object",
+                "action": word("What to do; required", &["checksum", "reset", "compare"]),
+                "baseline": {"description": "Checksums to compare with; required for that", "type": "object",
                     "additionalProperties": {"type": "string"}},
                 "checksums": {"description": "Checksums that other servers have reported",
                     "type": "array", "items": {"type": "object"}},
@@ -112,7 +113,7 @@ fn sglang() -> Vec<Route> {
             "post",
             "/update_weights_from_disk",
             json!({
-                "model_path": text("A directory in one of server.weight_roots", "weights/step-1"),
+                "model_path": text("A directory in one of server.weight_roots; required", "weights/step-1"),
                 "weight_version": name(),
                 "abort_all_requests": boolean("End what runs", false),
                 "load_format": word("Both are safetensors", &["auto", "safetensors"]),

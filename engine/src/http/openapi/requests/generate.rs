@@ -2,7 +2,7 @@
 
 use super::messages::{conversation, template_kwargs};
 use super::{About, Properties, boolean, integer, object, properties, word};
-use crate::http::generate::tables::{sglang, trl, vllm};
+use crate::http::generate::{sglang_fields as sglang, trl, vllm_fields as vllm};
 use crate::http::neutral::schema::all;
 use onpolicy_plugin_api::sampling::MAX_TOP_LOGPROBS;
 use serde_json::{Value, json};

@@ -2,7 +2,7 @@
 //! `structured`, `tools`, `prompt`, and the routes) decide; the tests compare.
 //!
 //! # Layout
-//! - [`openai`]: OpenAI's routes, and those about tokens; [`generate`]: the shapes of other servers.
+//! - `openai`: OpenAI's routes, and those about tokens; `generate`: the shapes of other servers.
 //! - `common`: what all generating routes have; `messages`: conversations and tools.
 //! - [`control`]: the arguments of commands.
 
