@@ -5,6 +5,7 @@ use super::answer::Meta;
 use super::body::JsonBytes;
 use super::error::ApiError;
 use super::generation::Job;
+use super::openapi::errors;
 use super::text::TextRules;
 use super::{AppState, Shared, chat_completions, completions};
 use crate::chat::ChatTokenizer;
@@ -17,6 +18,14 @@ use serde_json::{Map, Value, json};
 ///
 /// # Errors
 /// As the route itself.
+#[utoipa::path(
+    post, path = "/v1/chat/completions/render", operation_id = "render_chat", tag = "tokens",
+    request_body = ref("#/components/schemas/ChatCompletionRequest"),
+    responses(
+        (status = 200, description = "A body for /inference/v1/generate", body = Object),
+        errors::Body,
+    ),
+)]
 pub async fn chat(State(state): Shared, body: JsonBytes) -> Result<Json<Value>, ApiError> {
     let render = move |state: &AppState| {
         let preview = chat_completions::preview(body.fields()?, state)?;
@@ -29,6 +38,14 @@ pub async fn chat(State(state): Shared, body: JsonBytes) -> Result<Json<Value>, 
 ///
 /// # Errors
 /// As the route itself.
+#[utoipa::path(
+    post, path = "/v1/completions/render", operation_id = "render_completions", tag = "tokens",
+    request_body = ref("#/components/schemas/CompletionRequest"),
+    responses(
+        (status = 200, description = "Bodies for /inference/v1/generate", body = Vec<Object>),
+        errors::Body,
+    ),
+)]
 pub async fn completions(State(state): Shared, body: JsonBytes) -> Result<Json<Value>, ApiError> {
     let render = move |state: &AppState| {
         let preview = completions::preview(body.fields()?, state)?;

@@ -8,12 +8,12 @@
 //! - `spans`: which weights made which tokens; `told`: streams.
 
 pub mod sglang;
-mod sglang_fields;
+pub(super) mod sglang_fields;
 mod spans;
 mod told;
 pub mod trl;
 pub mod vllm;
-mod vllm_fields;
+pub(super) mod vllm_fields;
 
 use super::body::{Fields, Paths};
 use super::error::ApiError;
@@ -27,7 +27,7 @@ use onpolicy_plugin_api::Request;
 use std::sync::Arc;
 
 /// What is asked for, apart from the prompts, and where the client wrote it.
-struct Asked {
+pub(super) struct Asked {
     common: Common,
     paths: Paths,
     /// Tokens to generate where the client does not say.

@@ -11,6 +11,7 @@ use crate::http::error::ApiError;
 use crate::http::generation::{Finish, Job, Sample, StopReason, Update};
 use crate::http::logprobs::{ChatLogprobs, LOWEST, PolicyStats, TokenNames};
 use crate::http::metrics::RequestClock;
+use crate::http::openapi::errors;
 use crate::http::prompt_logprobs::PromptLogprobs;
 use crate::http::text::{Piece, PlacedToken};
 use crate::http::{Admission, AppState, Shared};
@@ -20,6 +21,7 @@ use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use onpolicy_plugin_api::{FinishReason, PromptToken, Token};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// The route's path.
 pub const PATH: &str = "/inference/v1/generate";
@@ -28,6 +30,15 @@ pub const PATH: &str = "/inference/v1/generate";
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/inference/v1/generate", operation_id = "generate_tokens", tag = "generation",
+    request_body = ref("#/components/schemas/TokensRequest"),
+    responses(
+        (status = 200, description = "All samples; or, with `stream`, events of more of them",
+            content((Answer = "application/json"), (String = "text/event-stream"))),
+        errors::Generating,
+    ),
+)]
 pub async fn create(
     State(state): Shared,
     admission: Admission,
@@ -61,6 +72,12 @@ struct Plan {
     asked: Asked,
 }
 
+/// Parses a body and forgets what it asks for.
+#[cfg(test)]
+pub(in crate::http) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan(fields, state).map(|_| ())
+}
+
 fn plan(fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
     let Body { asked, prompt, prompt_top, logprobs, text, return_prompt } =
         Body::take(fields, state)?;
@@ -82,7 +99,8 @@ fn plan(fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
 }
 
 /// An answer, or a chunk of one.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TokensAnswer)]
 struct Answer<'a> {
     request_id: &'a str,
     model: &'a str,
@@ -98,13 +116,15 @@ struct Answer<'a> {
 }
 
 /// A sample, or what a chunk adds to it.
-#[derive(Default, Serialize)]
+#[derive(Default, Serialize, ToSchema)]
+#[schema(as = TokensChoice)]
 struct Choice {
     index: usize,
     token_ids: Vec<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     text: Option<String>,
     logprobs: Option<Logprobs>,
+    #[schema(value_type = Option<String>)]
     finish_reason: Option<FinishReason>,
     stop_reason: Option<StopReason>,
     weight_versions: Option<Spans>,
@@ -113,7 +133,8 @@ struct Choice {
 }
 
 /// With text they are those of a chat message.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TokensLogprobs)]
 #[serde(untagged)]
 enum Logprobs {
     Tokens { content: Vec<TokenLogprob> },
@@ -121,13 +142,14 @@ enum Logprobs {
 }
 
 /// `token` is the name that vLLM gave a token before it had `token_id`; clients read either.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct TokenLogprob {
     token: String,
     token_id: u32,
     logprob: f32,
     rank: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(no_recursion)]
     top_logprobs: Option<Vec<TokenLogprob>>,
 }
 

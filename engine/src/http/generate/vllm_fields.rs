@@ -9,7 +9,7 @@ use crate::http::neutral::{self, Only, Rule};
 use crate::http::sampling::engine_prompt_logprobs;
 
 /// Fields of the body that have the same meaning on all generating routes.
-const BODY: [&str; 6] =
+pub const BODY: [&str; 6] =
     ["model", "request_id", "stream", "stream_options", "cache_salt", "priority"];
 
 /// The same in vLLM's `SamplingParams`.
@@ -39,7 +39,7 @@ pub const SAMPLING: [&str; 22] = [
 ];
 
 /// Images, transfers between servers and reasoning parsers: there are none here.
-const BODY_NEUTRAL: [Rule; 7] = [
+pub const BODY_NEUTRAL: [Rule; 7] = [
     ("features", Only::Empty),
     ("content_parts", Only::Empty),
     ("token_offsets", Only::Nothing),
