@@ -15,6 +15,7 @@ BETWEEN_FIELDS = (
     "cannot be combined with",
     "there is no token",
     "are not streamed",
+    "does not show documents",
     "must not hold an empty word",
     "must be above 0",  # the smallest numbers are 0 in 32 bits
     "needs tools",

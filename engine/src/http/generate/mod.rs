@@ -20,7 +20,6 @@ use super::error::ApiError;
 use super::fields::{Common, check_ids};
 use super::generation::{Generation, Job};
 use super::metrics::RequestClock;
-use super::structured;
 use super::text::{PlacedToken, TextRules};
 use super::{Admission, AppState};
 use onpolicy_plugin_api::Request;
@@ -68,7 +67,8 @@ impl Asked {
         let rules = self.common.text_rules(&state.info);
         let tokens_only = !text && rules.stop.is_empty();
         let rules = Arc::new(TextRules { tokens_only, ..(*rules).clone() });
-        Job { requests, rules, stream: self.common.stream }
+        let structured = self.common.structured_field();
+        Job { requests, rules, stream: self.common.stream, structured }
     }
 
     /// Starts the job.
@@ -83,9 +83,7 @@ impl Asked {
         clock: RequestClock,
     ) -> Result<Generation, ApiError> {
         let generation = Generation::start(state, job, admission, clock);
-        let field = self.common.structured_field();
-        let generation = generation
-            .map_err(|error| self.paths.place(structured::named(error, field.as_deref())))?;
+        let generation = generation.map_err(|error| self.paths.place(error))?;
         Ok(match &self.common.request_id {
             Some(id) => generation.named(id),
             None => generation,

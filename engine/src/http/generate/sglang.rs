@@ -9,7 +9,7 @@ use crate::http::error::ApiError;
 use crate::http::generation::{Finish, Job, StopReason, Update};
 use crate::http::logprobs::{LOWEST, PolicyStats, TokenNames};
 use crate::http::metrics::RequestClock;
-use crate::http::openapi::errors;
+use crate::http::openapi::{StreamEvent, errors};
 use crate::http::text::{Piece, PlacedToken};
 use crate::http::{Admission, AppState, Shared};
 use axum::Json;
@@ -34,7 +34,7 @@ pub const PATH: &str = "/generate";
     request_body = ref("#/components/schemas/SglangRequest"),
     responses(
         (status = 200, description = "All samples; or, with `stream`, events of more of them",
-            content((Outputs = "application/json"), (String = "text/event-stream"))),
+            content((Outputs = "application/json"), (StreamEvent = "text/event-stream"))),
         errors::Generating,
     ),
 )]

@@ -11,7 +11,7 @@ use crate::http::error::ApiError;
 use crate::http::generation::{Finish, Job, Sample, StopReason, Update};
 use crate::http::logprobs::{ChatLogprobs, LOWEST, PolicyStats, TokenNames};
 use crate::http::metrics::RequestClock;
-use crate::http::openapi::errors;
+use crate::http::openapi::{StreamEvent, errors};
 use crate::http::prompt_logprobs::PromptLogprobs;
 use crate::http::text::{Piece, PlacedToken};
 use crate::http::{Admission, AppState, Shared};
@@ -35,7 +35,7 @@ pub const PATH: &str = "/inference/v1/generate";
     request_body = ref("#/components/schemas/TokensRequest"),
     responses(
         (status = 200, description = "All samples; or, with `stream`, events of more of them",
-            content((Answer = "application/json"), (String = "text/event-stream"))),
+            content((Answer = "application/json"), (StreamEvent = "text/event-stream"))),
         errors::Generating,
     ),
 )]

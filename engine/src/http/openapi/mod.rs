@@ -16,8 +16,16 @@ use super::control::{memory, pausing, sglang, transfer, weights};
 use super::{AppState, Shared, chat_completions, completions, generate, health, metrics, models};
 use super::{render, tokens};
 use axum::{Json, extract::State};
+use serde::Serialize;
 use serde_json::{Value, json};
-use utoipa::{IntoResponses, OpenApi};
+use utoipa::{IntoResponses, OpenApi, ToSchema};
+
+/// A server-sent event.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct StreamEvent {
+    /// More of the answer as JSON, an error, or `[DONE]`, which comes last.
+    data: String,
+}
 
 #[derive(OpenApi)]
 #[openapi(
