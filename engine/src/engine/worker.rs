@@ -94,13 +94,14 @@ impl Worker {
         while timed(Phase::Schedule, || self.take_commands(inbox)) {
             timed(Phase::Schedule, || self.drop_abandoned());
             timed(Phase::Update, || self.apply_updates());
-            self.answer_pauses();
             if self.hold.steps() {
                 let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
                 if let Err(panic) = step {
                     self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
                 }
             }
+            // After the step, which may have ended the last of the running samples.
+            self.answer_pauses();
             timed(Phase::Delivery, || self.publish());
         }
         self.fail_all(&EngineError::Stopped);

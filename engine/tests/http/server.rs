@@ -81,7 +81,9 @@ impl Server {
             let _ = stopping.await;
         };
         let stopped = tokio::spawn(serve(listener, http::app(state), connections, shutdown));
-        Self { url, seen, client: Client::new(), stop, stopped }
+        // A connection that is kept may be closed by the server just when it is used again.
+        let client = Client::builder().pool_max_idle_per_host(0).build().unwrap();
+        Self { url, seen, client, stop, stopped }
     }
 
     pub async fn get(&self, path: &str) -> (StatusCode, Value) {
