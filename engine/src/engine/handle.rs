@@ -62,17 +62,15 @@ impl Engine for EngineHandle {
         let check = |request| check(request, &inner.info, &inner.limits);
         requests.iter().try_for_each(|(request, _)| check(request))?;
         inner.shared.status.ready()?;
-        let requests: Vec<_> = requests
-            .into_iter()
-            .map(|request| inner.prepared(request))
-            .collect::<Result<_, _>>()?;
+        let grammars = requests.iter().map(|(request, _)| inner.grammar(request));
+        let grammars: Vec<_> = grammars.collect::<Result<_, _>>()?;
         let count = requests.len();
         let places = inner.shared.take_places(count, inner.limits.max_waiting);
         places.map_err(|waiting| EngineError::Overloaded { waiting })?;
         let first = inner.next_id.fetch_add(count as u64, Ordering::Relaxed);
         let ids: Vec<RequestId> = (first..first + count as u64).map(RequestId).collect();
-        let submissions = ids.iter().copied().zip(requests);
-        let submissions = submissions.map(|(id, (request, sink, grammar))| Submission {
+        let requests = ids.iter().copied().zip(requests).zip(grammars);
+        let submissions = requests.map(|((id, (request, sink)), grammar)| Submission {
             id,
             request,
             sink,

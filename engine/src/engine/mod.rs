@@ -22,7 +22,7 @@ use crate::{
     weights::{ServeDtype, Version, Weights},
 };
 use hold::Status;
-use onpolicy_plugin_api::{EngineError, ModelInfo, Request, Sink};
+use onpolicy_plugin_api::{EngineError, ModelInfo, Request};
 use std::{
     sync::{
         Arc, Mutex,
@@ -320,14 +320,10 @@ impl Inner {
         }
     }
 
-    /// The request with its grammar compiled.
-    fn prepared(
-        &self,
-        (request, sink): (Request, Box<dyn Sink>),
-    ) -> Result<(Request, Box<dyn Sink>, Option<Place>), EngineError> {
+    /// The request's grammar, compiled.
+    fn grammar(&self, request: &Request) -> Result<Option<Place>, EngineError> {
         let grammar = request.params.grammar.as_ref();
-        let grammar = grammar.map(|grammar| self.grammars.compile(grammar)).transpose()?;
-        Ok((request, sink, grammar))
+        grammar.map(|grammar| self.grammars.compile(grammar)).transpose()
     }
 }
 

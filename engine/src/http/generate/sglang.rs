@@ -58,7 +58,7 @@ pub async fn create(
     let outputs = samples.map(|(i, sample)| wording.output(i, &sample.piece, Some(&sample.finish)));
     let mut outputs: Vec<Output> = outputs.collect();
     match outputs.pop() {
-        Some(only) if !wording.list => Ok(Json(Outputs::One(only)).into_response()),
+        Some(only) if !wording.list => Ok(Json(Outputs::One(Box::new(only))).into_response()),
         last => {
             outputs.extend(last);
             Ok(Json(Outputs::Several(outputs)).into_response())
@@ -123,7 +123,7 @@ fn check_start(logprobs: Option<Logprobs>, prompt: usize) -> Result<(), ApiError
 #[schema(as = SglangOutputs)]
 #[serde(untagged)]
 enum Outputs<'a> {
-    One(Output<'a>),
+    One(Box<Output<'a>>),
     Several(Vec<Output<'a>>),
 }
 
