@@ -2,7 +2,7 @@
 
 mod common;
 
-use onpolicy_plugin_api::{Attempt, Engine, Score, Verifier};
+use onpolicy_plugin_api::{Attempt, Score, Verifier};
 use onpolicy_trainer::{
     config::Config,
     metrics::{StepMetrics, log},

@@ -9,7 +9,9 @@ mod vocabulary;
 use crate::chat::ChatTokenizer;
 use llguidance::{Matcher, ParserFactory, api::ParserLimits, earley::SlicedBiasComputer};
 use onpolicy_plugin_api::{EngineError, Grammar};
+
 use std::{
+    fmt::Display,
     panic::resume_unwind,
     sync::{Arc, OnceLock},
     thread,
@@ -87,6 +89,16 @@ fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
+/// Why a sample cannot go on.
+fn stuck(error: impl Display) -> String {
+    let why = source::plain(error);
+    // How llguidance says that the mask is empty.
+    if !why.contains("NoExtension") {
+        return why;
+    }
+    "the model's vocabulary has no token that goes on with the text".into()
+}
+
 /// Where a sample stands in its grammar. Clones share what has been worked out about the grammar.
 #[derive(Clone)]
 pub struct Place {
@@ -101,7 +113,7 @@ impl Place {
     /// # Errors
     /// Why it cannot be told; the sample cannot go on.
     pub fn look(&mut self) -> Result<(), String> {
-        self.allowed = self.matcher.compute_mask_or_eos().map_err(source::plain)?;
+        self.allowed = self.matcher.compute_mask_or_eos().map_err(stuck)?;
         Ok(())
     }
 
@@ -125,6 +137,10 @@ impl Place {
     /// # Errors
     /// The grammar does not allow it.
     pub fn advance(&mut self, token: u32) -> Result<(), String> {
+        // At the end of the grammar comes an end-of-sequence token, which ends nothing more.
+        if self.matcher.is_stopped() && self.matcher.stop_reason().is_ok() {
+            return Ok(());
+        }
         self.matcher.consume_token(token).map_err(source::plain)
     }
 }

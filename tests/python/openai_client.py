@@ -180,7 +180,8 @@ def check_rules(client, model):
 
 def check_tokens(client, model):
     """Token ids beside the text, whole and streamed; they go on as they are in a second turn."""
-    body = {"model": model, "temperature": 0, "extra_body": {"return_token_ids": True}}
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    body = {"model": model, "temperature": 0, "extra_body": extra}
     whole = client.completions.create(**body, prompt=PROMPT, max_tokens=24).choices[0]
     first = client.completions.create(**body, prompt=PROMPT, max_tokens=9).choices[0]
     assert first.token_ids == whole.token_ids[:9] and len(first.prompt_token_ids) > 0

@@ -54,7 +54,7 @@ def check_schema(client, model):
         response_format=Person,
         n=N,
         max_tokens=200,
-        extra_body={"structured_outputs": None},
+        seed=1,
     )
     for choice in answer.choices:
         assert choice.finish_reason == "stop", choice.message.content
@@ -67,7 +67,7 @@ def check_schema(client, model):
 
 def check_forced(client, model):
     """Required and named calls."""
-    ask = {"model": model, "messages": ASKED, "tools": tools(), "max_tokens": 200, "n": N}
+    ask = {"model": model, "messages": ASKED, "tools": tools(), "max_tokens": 200, "n": N, "seed": 2}
     answer = client.chat.completions.create(
         **ask, tool_choice="required", parallel_tool_calls=False
     )

@@ -89,7 +89,8 @@ impl Policy {
 fn start(checkpoint: &Checkpoint, tensors: &[Tensor], config: EngineConfig) -> EngineHandle {
     let names = checkpoint.tensors.iter().map(|(name, _)| name.clone());
     let weights = Weights::new(names.zip(tensors.iter().map(Tensor::shallow_clone)).collect());
-    let model = Model { name: "tiny".into(), config: checkpoint.config.clone(), weights };
+    let shape = checkpoint.config.clone();
+    let model = Model { name: "tiny".into(), config: shape, weights, tokenizer: None };
     EngineHandle::start(model, config).expect("the engine starts")
 }
 

@@ -93,13 +93,13 @@ fn parent(config: &Config) -> Result<PathBuf, TrainError> {
         fs::create_dir_all(&dir).map_err(|e| TrainError::file(&dir, e))?;
         return Ok(dir);
     }
-    if let EngineKind::Remote(urls) = config.engine.kind() {
-        if let Some(url) = urls.iter().find(|url| !is_local(url)) {
-            return Err(TrainError::Refused(format!(
-                "{url} is another machine: set engine.transfer_dir to a folder that it and this \
-                 machine share"
-            )));
-        }
+    if let EngineKind::Remote(urls) = config.engine.kind()
+        && let Some(url) = urls.iter().find(|url| !is_local(url))
+    {
+        return Err(TrainError::Refused(format!(
+            "{url} is another machine: set engine.transfer_dir to a folder that it and this \
+             machine share"
+        )));
     }
     let memory = Path::new(MEMORY);
     let folder = if memory.is_dir() { memory.into() } else { PathBuf::from(&config.output.dir) };

@@ -234,7 +234,7 @@ fn a_short_online_run_learns() {
 
 #[test]
 fn the_weights_of_a_run_are_not_given_back() {
-    use onpolicy_plugin_api::{Engine, EngineError, Sleep};
+    use onpolicy_plugin_api::{EngineError, Sleep};
     let dir = tempfile::tempdir().expect("a folder");
     let config = config("online", dir.path(), &[]);
     let (parts, _) = judged_by(lottery, &config);

@@ -64,7 +64,8 @@ impl Templates {
                           them into a message";
             return Err(ChatError::invalid("documents", reason));
         }
-        if !reads(&template, "tools") {
+        let shows_calls = chat.tools.is_none() && reads(&template, "tool_calls");
+        if !reads(&template, "tools") && !shows_calls {
             messages = prompt::spelled_out(messages, chat.tools.as_ref());
         }
         if !chat.continue_final_message {

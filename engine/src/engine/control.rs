@@ -29,6 +29,7 @@ impl Worker {
             Control::Pause { mode, clear_cache, reply } => self.pause(mode, clear_cache, reply),
             Control::Resume { reply } => {
                 self.hold.resume();
+                self.hold.show(&self.shared.status);
                 let _ = reply.send(Ok(()));
             }
             Control::AbortAll { reply } => {

@@ -14,6 +14,7 @@ use onpolicy_plugin_api::{
     WeightUpdate,
 };
 use std::{path::Path, sync::atomic::Ordering};
+use tch::Tensor;
 
 impl Inner {
     /// Sends the owner's command and waits for its answer.
@@ -28,13 +29,19 @@ impl Inner {
 
     /// Reads all weights from a directory, checks them, and copies them to where they are served.
     fn load(&self, dir: &Path, version: Option<u64>) -> Result<u64, EngineError> {
-        let wrong = |why: String| EngineError::invalid("directory", why);
-        let tensors = load_weights(dir, &self.model).map_err(|error| wrong(error.to_string()))?;
-        let read = Weights::new(tensors);
-        read.check_finite().and_then(|()| self.serve_dtype.check(&read)).map_err(wrong)?;
-        let loaded = self.change(Change::Load(read.into_tensors()), version);
+        let read = self.read(dir).map_err(|why| EngineError::invalid("directory", why));
+        let loaded = read.and_then(|read| self.change(Change::Load(read), version));
+        // What was read is not needed any more.
         trim();
         loaded
+    }
+
+    fn read(&self, dir: &Path) -> Result<Vec<(String, Tensor)>, String> {
+        let read = load_weights(dir, &self.model).map_err(|error| error.to_string())?;
+        let read = Weights::new(read);
+        read.check_finite()?;
+        self.serve_dtype.check(&read)?;
+        Ok(read.into_tensors())
     }
 }
 
@@ -55,26 +62,21 @@ impl Engine for EngineHandle {
         let check = |request| check(request, &inner.info, &inner.limits);
         requests.iter().try_for_each(|(request, _)| check(request))?;
         inner.shared.status.ready()?;
-        let waiting = inner.shared.queued();
-        if waiting + requests.len() > inner.limits.max_waiting {
-            return Err(EngineError::Overloaded { waiting });
-        }
-        let requests: Vec<_> = requests
-            .into_iter()
-            .map(|request| inner.prepared(request))
-            .collect::<Result<_, _>>()?;
+        let grammars = requests.iter().map(|(request, _)| inner.grammar(request));
+        let grammars: Vec<_> = grammars.collect::<Result<_, _>>()?;
         let count = requests.len();
+        let places = inner.shared.take_places(count, inner.limits.max_waiting);
+        places.map_err(|waiting| EngineError::Overloaded { waiting })?;
         let first = inner.next_id.fetch_add(count as u64, Ordering::Relaxed);
         let ids: Vec<RequestId> = (first..first + count as u64).map(RequestId).collect();
-        let submissions = ids.iter().copied().zip(requests);
-        let submissions = submissions.map(|(id, (request, sink, grammar))| Submission {
+        let requests = ids.iter().copied().zip(requests).zip(grammars);
+        let submissions = requests.map(|((id, (request, sink)), grammar)| Submission {
             id,
             request,
             sink,
             grammar,
         });
         let submissions = submissions.collect();
-        inner.shared.submitted.fetch_add(count, Ordering::Relaxed);
         let sent = inner.commands.send(Command::Submit(submissions));
         sent.map(|()| ids).map_err(|_| EngineError::Stopped)
     }

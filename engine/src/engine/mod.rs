@@ -7,6 +7,7 @@ mod handle;
 mod hold;
 mod request;
 mod runner;
+mod targets;
 mod update;
 mod worker;
 
@@ -21,7 +22,7 @@ use crate::{
     weights::{ServeDtype, Version, Weights},
 };
 use hold::Status;
-use onpolicy_plugin_api::{Engine, EngineError, ModelInfo, Request, WeightUpdate};
+use onpolicy_plugin_api::{EngineError, ModelInfo, Request};
 use std::{
     sync::{
         Arc, Mutex,
@@ -158,8 +159,23 @@ struct Shared {
 }
 
 impl Shared {
-    fn queued(&self) -> usize {
-        self.submitted.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed)
+    /// Takes `count` places in the queue, if fewer than `most` requests are in it then.
+    ///
+    /// # Errors
+    /// How many wait, if they are too many.
+    fn take_places(&self, count: usize, most: usize) -> Result<(), usize> {
+        let waiting = || self.waiting.load(Ordering::Relaxed);
+        let taken =
+            |submitted: usize| (submitted + waiting() + count <= most).then_some(submitted + count);
+        let taken = self.submitted.fetch_update(Ordering::AcqRel, Ordering::Acquire, taken);
+        taken.map(|_| ()).map_err(|submitted| submitted + waiting())
+    }
+
+    /// A request that was sent is counted among those that wait now, `waiting` in all.
+    fn arrived(&self, waiting: usize) {
+        // In this order, so that it is never missing from the sum.
+        self.waiting.store(waiting, Ordering::Relaxed);
+        self.submitted.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -304,14 +320,10 @@ impl Inner {
         }
     }
 
-    /// The request with its grammar compiled.
-    fn prepared(
-        &self,
-        (request, sink): (Request, Box<dyn Sink>),
-    ) -> Result<(Request, Box<dyn Sink>, Option<Place>), EngineError> {
+    /// The request's grammar, compiled.
+    fn grammar(&self, request: &Request) -> Result<Option<Place>, EngineError> {
         let grammar = request.params.grammar.as_ref();
-        let grammar = grammar.map(|grammar| self.grammars.compile(grammar)).transpose()?;
-        Ok((request, sink, grammar))
+        grammar.map(|grammar| self.grammars.compile(grammar)).transpose()
     }
 }
 

@@ -190,10 +190,10 @@ impl Runner {
         let hidden = output.hidden.narrow(0, start, next.len() as i64);
         if top > 0 {
             return self
-                .by_rows(&hidden, next, &|logits, vocab, next| place(logits, vocab, next, top));
+                .by_rows(&hidden, next, |logits, vocab, next| place(logits, vocab, next, top));
         }
         let logprobs = if self.decoder.head_is_narrow() {
-            self.by_rows(&hidden, next, &|logits, vocab, next| {
+            self.by_rows(&hidden, next, |logits, vocab, next| {
                 let stats = batch_stats(logits, vocab, next, 1.0);
                 stats.iter().map(|stats| stats.logprob).collect()
             })
@@ -209,7 +209,7 @@ impl Runner {
         &self,
         hidden: &Tensor,
         next: &[u32],
-        each: &dyn Fn(&[f32], usize, &[u32]) -> Vec<T>,
+        each: impl Fn(&[f32], usize, &[u32]) -> Vec<T>,
     ) -> Vec<T> {
         let vocab = self.decoder.head().size()[0] as usize;
         let mut made = Vec::with_capacity(next.len());

@@ -74,7 +74,7 @@ impl Worker {
             Change::Load(_) => false,
             Change::Reset => true,
         };
-        let write = || {
+        let write = || -> Result<(), String> {
             match change {
                 Change::Write(write) => write()?,
                 Change::Load(tensors) => self.runner.load(&tensors),
@@ -83,7 +83,7 @@ impl Worker {
             self.refresh = self.runner.refresh();
             Ok(())
         };
-        let written = catch_unwind(AssertUnwindSafe(|| tch::no_grad(write)));
+        let written = catch_unwind(AssertUnwindSafe(write));
         written
             .unwrap_or_else(|panic| Err(panic_text(panic.as_ref())))
             .map_err(EngineError::Internal)?;

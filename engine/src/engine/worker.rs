@@ -6,15 +6,15 @@ use super::{
     hold::Hold,
     request::LiveRequest,
     runner::{Runner, StepOutput, predicted_prompt},
+    targets::{self, Sampled, Target},
     update::Update,
 };
 use crate::{
     grammar::Place,
-    kernels::disjoint,
     profile::{self, Phase, Profile, timed},
-    sampler::{Draw, Drawn, NOTHING_LEFT},
+    sampler::{Draw, NOTHING_LEFT},
     scheduler::{NewRequest, Scheduler, Step},
-    sequence::{SeqId, Sequence},
+    sequence::SeqId,
 };
 use onpolicy_plugin_api::{EngineError, FinishReason, Request, RequestId, Sink, Token};
 use std::{
@@ -62,22 +62,6 @@ pub enum Command {
     Stop,
 }
 
-/// One sample that gets a token from a logits row.
-struct Target {
-    request: RequestId,
-    seq: SeqId,
-    index: usize,
-}
-
-impl Target {
-    fn of(sequence: &Sequence) -> Self {
-        Self { request: sequence.group, seq: sequence.id, index: sequence.index }
-    }
-}
-
-/// A sample and the token that it got, or why its request cannot go on.
-type Sampled = (Target, Result<Drawn, EngineError>);
-
 /// The engine's thread.
 pub struct Worker {
     pub(super) runner: Runner,
@@ -110,13 +94,14 @@ impl Worker {
         while timed(Phase::Schedule, || self.take_commands(inbox)) {
             timed(Phase::Schedule, || self.drop_abandoned());
             timed(Phase::Update, || self.apply_updates());
-            self.answer_pauses();
             if self.hold.steps() {
                 let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
                 if let Err(panic) = step {
                     self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
                 }
             }
+            // After the step, which may have ended the last of the running samples.
+            self.answer_pauses();
             timed(Phase::Delivery, || self.publish());
         }
         self.fail_all(&EngineError::Stopped);
@@ -172,7 +157,10 @@ impl Worker {
     fn take(&mut self, command: Command) -> bool {
         match command {
             Command::Submit(submissions) => {
-                submissions.into_iter().for_each(|submission| self.submit(submission));
+                for submission in submissions {
+                    self.submit(submission);
+                    self.shared.arrived(self.scheduler.waiting());
+                }
             }
             Command::Abort { id, index } => self.abort(id, index),
             Command::Update(update) => self.updates.push_back(update),
@@ -197,7 +185,6 @@ impl Worker {
 
     fn submit(&mut self, submission: Submission) {
         let Submission { id, request, sink, grammar } = submission;
-        self.shared.submitted.fetch_sub(1, Ordering::Relaxed);
         let live = LiveRequest::new(&request, self.runner.eos_token_ids(), sink, grammar);
         if let Err(error) = self.shared.status.ready() {
             return live.fail(error);
@@ -295,7 +282,7 @@ impl Worker {
                 targets.push((row, Target::of(sequence)));
             }
         }
-        let stuck = self.look(&targets);
+        let stuck = targets::look(&mut self.live, &targets);
         let is_stuck = |target: &Target| stuck.contains_key(&target.request);
         let (lost, targets): (Vec<_>, Vec<_>) =
             targets.into_iter().partition(|(_, target)| is_stuck(target));
@@ -317,18 +304,6 @@ impl Worker {
             (target, Err(error))
         });
         lost.chain(drawn).collect()
-    }
-
-    /// Works out what grammars allow next; gives the requests whose grammar cannot go on.
-    fn look(&mut self, targets: &[(usize, Target)]) -> HashMap<RequestId, EngineError> {
-        let live = self.live.iter_mut().filter(|(_, live)| live.has_grammar());
-        let mut due: Vec<_> = live.map(|(&id, live)| (id, live, None)).collect();
-        disjoint::for_each_chunk(&mut due, 1, &|_, due| {
-            let (id, live, error) = &mut due[0];
-            let mut own = targets.iter().filter(|(_, target)| target.request == *id);
-            *error = own.find_map(|(_, target)| live.look(target.index).err());
-        });
-        due.into_iter().filter_map(|(id, _, error)| Some((id, error?))).collect()
     }
 
     fn deliver(&mut self, sampled: Vec<Sampled>) {

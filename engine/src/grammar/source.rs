@@ -8,7 +8,9 @@ use std::fmt::Display;
 /// Longest text of a grammar, in bytes; of a JSON schema, that of its JSON.
 const MAX_BYTES: usize = 256 << 10;
 /// Longest regular expression, in bytes.
-const MAX_REGEX_BYTES: usize = 16 << 10;
+const MAX_REGEX_BYTES: usize = 4 << 10;
+/// Longest reason that is given, in characters.
+const MAX_REASON: usize = 400;
 /// Most texts to choose from.
 const MAX_CHOICES: usize = 1024;
 
@@ -89,5 +91,6 @@ pub fn reason(grammar: &Grammar, error: impl Display) -> String {
 pub fn plain(error: impl Display) -> String {
     let text = error.to_string();
     let text = text.split("\n<").next().unwrap_or_default();
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(MAX_REASON).collect()
 }

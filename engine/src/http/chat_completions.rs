@@ -7,12 +7,12 @@ use super::fields::{Common, check_top};
 use super::generation::{Finish, Generation, Job, Sample, StopReason};
 use super::logprobs::{ChatLogprobs, PolicyStats, TokenNames};
 use super::metrics::RequestClock;
-use super::openapi::errors;
+use super::openapi::{StreamEvent, errors};
 use super::prompt::{encode_chat, take_chat};
 use super::prompt_logprobs::PromptLogprobs;
 use super::text::{Piece, PlacedToken};
 use super::tools::{Answer, Parsed, ToolCall, Tools};
-use super::{Admission, AppState, Shared, neutral, structured};
+use super::{Admission, AppState, Shared, neutral};
 use axum::extract::State;
 use axum::response::Response;
 use onpolicy_plugin_api::{FinishReason, PromptToken};
@@ -32,7 +32,7 @@ pub const PATH: &str = "/v1/chat/completions";
     request_body = ref("#/components/schemas/ChatCompletionRequest"),
     responses(
         (status = 200, description = "All samples; or, with `stream`, events of more of them",
-            content((Envelope<Choice> = "application/json"), (String = "text/event-stream"))),
+            content((Envelope<Choice> = "application/json"), (StreamEvent = "text/event-stream"))),
         errors::Generating,
     ),
 )]
@@ -43,10 +43,8 @@ pub async fn create(
 ) -> Result<Response, ApiError> {
     let clock = RequestClock::start(PATH);
     let start = move |state: &AppState| {
-        let Plan { job, wording, meta, structured } = plan(body.fields()?, state)?;
-        let generation = Generation::start(state, job, admission, clock)
-            .map_err(|error| structured::named(error, structured.as_deref()))?
-            .named(&meta.id);
+        let Plan { job, wording, meta } = plan(body.fields()?, state)?;
+        let generation = Generation::start(state, job, admission, clock)?.named(&meta.id);
         Ok((wording, meta, generation))
     };
     let (wording, meta, generation) = state.off_thread(start).await?;
@@ -140,8 +138,6 @@ struct Plan {
     job: Job,
     wording: ChatWording,
     meta: Meta,
-    /// The field that says what the text must be.
-    structured: Option<String>,
 }
 
 fn plan(mut fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
@@ -184,8 +180,9 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
     };
     let rules = common.text_rules(&state.info);
     let requests = vec![common.request(prompt, params)];
-    let job = Job { requests, rules, stream: common.stream };
-    Ok(Plan { job, wording, meta, structured: common.structured_field() })
+    let structured = common.structured_field();
+    let job = Job { requests, rules, stream: common.stream, structured };
+    Ok(Plan { job, wording, meta })
 }
 
 /// `max_completion_tokens` is the newer name of `max_tokens`.

@@ -7,11 +7,11 @@ use super::fields::{Common, check_top};
 use super::generation::{Finish, Generation, Job, Sample, StopReason};
 use super::logprobs::{PolicyStats, TextLogprobs, TokenNames};
 use super::metrics::RequestClock;
-use super::openapi::errors;
+use super::openapi::{StreamEvent, errors};
 use super::prompt::Prompt;
 use super::prompt_logprobs::PromptLogprobs;
 use super::text::{Piece, PlacedToken};
-use super::{Admission, AppState, Shared, neutral, structured};
+use super::{Admission, AppState, Shared, neutral};
 use axum::extract::State;
 use axum::response::Response;
 use onpolicy_plugin_api::{FinishReason, PromptToken, SamplingParams};
@@ -32,7 +32,7 @@ const DEFAULT_MAX_TOKENS: usize = 16;
     request_body = ref("#/components/schemas/CompletionRequest"),
     responses(
         (status = 200, description = "All samples; or, with `stream`, events of more of them",
-            content((Envelope<Choice> = "application/json"), (String = "text/event-stream"))),
+            content((Envelope<Choice> = "application/json"), (StreamEvent = "text/event-stream"))),
         errors::Generating,
     ),
 )]
@@ -43,10 +43,8 @@ pub async fn create(
 ) -> Result<Response, ApiError> {
     let clock = RequestClock::start(PATH);
     let start = move |state: &AppState| {
-        let Plan { job, wording, meta, structured } = plan(body.fields()?, state)?;
-        let generation = Generation::start(state, job, admission, clock)
-            .map_err(|error| structured::named(error, structured.as_deref()))?
-            .named(&meta.id);
+        let Plan { job, wording, meta } = plan(body.fields()?, state)?;
+        let generation = Generation::start(state, job, admission, clock)?.named(&meta.id);
         Ok((wording, meta, generation))
     };
     let (wording, meta, generation) = state.off_thread(start).await?;
@@ -109,7 +107,7 @@ pub(super) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
 /// # Errors
 /// As the route itself.
 pub(super) fn preview(fields: Fields, state: &AppState) -> Result<(Job, Meta, bool), ApiError> {
-    plan(fields, state).map(|plan| (plan.job, plan.meta, plan.wording.logprobs))
+    plan(fields, state).map(|plan| (plan.job, plan.meta, plan.wording.logprobs.is_some()))
 }
 
 /// A request, ready to be started.
@@ -117,8 +115,6 @@ struct Plan {
     job: Job,
     wording: CompletionWording,
     meta: Meta,
-    /// The field that says what the text must be.
-    structured: Option<String>,
 }
 
 fn plan(mut fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
@@ -166,7 +162,8 @@ fn plan(mut fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
     };
     let rules = common.text_rules(&state.info);
     let structured = common.structured_field();
-    Ok(Plan { job: Job { requests, rules, stream: common.stream }, wording, meta, structured })
+    let job = Job { requests, rules, stream: common.stream, structured };
+    Ok(Plan { job, wording, meta })
 }
 
 fn params_for(

@@ -5,10 +5,11 @@ use super::error::ApiError;
 use super::feed::{Feed, FeedLimits, feed};
 use super::metrics::{RequestClock, SampleClock};
 use super::registry::Registered;
+use super::structured;
 use super::text::{Piece, SampleText, TextRules};
 use super::{Admission, AppState, Limits};
 use onpolicy_plugin_api::{
-    Engine, Event, FinishReason, PromptToken, Request, RequestId, Sink, Token,
+    Engine, EngineError, Event, FinishReason, PromptToken, Request, RequestId, Sink, Token,
 };
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -27,6 +28,8 @@ pub struct Job {
     pub rules: Arc<TextRules>,
     /// Tokens may wait for their reader, who may be slow; a whole answer is gathered at once.
     pub stream: bool,
+    /// The field that says what the text must be; refusals of the grammar are about it.
+    pub structured: Option<String>,
 }
 
 impl Job {
@@ -143,6 +146,7 @@ pub struct Generation {
     backlog: usize,
     ready: VecDeque<Update>,
     clock: RequestClock,
+    structured: Option<String>,
     registered: Registered,
     /// What ends it from outside.
     ending: Ending,
@@ -210,22 +214,36 @@ impl Generation {
             backlog,
             ready: VecDeque::new(),
             clock,
+            structured: job.structured,
             registered: state.registry.add(),
             ending: ending(deadline, limits.request_time, &admission),
             _admission: admission,
         };
         let sinks = sinks.into_iter().map(|sink| Box::new(sink) as Box<dyn Sink>);
-        let ids = this.engine.submit_all(job.requests.into_iter().zip(sinks).collect())?;
+        let ids = this.engine.submit_all(job.requests.into_iter().zip(sinks).collect());
+        let ids = ids.map_err(|error| this.error(error))?;
         ids.iter().for_each(|&id| this.registered.request(id));
         let submitted = |id| Submitted { id, open: samples_per_prompt };
         this.submitted = ids.into_iter().map(submitted).collect();
         Ok(this)
     }
 
+    /// The engine's error, about the field that the client wrote.
+    fn error(&self, error: EngineError) -> ApiError {
+        structured::named(error.into(), self.structured.as_deref())
+    }
+
     /// Clients may abort it by the answer's id from now on, and by what they have called it.
     #[must_use]
     pub fn named(self, id: &str) -> Self {
         self.registered.name(id);
+        self
+    }
+
+    /// As [`Generation::named`], prompt by prompt.
+    #[must_use]
+    pub fn named_each(self, ids: &[String]) -> Self {
+        self.registered.name_each(ids);
         self
     }
 
@@ -306,7 +324,7 @@ impl Generation {
             Event::Finished { index, reason } => {
                 self.finished(prompt * self.samples_per_prompt + index, reason)?;
             }
-            Event::Failed { error } => return Err(error.into()),
+            Event::Failed { error } => return Err(self.error(error)),
         }
         Ok(())
     }

@@ -44,7 +44,7 @@ pub async fn health(State(state): Shared) -> Result<Json<Health>, ApiError> {
 /// # Errors
 /// Those of [`health`].
 #[utoipa::path(
-    get, post, path = "/ping", operation_id = "ping", tag = "server",
+    method(get, post), path = "/ping", operation_id = "ping", tag = "server",
     responses((status = 200, description = "The engine takes requests", body = Health), errors::Health),
 )]
 pub async fn ping(state: Shared) -> Result<Json<Health>, ApiError> {

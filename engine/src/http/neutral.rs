@@ -9,10 +9,12 @@ use serde_json::Value;
 /// What a field may be.
 #[derive(Clone, Copy)]
 pub(super) enum Only {
+    Zero,
     One,
     True,
     False,
     Empty,
+    Bool,
     Word(&'static [&'static str]),
     Nothing,
 }
@@ -20,9 +22,11 @@ pub(super) enum Only {
 impl Only {
     fn allows(self, value: &Value) -> bool {
         match self {
+            Only::Zero => value.as_f64() == Some(0.0),
             Only::One => value.as_f64() == Some(1.0),
             Only::True => *value == true,
             Only::False => *value == false,
+            Only::Bool => value.is_boolean(),
             Only::Empty => match value {
                 Value::Array(list) => list.is_empty(),
                 Value::Object(map) => map.is_empty(),
@@ -36,9 +40,11 @@ impl Only {
 
     fn advice(self) -> String {
         let or = match self {
+            Only::Zero => "send 0",
             Only::One => "send 1",
             Only::True => "send true",
             Only::False => "send false",
+            Only::Bool => "send a boolean",
             Only::Empty => "send it empty",
             Only::Word(words) => {
                 return format!("leave it out or send \"{}\"", words.join("\" or \""));

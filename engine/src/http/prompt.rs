@@ -76,7 +76,11 @@ fn parse_one(value: Value) -> Option<Prompt> {
 }
 
 fn ids(list: &[Value]) -> Option<Vec<u32>> {
-    list.iter().map(|id| u32::try_from(id.as_u64()?).ok()).collect()
+    let id = |id: &Value| match id.as_u64() {
+        Some(id) => u32::try_from(id).ok(),
+        None => id.as_f64().filter(|id| *id == f64::from(*id as u32)).map(|id| id as u32),
+    };
+    list.iter().map(id).collect()
 }
 
 /// Takes a conversation: `messages` and how the chat template is to be applied.

@@ -3,10 +3,12 @@
 use super::logprobs::{TokenNames, shown};
 use onpolicy_plugin_api::PromptToken;
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 /// One entry per prompt token: null for the first, which nothing predicts; then an object by token
 /// id, of the token itself and the likeliest ones at its position.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+#[schema(value_type = Vec<Option<HashMap<String, Entry>>>)]
 #[serde(transparent)]
 pub struct PromptLogprobs(Vec<Option<Entries>>);
 
@@ -14,7 +16,9 @@ pub struct PromptLogprobs(Vec<Option<Entries>>);
 #[derive(Debug, Clone, PartialEq)]
 struct Entries(Vec<(u32, Entry)>);
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+/// A token at a prompt's position.
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+#[schema(as = PromptLogprob)]
 struct Entry {
     /// In nats, at temperature 1.
     logprob: f32,

@@ -18,8 +18,20 @@ struct Entries {
 
 #[derive(Debug, Default)]
 struct Entry {
-    names: Vec<String>,
+    /// Names of all requests, or of the one of this number.
+    names: Vec<(String, Option<usize>)>,
     requests: Vec<RequestId>,
+}
+
+impl Entry {
+    fn find(&self, name: &str) -> Vec<RequestId> {
+        let meant = self.names.iter().filter(|(known, _)| known == name);
+        let requests = meant.flat_map(|(_, which)| match which {
+            Some(which) => self.requests.get(*which..=*which).unwrap_or_default(),
+            None => &self.requests[..],
+        });
+        requests.copied().collect()
+    }
 }
 
 impl Registry {
@@ -32,11 +44,9 @@ impl Registry {
         Registered { registry: self.clone(), key }
     }
 
-    /// The requests of the generations of this name; none if there is none.
+    /// The requests of this name; none if there is none.
     pub fn find(&self, name: &str) -> Vec<RequestId> {
-        let entries = self.entries();
-        let named = entries.live.values().filter(|e| e.names.iter().any(|known| known == name));
-        named.flat_map(|entry| entry.requests.iter().copied()).collect()
+        self.entries().live.values().flat_map(|entry| entry.find(name)).collect()
     }
 
     /// Generations that are not over.
@@ -73,8 +83,16 @@ impl Registered {
     pub fn name(&self, id: &str) {
         let mut entries = self.registry.entries();
         if let Some(entry) = entries.live.get_mut(&self.key) {
-            entry.names.push(id.to_string());
-            entry.names.extend(id.split_once('-').map(|(_, name)| name.to_string()));
+            entry.names.push((id.to_string(), None));
+            entry.names.extend(id.split_once('-').map(|(_, name)| (name.to_string(), None)));
+        }
+    }
+
+    /// Names each of its requests, in their order.
+    pub fn name_each(&self, names: &[String]) {
+        if let Some(entry) = self.registry.entries().live.get_mut(&self.key) {
+            let numbered = names.iter().cloned().zip((0..).map(Some));
+            entry.names.extend(numbered);
         }
     }
 }
@@ -93,7 +111,7 @@ mod tests {
     fn generations_are_found_by_both_names_until_they_are_dropped() {
         let registry = Arc::new(Registry::default());
         let (one, two) = (registry.add(), registry.add());
-        [1, 2].map(|id| one.request(RequestId(id)));
+        [1, 2].into_iter().for_each(|id| one.request(RequestId(id)));
         two.request(RequestId(3));
         one.name("cmpl-a-b");
         two.name("chatcmpl-a-b");

@@ -5,6 +5,7 @@ use super::answer::Meta;
 use super::body::JsonBytes;
 use super::error::ApiError;
 use super::generation::Job;
+use super::openapi::errors;
 use super::text::TextRules;
 use super::{AppState, Shared, chat_completions, completions};
 use crate::chat::ChatTokenizer;
@@ -17,6 +18,14 @@ use serde_json::{Map, Value, json};
 ///
 /// # Errors
 /// As the route itself.
+#[utoipa::path(
+    post, path = "/v1/chat/completions/render", operation_id = "render_chat", tag = "tokens",
+    request_body = ref("#/components/schemas/ChatCompletionRequest"),
+    responses(
+        (status = 200, description = "A body for /inference/v1/generate", body = Object),
+        errors::Body,
+    ),
+)]
 pub async fn chat(State(state): Shared, body: JsonBytes) -> Result<Json<Value>, ApiError> {
     let render = move |state: &AppState| {
         let preview = chat_completions::preview(body.fields()?, state)?;
@@ -29,6 +38,14 @@ pub async fn chat(State(state): Shared, body: JsonBytes) -> Result<Json<Value>, 
 ///
 /// # Errors
 /// As the route itself.
+#[utoipa::path(
+    post, path = "/v1/completions/render", operation_id = "render_completions", tag = "tokens",
+    request_body = ref("#/components/schemas/CompletionRequest"),
+    responses(
+        (status = 200, description = "Bodies for /inference/v1/generate", body = Vec<Object>),
+        errors::Body,
+    ),
+)]
 pub async fn completions(State(state): Shared, body: JsonBytes) -> Result<Json<Value>, ApiError> {
     let render = move |state: &AppState| {
         let preview = completions::preview(body.fields()?, state)?;
@@ -70,14 +87,14 @@ fn sampling_params(params: &SamplingParams, tokenizer: &ChatTokenizer) -> Map<St
     };
     let p = params;
     add("n", true, json!(p.n));
-    add("temperature", true, json!(p.temperature));
-    add("top_p", p.top_p != none.top_p, json!(p.top_p));
+    add("temperature", true, short(p.temperature));
+    add("top_p", p.top_p != none.top_p, short(p.top_p));
     add("top_k", p.top_k != none.top_k, json!(p.top_k));
-    add("min_p", p.min_p != none.min_p, json!(p.min_p));
-    add("repetition_penalty", p.repetition_penalty != 1.0, json!(p.repetition_penalty));
-    add("presence_penalty", p.presence_penalty != 0.0, json!(p.presence_penalty));
-    add("frequency_penalty", p.frequency_penalty != 0.0, json!(p.frequency_penalty));
-    let bias = p.logit_bias.iter().map(|(id, bias)| (id.to_string(), json!(bias)));
+    add("min_p", p.min_p != none.min_p, short(p.min_p));
+    add("repetition_penalty", p.repetition_penalty != 1.0, short(p.repetition_penalty));
+    add("presence_penalty", p.presence_penalty != 0.0, short(p.presence_penalty));
+    add("frequency_penalty", p.frequency_penalty != 0.0, short(p.frequency_penalty));
+    let bias = p.logit_bias.iter().map(|(id, bias)| (id.to_string(), short(*bias)));
     add("logit_bias", !p.logit_bias.is_empty(), Value::Object(bias.collect()));
     add("allowed_token_ids", p.allowed_token_ids.is_some(), json!(p.allowed_token_ids));
     let words = p.bad_words.iter().filter_map(|ids| tokenizer.decode(ids, false).ok());
@@ -92,6 +109,11 @@ fn sampling_params(params: &SamplingParams, tokenizer: &ChatTokenizer) -> Map<St
     add("stop_token_ids", !p.stop_token_ids.is_empty(), json!(p.stop_token_ids));
     add("prompt_logprobs", p.prompt_logprobs.is_some(), json!(p.prompt_logprobs));
     fields
+}
+
+/// A number as it was sent, without the digits that more bits would have.
+fn short(number: f32) -> Value {
+    json!(number.to_string().parse::<f64>().unwrap_or(f64::from(number)))
 }
 
 fn grammar(grammar: &Grammar) -> Value {

@@ -80,10 +80,19 @@ fn top_k(fields: &mut Fields) -> Result<usize, ApiError> {
     usize::try_from(top_k).map_err(error)
 }
 
+/// A whole number in floating point, 7.0, as an integer of 64 bits.
+fn whole(number: f64) -> Option<u64> {
+    if number.fract() != 0.0 || !(i64::MIN as f64..u64::MAX as f64).contains(&number) {
+        return None;
+    }
+    Some(if number < 0.0 { (number as i64).cast_unsigned() } else { number as u64 })
+}
+
 /// Any integer of 64 bits, with or without a sign.
 fn seed(fields: &mut Fields) -> Result<Option<u64>, ApiError> {
     let Some(number) = fields.take::<Number>("seed")? else { return Ok(None) };
-    let seed = number.as_u64().or_else(|| number.as_i64().map(i64::cast_unsigned));
+    let signed = || number.as_i64().map(i64::cast_unsigned);
+    let seed = number.as_u64().or_else(signed).or_else(|| whole(number.as_f64()?));
     let error = || ApiError::invalid(fields.path("seed"), "must be an integer of at most 64 bits");
     seed.map(Some).ok_or_else(error)
 }

@@ -6,6 +6,7 @@ use onpolicy_plugin_api::Grammar;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::HashSet;
+use utoipa::ToSchema;
 
 /// Longest name of a function, in bytes.
 const MAX_NAME_BYTES: usize = 64;
@@ -238,7 +239,7 @@ fn named(value: Value, field: &str) -> Result<String, ApiError> {
 }
 
 /// A call, or what a chunk adds to one.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ToolCall {
     #[serde(skip_serializing_if = "Option::is_none")]
     index: Option<usize>,
@@ -249,7 +250,9 @@ pub struct ToolCall {
     function: Function,
 }
 
-#[derive(Debug, Default, Serialize)]
+/// The function that is called.
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[schema(as = CalledFunction)]
 struct Function {
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,

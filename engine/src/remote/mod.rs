@@ -48,7 +48,7 @@ use tokio::{
 };
 
 /// How long the end of an engine waits for its requests to hear of it.
-const GRACE: Duration = Duration::from_secs(1);
+const GRACE: Duration = Duration::from_secs(5);
 
 /// What is known of the model without asking a server, and how much may go on at once.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use onpolicy_engine::http::control::Settings;
 use onpolicy_plugin_api::Engine;
 use reqwest::Method;
 use serde_json::{Value, json};
-use std::{future::IntoFuture, time::Duration};
+use std::time::Duration;
 use tch::Kind;
 
 const NOTHING: Value = Value::Null;
@@ -389,7 +389,7 @@ async fn a_client_is_told_when_a_command_takes_too_long() {
                 left.recv().map_err(|e| e.to_string())
             })
         });
-        begun.into_future().await.unwrap();
+        begun.await.unwrap();
         let (status, _, message) = server.refused("/pause?mode=keep", NOTHING).await;
         assert_eq!(status, 504);
         assert!(message.contains("server.control_timeout_seconds"), "{message}");

@@ -69,7 +69,14 @@ fn damaged() -> Vec<(&'static str, tempfile::TempDir)> {
     vec![
         ("is missing", with(&|t| drop(t.remove(5)))),
         ("no such tensor", with(&|t| t.push(("extra".into(), Tensor::from(1f32))))),
-        ("has shape", with(&|t| t[3].1 = t[3].1.transpose(0, 1).contiguous())),
+        (
+            "has shape",
+            with(&|t| {
+                let wide =
+                    t.iter_mut().find(|(name, _)| name.ends_with("down_proj.weight")).unwrap();
+                wide.1 = wide.1.transpose(0, 1).contiguous();
+            }),
+        ),
         ("has shape", with(&|t| t.last_mut().unwrap().1 = Tensor::from_slice(&[1f32]))),
         ("not finite", with(&|t| drop(t.last_mut().unwrap().1.get(0).fill_(f64::NAN)))),
         ("not finite", with(&|t| drop(t[0].1.get(7).get(3).fill_(f64::INFINITY)))),

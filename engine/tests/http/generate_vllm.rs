@@ -226,8 +226,9 @@ async fn the_prompts_own_tokens_come_first_in_its_logprobs() {
         body["token_ids"] = json!([BOS, 99, 100]);
         body["return_token_ids"] = true.into();
         let expected = json!([null,
-            {"99": {"logprob": -0.0, "rank": null, "decoded_token": null}},
-            {"100": {"logprob": -1.0, "rank": null, "decoded_token": null}}]);
+            {"99": {"logprob": -0.0, "rank": 1, "decoded_token": "a"}},
+            {"100": {"logprob": -1.0, "rank": 2, "decoded_token": "b"},
+             "101": {"logprob": -1.0, "rank": 1, "decoded_token": "c"}}]);
         let answer = server.ok(PATH, body.clone()).await;
         assert_eq!(answer["prompt_logprobs"], expected);
         assert_eq!(answer["prompt_token_ids"], json!([BOS, 99, 100]));

@@ -25,22 +25,22 @@ async fn what_all_prompts_ask_for_together_is_bounded() {
         let limits = Limits { prompts: 4, samples: 8, prompt_tokens: 20, ..Limits::default() };
         let server = Server::with_limits(ok(), limits).await;
         let (param, message) =
-            server.refused(COMPLETIONS, json!({"prompt": ["a"; 5], "n": 1})).await;
+            server.refused(COMPLETIONS, json!({"prompt": vec!["a"; 5], "n": 1})).await;
         assert_eq!((param.as_str(), message.as_str()), ("prompt", "prompt: must hold 1 to 4 prompts, not 5"));
         let (param, message) =
-            server.refused(COMPLETIONS, json!({"prompt": ["a"; 3], "n": 3})).await;
+            server.refused(COMPLETIONS, json!({"prompt": vec!["a"; 3], "n": 3})).await;
         let told = "n: 3 prompts with 3 samples each are 9 samples; one request may ask for 8: send \
             several requests";
         assert_eq!((param.as_str(), message.as_str()), ("n", told));
         // With the token in front of each text: 3 x 7.
-        let long = json!({"prompt": ["abcdef"; 3]});
+        let long = json!({"prompt": vec!["abcdef"; 3]});
         let (param, message) = server.refused(COMPLETIONS, long).await;
         let told = "prompt: the prompts have 21 tokens together; one request may have 20: send \
             several requests";
         assert_eq!((param.as_str(), message.as_str()), ("prompt", told));
         let messages = json!([{"role": "user", "content": "abcdefghij"}]);
         assert_eq!(server.refused(CHAT, json!({"messages": messages})).await.0, "prompt");
-        server.ok(COMPLETIONS, json!({"prompt": ["a"; 4], "n": 2})).await;
+        server.ok(COMPLETIONS, json!({"prompt": vec!["a"; 4], "n": 2})).await;
         // What was refused has not reached the engine.
         assert_eq!(server.seen.requests.lock().unwrap().len(), 4);
     })

@@ -6,9 +6,15 @@ use crate::tokenizer::{VOCAB, bytes};
 use crate::{CHAT, COMPLETIONS};
 use serde_json::{Value, json};
 
-const ROUTES: [(&str, &str); 4] = [
+const ROUTES: [(&str, &str); 10] = [
     (COMPLETIONS, "CompletionRequest"),
     (CHAT, "ChatCompletionRequest"),
+    ("/v1/completions/render", "CompletionRequest"),
+    ("/v1/chat/completions/render", "ChatCompletionRequest"),
+    ("/inference/v1/generate", "TokensRequest"),
+    ("/generate", "SglangRequest"),
+    ("/generate/", "TrlPromptsRequest"),
+    ("/chat/", "TrlChatsRequest"),
     ("/tokenize", "TokenizeRequest"),
     ("/detokenize", "DetokenizeRequest"),
 ];
@@ -54,17 +60,28 @@ async fn it_describes_every_route() {
         assert_eq!(document["openapi"], "3.1.0");
         assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
         let paths = document["paths"].as_object().unwrap();
-        let mut names: Vec<&str> = paths.keys().map(String::as_str).collect();
+        let controls = |path: &Value| path.to_string().contains("\"control\"");
+        let (control, others): (Vec<_>, Vec<_>) = paths.iter().partition(|(_, p)| controls(p));
+        let mut names: Vec<&str> = others.iter().map(|(name, _)| name.as_str()).collect();
         names.sort_unstable();
         let routes = [
+            "/chat/",
             "/detokenize",
+            "/generate",
+            "/generate/",
             "/health",
+            "/health_generate",
+            "/inference/v1/generate",
+            "/liveness",
+            "/load",
             "/metrics",
             "/openapi.json",
             "/ping",
             "/tokenize",
             "/v1/chat/completions",
+            "/v1/chat/completions/render",
             "/v1/completions",
+            "/v1/completions/render",
             "/v1/models",
             "/v1/models/{id}",
             "/version",
@@ -83,7 +100,20 @@ async fn it_describes_every_route() {
                 assert_eq!(error["$ref"], "#/components/schemas/ErrorAnswer", "{path} {status}");
             }
         }
-        for path in [COMPLETIONS, CHAT] {
+        // They are off here, and say so.
+        assert!(control.len() > 30, "{}", control.len());
+        for (path, operations) in control {
+            for (method, operation) in operations.as_object().unwrap() {
+                let answer = match method.as_str() {
+                    "get" => server.get(path).await,
+                    _ => server.post(path, json!({})).await,
+                };
+                assert_eq!(answer.0, 403, "{method} {path}");
+                assert_eq!(answer.1["error"]["code"], "control_off", "{method} {path}");
+                assert!(!operation["responses"]["403"].is_null(), "{method} {path}");
+            }
+        }
+        for path in [COMPLETIONS, CHAT, "/inference/v1/generate", "/generate", "/chat/"] {
             for status in ["429", "503", "504"] {
                 assert!(!paths[path]["post"]["responses"][status].is_null(), "{path} {status}");
             }

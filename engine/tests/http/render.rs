@@ -12,7 +12,7 @@ async fn a_conversation_is_rendered_as_it_would_be_generated_from() {
         let server = Server::start(Script::saying(|_, _| bytes("x"))).await;
         let body = json!({
             "messages": [{"role": "user", "content": "hi"}], "model": MODEL, "request_id": "mine",
-            "n": 2, "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": 3,
+            "n": 2, "temperature": 0.7, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": 3,
             "max_tokens": 9, "min_tokens": 1, "ignore_eos": true, "stop": ["a", "b"],
             "stop_token_ids": [5], "include_stop_str_in_output": true, "logprobs": true,
             "top_logprobs": 4, "skip_special_tokens": false,
@@ -23,7 +23,7 @@ async fn a_conversation_is_rendered_as_it_would_be_generated_from() {
             "token_ids": bytes("[user]hi\n[assistant]"),
             "features": null,
             "sampling_params": {
-                "n": 2, "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": 3,
+                "n": 2, "temperature": 0.7, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": 3,
                 "max_tokens": 9, "min_tokens": 1, "ignore_eos": true, "stop_token_ids": [5],
                 "logprobs": 4, "stop": ["a", "b"], "include_stop_str_in_output": true,
                 "skip_special_tokens": false,

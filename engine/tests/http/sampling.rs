@@ -20,7 +20,7 @@ fn last(server: &Server) -> Request {
 async fn bad_words_are_tokenized_with_and_without_a_space() {
     within(async {
         let server = server().await;
-        let mut words = async |words: Value| {
+        let words = async |words: Value| {
             server.ok(COMPLETIONS, json!({"prompt": "a", "bad_words": words})).await;
             let plain = last(&server).params.bad_words;
             let chat = json!({"messages": [{"role": "user", "content": "a"}], "bad_words": words});

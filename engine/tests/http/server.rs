@@ -60,7 +60,8 @@ impl Server {
     ) -> Self {
         let engine = Arc::new(Scripted::new(script));
         let seen = engine.seen.clone();
-        Self::serving(AppState::new(engine, tokenizer(), limits, metrics()), seen).await
+        let state = AppState::new(engine, tokenizer(), limits, metrics());
+        Self::serving(state, connections, seen).await
     }
 
     /// A server whose model writes calls of tools in this form.
@@ -68,10 +69,11 @@ impl Server {
         let engine = Arc::new(Scripted::new(script));
         let seen = engine.seen.clone();
         let state = AppState::new(engine, tokenizer(), Limits::default(), metrics());
-        Self::serving(state.with_tool_format(format), seen).await
+        let connections = ConnectionLimits { grace: GRACE, ..ConnectionLimits::default() };
+        Self::serving(state.with_tool_format(format), connections, seen).await
     }
 
-    async fn serving(state: AppState, seen: Arc<Seen>) -> Self {
+    async fn serving(state: AppState, connections: ConnectionLimits, seen: Arc<Seen>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopping) = oneshot::channel::<()>();
@@ -79,7 +81,9 @@ impl Server {
             let _ = stopping.await;
         };
         let stopped = tokio::spawn(serve(listener, http::app(state), connections, shutdown));
-        Self { url, seen, client: Client::new(), stop, stopped }
+        // A connection that is kept may be closed by the server just when it is used again.
+        let client = Client::builder().pool_max_idle_per_host(0).build().unwrap();
+        Self { url, seen, client, stop, stopped }
     }
 
     pub async fn get(&self, path: &str) -> (StatusCode, Value) {

@@ -130,7 +130,7 @@ async fn wrong_fields_are_refused_by_name() {
 #[tokio::test]
 async fn a_grammar_that_the_engine_refuses_is_named_as_it_was_sent() {
     within(async {
-        let mut script = Script::saying(|_, _| bytes("x"));
+        let mut script = Script { context: 4096, ..Script::saying(|_, _| bytes("x")) };
         script.refuses = Some((0, EngineError::invalid("grammar", "is odd: very")));
         let server = Server::start(script).await;
         let tool = json!([{"type": "function", "function": {"name": "f"}}]);

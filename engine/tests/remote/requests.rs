@@ -213,7 +213,9 @@ fn no_more_requests_than_there_is_room_for() {
     let fake = Fake::vllm(slow(60_000));
     let engine = pool(&[&fake]);
     let take = || engine.submit(request(1, 1), Box::new(Diary::default()));
-    (0..32).for_each(|_| drop(take().expect("there is room")));
+    for _ in 0..32 {
+        take().expect("there is room");
+    }
     assert_eq!(take().unwrap_err(), EngineError::Overloaded { waiting: 32 });
     engine.abort_all().expect("they end");
     take().expect("there is room again");

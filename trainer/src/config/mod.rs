@@ -103,12 +103,18 @@ impl Config {
 
     /// What whoever trains should know about this configuration before it starts, if anything.
     pub fn warning(&self) -> Option<String> {
-        let (dtype, train) = (self.engine.serve_dtype, &self.train);
-        let uncorrected = dtype != ServeDtype::F32 && train.correction == Correction::None;
+        let (engine, dtype) = (&self.engine, self.engine.serve_dtype);
+        let drawn = match engine.kind() {
+            EngineKind::Native if dtype == ServeDtype::F32 => return None,
+            EngineKind::Native => {
+                format!("engine.serve_dtype = \"{dtype}\": samples are drawn with rounded weights")
+            }
+            _ => format!("engine.kind = \"{}\": samples are drawn by other code", engine.kind),
+        };
+        let uncorrected = self.train.correction == Correction::None;
         uncorrected.then(|| {
             format!(
-                "engine.serve_dtype = \"{dtype}\": samples are drawn with rounded weights, and \
-                 train.correction = \"none\" takes their log-probs for the trainer's; \
+                "{drawn}, and train.correction = \"none\" takes their log-probs for the trainer's; \
                  train.correction = \"tis\" corrects for the difference (see mismatch_* in \
                  metrics.jsonl)"
             )

@@ -101,15 +101,16 @@ fn plugin(table: &mut Table, name: &str, default: &str) -> Result<Plugin, Config
 /// Says in terms of keys what serde says in terms of fields.
 fn explain(section: &str, error: &toml::de::Error) -> ConfigError {
     let text = error.to_string();
-    let quoted: Vec<&str> = text.split('`').skip(1).step_by(2).collect();
-    if let (true, [unknown, known @ ..]) = (text.starts_with("unknown field"), &quoted[..]) {
-        let key = format!("{section}.{unknown}");
-        return ConfigError::Unknown { key, hint: hint(section, unknown, known) };
-    }
     let (reason, place) = text.trim().rsplit_once("\nin `").unwrap_or((text.trim(), ""));
     let place = place.trim_end_matches('`');
     let dot = if place.is_empty() { "" } else { "." };
-    ConfigError::Shape { key: format!("{section}{dot}{place}"), reason: reason.into() }
+    let path = format!("{section}{dot}{place}");
+    let quoted: Vec<&str> = reason.split('`').skip(1).step_by(2).collect();
+    if let (true, [unknown, known @ ..]) = (reason.starts_with("unknown field"), &quoted[..]) {
+        let key = format!("{path}.{unknown}");
+        return ConfigError::Unknown { key, hint: hint(&path, unknown, known) };
+    }
+    ConfigError::Shape { key: path, reason: reason.into() }
 }
 
 /// Names the known key nearest to an unknown one, or all of them.

@@ -87,7 +87,7 @@ impl Server {
     fn validate(&self) -> Checked {
         not_empty("server.host", &self.host)?;
         self.weight_roots.iter().try_for_each(|root| not_empty("server.weight_roots", root))?;
-        between("server.control_timeout_seconds", self.control_timeout_seconds, 1, WEEK)?;
+        between("server.control_timeout_seconds", self.control_timeout_seconds, 1, 86_400)?;
         between("server.max_concurrent_requests", self.max_concurrent_requests, 1, MANY)?;
         between("server.max_connections", self.max_connections, 1, MANY)?;
         between("server.max_prompts", self.max_prompts, 1, MANY)?;

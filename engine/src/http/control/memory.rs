@@ -1,12 +1,12 @@
 //! Sleep and wake-up: vLLM's levels and tags.
 
+use super::answers::{IsSleeping, Status};
 use super::{arguments::Arguments, command};
-use crate::http::{AppState, Shared, error::ApiError};
+use crate::http::{AppState, Shared, error::ApiError, openapi::errors};
 use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use onpolicy_plugin_api::{Memory, Sleep};
-use serde_json::{Value, json};
 use std::sync::Arc;
 
 pub(super) fn router() -> Router<Arc<AppState>> {
@@ -21,7 +21,11 @@ const LEVELS: [(&str, Sleep); 3] =
 
 /// `POST /sleep?level=`: 0 takes no steps, 1 gives back the pages of K and V, 2 the weights too.
 /// What runs is aborted.
-async fn sleep(State(state): Shared, mut given: Arguments) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    post, path = "/sleep", operation_id = "sleep", tag = "control",
+    responses((status = 200, description = "The memory is given back", body = Status), errors::Command),
+)]
+pub async fn sleep(State(state): Shared, mut given: Arguments) -> Result<Json<Status>, ApiError> {
     let depth = given.choice("level", &LEVELS)?;
     let drain = given.choice("mode", &[("abort", false), ("wait", true)])?;
     given.finish()?;
@@ -35,17 +39,21 @@ async fn sleep(State(state): Shared, mut given: Arguments) -> Result<Json<Value>
         if paused { slept } else { engine.resume().and(slept) }
     })
     .await?;
-    Ok(Json(json!({ "status": "sleeping" })))
+    Ok(Json(Status { status: "sleeping" }))
 }
 
 /// `POST /wake_up?tags=`: `weights`, `kv_cache`, `scheduling`; all of them if none is named.
-async fn wake_up(State(state): Shared, mut given: Arguments) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    post, path = "/wake_up", operation_id = "wake_up", tag = "control",
+    responses((status = 200, description = "The memory is taken again", body = Status), errors::Command),
+)]
+pub async fn wake_up(State(state): Shared, mut given: Arguments) -> Result<Json<Status>, ApiError> {
     let tags = given.list("tags")?;
     given.finish()?;
     let memory = memory_of(tags, "scheduling")?;
     command(&state, move |engine| engine.wake_up(&memory)).await?;
     let status = if state.engine.is_sleeping() { "sleeping" } else { "awake" };
-    Ok(Json(json!({ "status": status })))
+    Ok(Json(Status { status }))
 }
 
 /// The memory that tags name; `other` is a tag that names none. Without tags, all of it.
@@ -69,6 +77,10 @@ pub(super) fn memory_of(tags: Option<Vec<String>>, other: &str) -> Result<Vec<Me
 }
 
 /// `GET /is_sleeping`.
-async fn is_sleeping(State(state): Shared) -> Json<Value> {
-    Json(json!({ "is_sleeping": state.engine.is_sleeping() }))
+#[utoipa::path(
+    get, path = "/is_sleeping", operation_id = "is_sleeping", tag = "control",
+    responses((status = 200, description = "Whether memory has been given back", body = IsSleeping), errors::Controlled),
+)]
+pub async fn is_sleeping(State(state): Shared) -> Json<IsSleeping> {
+    Json(IsSleeping { is_sleeping: state.engine.is_sleeping() })
 }

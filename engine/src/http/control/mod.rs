@@ -2,20 +2,21 @@
 //! SGLang, prime-rl and TRL.
 //!
 //! # Layout
-//! - [`arguments`]: what is asked for, from the query and the body.
+//! - [`arguments`]: what is asked for, from the query and the body; [`answers`].
 //! - `pausing`, `weights`, `memory`: vLLM's and prime-rl's routes; `sglang`: SGLang's.
 //! - `transfer`: routes that need what is not built in, and say so.
 //! - [`roots`]: directories that weights may be loaded from.
 //! - `version`: what the weights are called.
 
+pub mod answers;
 pub mod arguments;
-mod memory;
-mod pausing;
+pub mod memory;
+pub mod pausing;
 pub mod roots;
-mod sglang;
-mod transfer;
+pub mod sglang;
+pub mod transfer;
 mod version;
-mod weights;
+pub mod weights;
 
 use super::{AppState, access, error::ApiError};
 use axum::Router;

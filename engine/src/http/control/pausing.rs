@@ -1,12 +1,12 @@
 //! vLLM's routes that pause the engine, end requests, and forget their KV.
 
+use super::answers::{Aborted, Done, IsPaused, Status};
 use super::{arguments::Arguments, command};
-use crate::http::{AppState, Shared, error::ApiError};
+use crate::http::{AppState, Shared, error::ApiError, openapi::errors};
 use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use onpolicy_plugin_api::PauseMode;
-use serde_json::{Value, json};
 use std::sync::Arc;
 
 pub(super) fn router() -> Router<Arc<AppState>> {
@@ -24,33 +24,49 @@ const MODES: [(&str, PauseMode); 3] =
 
 /// `POST /pause?mode=&clear_cache=`. A pause that keeps running samples keeps the cache too, unless
 /// it is told otherwise.
-async fn pause(State(state): Shared, mut given: Arguments) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    post, path = "/pause", operation_id = "pause", tag = "control",
+    responses((status = 200, description = "The engine takes no steps", body = Status), errors::Command),
+)]
+pub async fn pause(State(state): Shared, mut given: Arguments) -> Result<Json<Status>, ApiError> {
     let wait = given.flag("wait_for_inflight_requests")?.unwrap_or(false);
     let mode = given.choice("mode", &MODES)?;
     let mode = if wait && mode == PauseMode::Abort { PauseMode::Wait } else { mode };
     let clear_cache = given.flag("clear_cache")?.unwrap_or(mode != PauseMode::Keep);
     given.finish()?;
     command(&state, move |engine| engine.pause(mode, clear_cache)).await?;
-    Ok(Json(json!({ "status": "paused" })))
+    Ok(Json(Status { status: "paused" }))
 }
 
 /// `POST /resume`. An engine that is not paused goes on as before.
-async fn resume(State(state): Shared, given: Arguments) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    post, path = "/resume", operation_id = "resume", tag = "control",
+    responses((status = 200, description = "The engine takes steps", body = Status), errors::Command),
+)]
+pub async fn resume(State(state): Shared, given: Arguments) -> Result<Json<Status>, ApiError> {
     given.finish()?;
     command(&state, |engine| engine.resume()).await?;
-    Ok(Json(json!({ "status": "resumed" })))
+    Ok(Json(Status { status: "resumed" }))
 }
 
 /// `GET /is_paused`.
-async fn is_paused(State(state): Shared) -> Json<Value> {
-    Json(json!({ "is_paused": state.engine.is_paused() }))
+#[utoipa::path(
+    get, path = "/is_paused", operation_id = "is_paused", tag = "control",
+    responses((status = 200, description = "Whether the engine is paused", body = IsPaused), errors::Controlled),
+)]
+pub async fn is_paused(State(state): Shared) -> Json<IsPaused> {
+    Json(IsPaused { is_paused: state.engine.is_paused() })
 }
 
 /// `POST /abort_requests`: those of the given names, or all.
-async fn abort_requests(
+#[utoipa::path(
+    post, path = "/abort_requests", operation_id = "abort_requests", tag = "control",
+    responses((status = 200, description = "The requests are ended", body = Aborted), errors::Command),
+)]
+pub async fn abort_requests(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Aborted>, ApiError> {
     let names = given.list("request_ids")?.unwrap_or_default();
     given.finish()?;
     let aborted = if names.is_empty() {
@@ -58,7 +74,7 @@ async fn abort_requests(
     } else {
         names.iter().map(|name| abort(&state, name)).sum()
     };
-    Ok(Json(json!({ "status": "aborted", "aborted": aborted })))
+    Ok(Json(Aborted { status: "aborted", aborted }))
 }
 
 /// Aborts the generations of this name; says how many requests they have.
@@ -76,13 +92,17 @@ pub(super) async fn abort_all(state: &Arc<AppState>) -> Result<usize, ApiError> 
 }
 
 /// `POST /reset_prefix_cache`. Running requests keep their KV.
-async fn reset_prefix_cache(
+#[utoipa::path(
+    post, path = "/reset_prefix_cache", operation_id = "reset_prefix_cache", tag = "control",
+    responses((status = 200, description = "Later requests share no prefix with earlier ones", body = Done), errors::Command),
+)]
+pub async fn reset_prefix_cache(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Done>, ApiError> {
     given.only("reset_running_requests", false)?;
     given.only("reset_external", false)?;
     given.finish()?;
     command(&state, |engine| engine.reset_prefix_cache()).await?;
-    Ok(Json(json!({ "message": "the prefix cache is reset", "success": true })))
+    Ok(Json(Done { success: true, message: "the prefix cache is reset" }))
 }

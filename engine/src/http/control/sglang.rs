@@ -1,12 +1,13 @@
 //! SGLang's names for the same commands.
 
+use super::answers::{AbortedRequest, Done, Message, Success, UpdatedFromDisk, WeightVersion};
 use super::arguments::Arguments;
 use super::command;
 use super::memory::memory_of;
 use super::pausing::{abort, abort_all};
 use super::version::Wanted;
 use super::weights::{admit, load, version};
-use crate::http::{AppState, Shared, error::ApiError};
+use crate::http::{AppState, Shared, error::ApiError, openapi::errors};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -35,7 +36,11 @@ pub(super) fn router() -> Router<Arc<AppState>> {
 
 /// `POST /update_weights_from_disk`. Running requests wait for the update, as `engine.on_update`
 /// says; `abort_all_requests` ends them first.
-async fn update_weights_from_disk(
+#[utoipa::path(
+    post, path = "/update_weights_from_disk", operation_id = "update_weights_from_disk", tag = "control",
+    responses((status = 200, description = "The engine draws from the new weights", body = UpdatedFromDisk), errors::Command),
+)]
+pub async fn update_weights_from_disk(
     State(state): Shared,
     mut given: Arguments,
 ) -> Result<Response, ApiError> {
@@ -61,8 +66,9 @@ async fn update_weights_from_disk(
     match load(&state, "model_path", dir, wanted).await {
         Ok(version) => {
             let message = format!("Succeeded to update model weights, now version {version}.");
-            let answer = json!({ "success": true, "message": message,
-                "num_paused_requests": 0, "weight_version": version });
+            let weight_version = version;
+            let answer =
+                UpdatedFromDisk { success: true, message, num_paused_requests: 0, weight_version };
             Ok(Json(answer).into_response())
         }
         Err(error) if error.status == StatusCode::BAD_REQUEST => {
@@ -77,43 +83,62 @@ async fn update_weights_from_disk(
 
 /// `POST /pause_generation {mode}`. A request that SGLang would retract, and compute again later,
 /// stays where it is.
-async fn pause_generation(
+#[utoipa::path(
+    post, path = "/pause_generation", operation_id = "pause_generation", tag = "control",
+    responses((status = 200, description = "The engine takes no steps", body = Message), errors::Command),
+)]
+pub async fn pause_generation(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Message>, ApiError> {
     let modes =
         [("abort", PauseMode::Abort), ("in_place", PauseMode::Keep), ("retract", PauseMode::Keep)];
     let mode = given.choice("mode", &modes)?;
     given.finish()?;
     command(&state, move |engine| engine.pause(mode, false)).await?;
-    Ok(Json(json!({ "message": "Generation paused successfully.", "status": "ok" })))
+    Ok(Json(Message { message: "Generation paused successfully.", status: "ok" }))
 }
 
 /// `POST /continue_generation`.
-async fn continue_generation(
+#[utoipa::path(
+    post, path = "/continue_generation", operation_id = "continue_generation", tag = "control",
+    responses((status = 200, description = "The engine takes steps", body = Message), errors::Command),
+)]
+pub async fn continue_generation(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Message>, ApiError> {
     given.only("torch_empty_cache", false)?;
     given.finish()?;
     command(&state, |engine| engine.resume()).await?;
-    Ok(Json(json!({ "message": "Generation continued successfully.", "status": "ok" })))
+    Ok(Json(Message { message: "Generation continued successfully.", status: "ok" }))
 }
 
 /// `/flush_cache`, by GET or POST.
-async fn flush_cache(State(state): Shared, mut given: Arguments) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    post, path = "/flush_cache", operation_id = "flush_cache", tag = "control",
+    responses((status = 200, description = "Later requests share no prefix with earlier ones", body = Done), errors::Command),
+)]
+pub async fn flush_cache(
+    State(state): Shared,
+    mut given: Arguments,
+) -> Result<Json<Done>, ApiError> {
     // Nothing is waited for: running requests keep their KV, and later ones do not use it.
     given.word("timeout")?;
     given.finish()?;
     command(&state, |engine| engine.reset_prefix_cache()).await?;
-    Ok(Json(json!({ "success": true, "message": "Cache flushed." })))
+    Ok(Json(Done { success: true, message: "Cache flushed." }))
 }
 
 /// `POST /abort_request {rid}` or `{abort_all}`.
-async fn abort_request(
+#[utoipa::path(
+    post, path = "/abort_request", operation_id = "abort_request", tag = "control",
+    responses((status = 200, description = "The requests are ended", body = AbortedRequest), errors::Command),
+)]
+pub async fn abort_request(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<AbortedRequest>, ApiError> {
     let rid = given.text("rid")?.filter(|rid| !rid.is_empty());
     let all = given.flag("abort_all")?.unwrap_or(false);
     given.finish()?;
@@ -122,14 +147,18 @@ async fn abort_request(
         (false, Some(rid)) => abort(&state, &rid),
         (false, None) => return Err(ApiError::invalid("rid", "is required unless abort_all")),
     };
-    Ok(Json(json!({ "success": true, "aborted": aborted })))
+    Ok(Json(AbortedRequest { success: true, aborted }))
 }
 
 /// `POST /release_memory_occupation {tags}`: `weights`, `kv_cache`; both if none is named.
-async fn release_memory(
+#[utoipa::path(
+    post, path = "/release_memory_occupation", operation_id = "release_memory_occupation", tag = "control",
+    responses((status = 200, description = "The memory is given back", body = Success), errors::Command),
+)]
+pub async fn release_memory(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Success>, ApiError> {
     let tags = given.list("tags")?;
     given.finish()?;
     let memory = memory_of(tags, "cuda_graph")?;
@@ -146,28 +175,40 @@ async fn release_memory(
         }
     })
     .await?;
-    Ok(Json(json!({ "success": true })))
+    Ok(Json(Success { success: true }))
 }
 
 /// `POST /resume_memory_occupation {tags}`.
-async fn resume_memory(
+#[utoipa::path(
+    post, path = "/resume_memory_occupation", operation_id = "resume_memory_occupation", tag = "control",
+    responses((status = 200, description = "The memory is taken again", body = Success), errors::Command),
+)]
+pub async fn resume_memory(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Success>, ApiError> {
     let tags = given.list("tags")?;
     given.finish()?;
     let memory = memory_of(tags, "cuda_graph")?;
     command(&state, move |engine| engine.wake_up(&memory)).await?;
-    Ok(Json(json!({ "success": true })))
+    Ok(Json(Success { success: true }))
 }
 
 /// `GET /get_weight_version`.
-async fn weight_version(State(state): Shared) -> Json<Value> {
-    Json(json!({ "weight_version": version(&state) }))
+#[utoipa::path(
+    get, path = "/get_weight_version", operation_id = "get_weight_version", tag = "control",
+    responses((status = 200, description = "What the weights are called", body = WeightVersion), errors::Controlled),
+)]
+pub async fn weight_version(State(state): Shared) -> Json<WeightVersion> {
+    Json(WeightVersion { weight_version: version(&state) })
 }
 
 /// `GET /get_model_info`.
-async fn model_info(State(state): Shared) -> Json<Value> {
+#[utoipa::path(
+    get, path = "/get_model_info", operation_id = "get_model_info", tag = "control",
+    responses((status = 200, description = "The model", body = Object), errors::Controlled),
+)]
+pub async fn model_info(State(state): Shared) -> Json<Value> {
     let name = &state.info.name;
     Json(json!({
         "model_path": name,
@@ -179,7 +220,11 @@ async fn model_info(State(state): Shared) -> Json<Value> {
 }
 
 /// `GET /get_server_info`.
-async fn server_info(State(state): Shared) -> Json<Value> {
+#[utoipa::path(
+    get, path = "/get_server_info", operation_id = "get_server_info", tag = "control",
+    responses((status = 200, description = "The server", body = Object), errors::Controlled),
+)]
+pub async fn server_info(State(state): Shared) -> Json<Value> {
     let info = &state.info;
     Json(json!({
         "version": env!("CARGO_PKG_VERSION"),

@@ -36,6 +36,12 @@ const ADAPTERS: [&str; 4] = [
     "/v1/unload_lora_adapter",
 ];
 
+/// All of the routes, but for those that differ from another one in a slash at the end.
+pub fn paths() -> impl Iterator<Item = &'static str> {
+    let all = TRANSFER.into_iter().chain(ADAPTERS).chain(["/collective_rpc"]);
+    all.filter(|path| !path.ends_with('/'))
+}
+
 pub(super) fn router() -> Router<Arc<AppState>> {
     let mut router = Router::new().route("/collective_rpc", any(rpc));
     for path in TRANSFER {

@@ -1,16 +1,17 @@
 //! vLLM's and prime-rl's routes about weights: load them from disk, name them, check them.
 
+use super::answers::{Checked, Renamed, Status, Updated, WeightVersion, WorldSize};
 use super::arguments::Arguments;
 use super::version::Wanted;
 use super::{command, not_built_in, too_late};
-use crate::http::{AppState, Shared, error::ApiError};
+use crate::http::{AppState, Shared, error::ApiError, openapi::errors};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use onpolicy_plugin_api::WeightUpdate;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,16 +35,24 @@ pub(super) const FROM_DISK: &str = "save the weights as a Hugging Face directory
 ///
 /// # Errors
 /// The engine has stopped.
+#[utoipa::path(
+    get, path = "/liveness", operation_id = "liveness", tag = "server",
+    responses(
+        (status = 200, description = "The engine answers", body = Status),
+        (status = 503, description = "It does not, or has stopped"),
+        errors::Plain,
+    ),
+)]
 pub async fn liveness(State(state): Shared) -> Result<Response, ApiError> {
     let engine = state.engine.clone();
     let answer = tokio::task::spawn_blocking(move || engine.ping());
     match timeout(state.control.settings.timeout.min(LIVELY), answer).await {
         Ok(Ok(alive)) => {
             alive?;
-            Ok(Json(json!({ "status": "ok" })).into_response())
+            Ok(Json(Status { status: "ok" }).into_response())
         }
         _ => {
-            let silent = Json(json!({ "status": "engine_unresponsive" }));
+            let silent = Json(Status { status: "engine_unresponsive" });
             Ok((StatusCode::SERVICE_UNAVAILABLE, silent).into_response())
         }
     }
@@ -53,10 +62,14 @@ pub async fn liveness(State(state): Shared) -> Result<Response, ApiError> {
 const LIVELY: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// `POST /update_weights`: prime-rl's `weight_dir`; vLLM's `update_info` needs NCCL.
-async fn update_weights(
+#[utoipa::path(
+    post, path = "/update_weights", operation_id = "update_weights", tag = "control",
+    responses((status = 200, description = "The engine draws from the new weights", body = Updated), errors::Update),
+)]
+pub async fn update_weights(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Updated>, ApiError> {
     if given.value("update_info").is_some() {
         let message = format!("weights over NCCL or IPC are not built in; {FROM_DISK}");
         return Err(not_built_in(message));
@@ -65,8 +78,8 @@ async fn update_weights(
     let wanted = given.word("weight_version")?.map(Wanted::new);
     given.finish()?;
     let dir = admit(&state, "weight_dir", dir)?;
-    let version = load(&state, "weight_dir", dir, wanted).await?;
-    Ok(Json(json!({ "status": "ok", "message": "Weights updated", "weight_version": version })))
+    let weight_version = load(&state, "weight_dir", dir, wanted).await?;
+    Ok(Json(Updated { status: "ok", message: "Weights updated", weight_version }))
 }
 
 /// The directory that argument `name` asks for, if weights may be loaded from there.
@@ -111,16 +124,24 @@ pub(super) fn version(state: &AppState) -> String {
 }
 
 /// `GET /weight_info`.
-async fn weight_info(State(state): Shared) -> Json<Value> {
-    Json(json!({ "weight_version": version(&state) }))
+#[utoipa::path(
+    get, path = "/weight_info", operation_id = "weight_info", tag = "control",
+    responses((status = 200, description = "What the weights are called", body = WeightVersion), errors::Controlled),
+)]
+pub async fn weight_info(State(state): Shared) -> Json<WeightVersion> {
+    Json(WeightVersion { weight_version: version(&state) })
 }
 
 /// `POST /update_weight_version`: a number is what later tokens carry; another name is kept beside
 /// the number.
-async fn update_weight_version(
+#[utoipa::path(
+    post, path = "/update_weight_version", operation_id = "update_weight_version", tag = "control",
+    responses((status = 200, description = "The weights have another name", body = Renamed), errors::Command),
+)]
+pub async fn update_weight_version(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Renamed>, ApiError> {
     let name = given.word("new_version")?;
     let abort = given.flag("abort_all_requests")?.unwrap_or(false);
     given.finish()?;
@@ -136,7 +157,7 @@ async fn update_weight_version(
     .await?;
     state.control.name.set(state.engine.weight_version(), wanted);
     let message = format!("Weight version updated to {name}");
-    Ok(Json(json!({ "success": true, "message": message, "new_version": name })))
+    Ok(Json(Renamed { success: true, message, new_version: name }))
 }
 
 /// What [`weight_checker`] does.
@@ -149,10 +170,14 @@ enum Action {
 
 /// `POST /weight_checker {action, baseline?, checksums?}`: 64-bit hashes of the weights, in
 /// hexadecimal digits, by name.
-async fn weight_checker(
+#[utoipa::path(
+    post, path = "/weight_checker", operation_id = "weight_checker", tag = "control",
+    responses((status = 200, description = "What was found, or done", body = Checked), errors::Command),
+)]
+pub async fn weight_checker(
     State(state): Shared,
     mut given: Arguments,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Checked>, ApiError> {
     let actions =
         [("checksum", Action::Checksum), ("reset", Action::Reset), ("compare", Action::Compare)];
     let action = match given.word("action")? {
@@ -168,7 +193,7 @@ async fn weight_checker(
     given.finish()?;
     if let Action::Reset = action {
         command(&state, |engine| engine.reset_weights()).await?;
-        return Ok(Json(json!({ "status": "reset" })));
+        return Ok(Json(Checked::Reset { status: "reset" }));
     }
     let checksums = command(&state, |engine| engine.checksums()).await?;
     let hex = |(name, hash): (String, u64)| (name, Value::String(format!("{hash:016x}")));
@@ -176,9 +201,10 @@ async fn weight_checker(
     Ok(Json(match action {
         Action::Compare => {
             let mismatches = mismatches(&checksums, &reports);
-            json!({ "match": mismatches.is_empty(), "mismatches": mismatches })
+            let mismatches: Vec<String> = mismatches.into_iter().cloned().collect();
+            Checked::Compared { matches: mismatches.is_empty(), mismatches }
         }
-        _ => json!({ "checksums": checksums }),
+        _ => Checked::Checksums { checksums },
     }))
 }
 
@@ -211,8 +237,12 @@ fn mismatches<'a>(
 }
 
 /// `GET /get_world_size`: one engine.
-async fn world_size(mut given: Arguments) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(
+    get, path = "/get_world_size", operation_id = "get_world_size", tag = "control",
+    responses((status = 200, description = "How many engines there are", body = WorldSize), errors::Asking),
+)]
+pub async fn world_size(mut given: Arguments) -> Result<Json<WorldSize>, ApiError> {
     given.flag("include_dp")?;
     given.finish()?;
-    Ok(Json(json!({ "world_size": 1 })))
+    Ok(Json(WorldSize { world_size: 1 }))
 }

@@ -8,26 +8,25 @@
 //! - `spans`: which weights made which tokens; `told`: streams.
 
 pub mod sglang;
-mod sglang_fields;
+pub(super) mod sglang_fields;
 mod spans;
 mod told;
 pub mod trl;
 pub mod vllm;
-mod vllm_fields;
+pub(super) mod vllm_fields;
 
 use super::body::{Fields, Paths};
 use super::error::ApiError;
 use super::fields::{Common, check_ids};
 use super::generation::{Generation, Job};
 use super::metrics::RequestClock;
-use super::structured;
 use super::text::{PlacedToken, TextRules};
 use super::{Admission, AppState};
 use onpolicy_plugin_api::Request;
 use std::sync::Arc;
 
 /// What is asked for, apart from the prompts, and where the client wrote it.
-struct Asked {
+pub(super) struct Asked {
     common: Common,
     paths: Paths,
     /// Tokens to generate where the client does not say.
@@ -68,7 +67,8 @@ impl Asked {
         let rules = self.common.text_rules(&state.info);
         let tokens_only = !text && rules.stop.is_empty();
         let rules = Arc::new(TextRules { tokens_only, ..(*rules).clone() });
-        Job { requests, rules, stream: self.common.stream }
+        let structured = self.common.structured_field();
+        Job { requests, rules, stream: self.common.stream, structured }
     }
 
     /// Starts the job.
@@ -83,8 +83,11 @@ impl Asked {
         clock: RequestClock,
     ) -> Result<Generation, ApiError> {
         let generation = Generation::start(state, job, admission, clock);
-        let field = self.common.structured_field();
-        generation.map_err(|error| self.paths.place(structured::named(error, field.as_deref())))
+        let generation = generation.map_err(|error| self.paths.place(error))?;
+        Ok(match &self.common.request_id {
+            Some(id) => generation.named(id),
+            None => generation,
+        })
     }
 }
 

@@ -9,6 +9,7 @@ use crate::http::error::ApiError;
 use crate::http::generation::{Finish, Job, StopReason, Update};
 use crate::http::logprobs::{LOWEST, PolicyStats, TokenNames};
 use crate::http::metrics::RequestClock;
+use crate::http::openapi::{StreamEvent, errors};
 use crate::http::text::{Piece, PlacedToken};
 use crate::http::{Admission, AppState, Shared};
 use axum::Json;
@@ -19,6 +20,7 @@ use onpolicy_plugin_api::{FinishReason, PromptToken};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::time::Instant;
+use utoipa::ToSchema;
 
 /// The route's path.
 pub const PATH: &str = "/generate";
@@ -27,6 +29,15 @@ pub const PATH: &str = "/generate";
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/generate", operation_id = "generate", tag = "generation",
+    request_body = ref("#/components/schemas/SglangRequest"),
+    responses(
+        (status = 200, description = "All samples; or, with `stream`, events of more of them",
+            content((Outputs = "application/json"), (StreamEvent = "text/event-stream"))),
+        errors::Generating,
+    ),
+)]
 pub async fn create(
     State(state): Shared,
     admission: Admission,
@@ -35,7 +46,8 @@ pub async fn create(
     let clock = RequestClock::start(PATH);
     let plan = state.off_thread(move |state| plan(body.fields()?, state)).await?;
     let Plan { job, mut wording, asked } = plan;
-    let generation = asked.start(job, &state, admission, clock)?;
+    let generation = asked.start(job, &state, admission, clock)?.named(&wording.rid);
+    let generation = generation.named_each(wording.rids.as_deref().unwrap_or_default());
     if asked.common.stream {
         let pieces = vec![Piece::default(); generation.samples()];
         return Ok(told::stream_of(generation, Telling { wording, pieces }));
@@ -46,10 +58,10 @@ pub async fn create(
     let outputs = samples.map(|(i, sample)| wording.output(i, &sample.piece, Some(&sample.finish)));
     let mut outputs: Vec<Output> = outputs.collect();
     match outputs.pop() {
-        Some(only) if !wording.list => Ok(Json(only).into_response()),
+        Some(only) if !wording.list => Ok(Json(Outputs::One(Box::new(only))).into_response()),
         last => {
             outputs.extend(last);
-            Ok(Json(outputs).into_response())
+            Ok(Json(Outputs::Several(outputs)).into_response())
         }
     }
 }
@@ -58,6 +70,12 @@ struct Plan {
     job: Job,
     wording: Wording,
     asked: Asked,
+}
+
+/// Parses a body and forgets what it asks for.
+#[cfg(test)]
+pub(in crate::http) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan(fields, state).map(|_| ())
 }
 
 fn plan(fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
@@ -100,8 +118,18 @@ fn check_start(logprobs: Option<Logprobs>, prompt: usize) -> Result<(), ApiError
     }
 }
 
+/// A list where several samples were asked for.
+#[derive(Serialize, ToSchema)]
+#[schema(as = SglangOutputs)]
+#[serde(untagged)]
+enum Outputs<'a> {
+    One(Box<Output<'a>>),
+    Several(Vec<Output<'a>>),
+}
+
 /// A sample, so far or as a whole.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = SglangOutput)]
 struct Output<'a> {
     text: &'a str,
     output_ids: Vec<u32>,
@@ -113,9 +141,10 @@ struct Output<'a> {
     index: Option<usize>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct MetaInfo {
     id: String,
+    #[schema(value_type = Option<Object>)]
     finish_reason: Option<Value>,
     prompt_tokens: usize,
     completion_tokens: usize,
@@ -131,15 +160,22 @@ struct MetaInfo {
 /// A token: its log-prob, its id, and its text if it was asked for.
 type Shown = (Option<f32>, u32, Option<String>);
 
-#[derive(Serialize)]
+/// All of it is absent if no log-probs were asked for. A token is `[log-prob, id, text]`.
+#[derive(Serialize, ToSchema)]
 struct ShownLogprobs {
+    #[schema(value_type = Vec<Vec<Value>>, required = false)]
     input_token_logprobs: Vec<Shown>,
+    #[schema(value_type = Vec<Vec<Value>>, required = false)]
     output_token_logprobs: Vec<Shown>,
+    #[schema(required = false)]
     output_token_logprobs_length: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<Vec<Vec<Value>>>>>)]
     input_top_logprobs: Option<Vec<Option<Vec<Shown>>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<Vec<Vec<Value>>>>>)]
     output_top_logprobs: Option<Vec<Option<Vec<Shown>>>>,
+    #[schema(required = false)]
     policy: PolicyStats,
 }
 

@@ -14,7 +14,7 @@ use std::collections::HashSet;
 const DEFAULT_MAX_NEW_TOKENS: usize = 128;
 
 /// Fields of `sampling_params` and their names on the other routes.
-const SAMPLING: [(&str, &str); 20] = [
+pub const SAMPLING: [(&str, &str); 20] = [
     ("n", "n"),
     ("temperature", "temperature"),
     ("top_p", "top_p"),
@@ -37,7 +37,7 @@ const SAMPLING: [(&str, &str); 20] = [
     ("regex", "guided_regex"),
 ];
 
-const SAMPLING_NEUTRAL: [Rule; 6] = [
+pub const SAMPLING_NEUTRAL: [Rule; 6] = [
     ("ebnf", Only::Nothing),
     ("structural_tag", Only::Nothing),
     ("stop_regex", Only::Empty),
@@ -47,7 +47,7 @@ const SAMPLING_NEUTRAL: [Rule; 6] = [
 ];
 
 /// Images, adapters, sessions, expert choices and transfers between servers: there are none here.
-const BODY_NEUTRAL: [Rule; 37] = [
+pub const BODY_NEUTRAL: [Rule; 37] = [
     ("input_embeds", Only::Nothing),
     ("image_data", Only::Empty),
     ("video_data", Only::Empty),

@@ -2,12 +2,14 @@
 
 use crate::http::text::PlacedToken;
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 /// Tokens `start..end` of a sample, all made by one version of the weights.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Span {
     /// Written as text, as vLLM and SGLang do.
     #[serde(serialize_with = "as_text")]
+    #[schema(value_type = String)]
     pub version: u64,
     /// The first token.
     pub start: usize,
@@ -20,7 +22,7 @@ fn as_text<S: Serializer>(version: &u64, serializer: S) -> Result<S::Ok, S::Erro
 }
 
 /// The spans of a growing sample. They are contiguous, and neighbours differ in their version.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(transparent)]
 pub struct Spans(Vec<Span>);
 

@@ -10,13 +10,15 @@ use crate::http::generation::{Job, Sample};
 use crate::http::logprobs::LOWEST;
 use crate::http::metrics::RequestClock;
 use crate::http::neutral::{self, Only};
+use crate::http::openapi::errors;
 use crate::http::prompt::{Prompt, encode_chat, take_chat};
 use crate::http::{Admission, AppState, Shared};
 use axum::Json;
 use axum::extract::State;
-use onpolicy_plugin_api::{Grammar, Request, Token};
+use onpolicy_plugin_api::{Request, Token};
 use serde::Serialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 /// Path of the route that takes prompts.
 pub const GENERATE: &str = "/generate/";
@@ -24,11 +26,23 @@ pub const GENERATE: &str = "/generate/";
 pub const CHAT: &str = "/chat/";
 /// `max_tokens` where it is not given.
 const DEFAULT_MAX_TOKENS: usize = 16;
+/// Fields beside `generation_kwargs` that are called as on the other routes.
+pub(in crate::http) const BESIDE: [&str; 7] =
+    ["n", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_tokens"];
 
 /// Answers the route that takes prompts.
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/generate/", operation_id = "trl_generate", tag = "generation",
+    request_body = ref("#/components/schemas/TrlPromptsRequest"),
+    responses(
+        (status = 200, description = "All samples",
+            body = Answer),
+        errors::Generating,
+    ),
+)]
 pub async fn generate(
     State(state): Shared,
     admission: Admission,
@@ -43,6 +57,15 @@ pub async fn generate(
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/chat/", operation_id = "trl_chat", tag = "generation",
+    request_body = ref("#/components/schemas/TrlChatsRequest"),
+    responses(
+        (status = 200, description = "All samples",
+            body = Answer),
+        errors::Generating,
+    ),
+)]
 pub async fn chat(
     State(state): Shared,
     admission: Admission,
@@ -55,7 +78,8 @@ pub async fn chat(
 
 /// Tokens of all prompts, and of all samples, those of one prompt side by side. The log-probs at
 /// a position are those of the likeliest tokens and of the drawn one, likeliest first.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = TrlAnswer)]
 pub struct Answer {
     prompt_ids: Vec<Vec<u32>>,
     completion_ids: Vec<Vec<u32>>,
@@ -113,6 +137,18 @@ fn ranked(sample: &Sample) -> (Vec<Vec<f32>>, Vec<Vec<u32>>) {
     sample.piece.tokens.iter().map(|placed| at(&placed.token)).unzip()
 }
 
+/// Parses a body with prompts and forgets what it asks for.
+#[cfg(test)]
+pub(in crate::http) fn parse_prompts(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan_prompts(fields, state).map(|_| ())
+}
+
+/// Parses a body with conversations and forgets what it asks for.
+#[cfg(test)]
+pub(in crate::http) fn parse_chats(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan_chats(fields, state).map(|_| ())
+}
+
 fn plan_prompts(mut body: Fields, state: &AppState) -> Result<Plan, ApiError> {
     let mut common = Fields::default();
     common.adopt(&mut body, "prompts", "prompt");
@@ -155,8 +191,6 @@ fn take_asked(
     mut common: Fields,
     state: &AppState,
 ) -> Result<(Asked, bool), ApiError> {
-    const BESIDE: [&str; 7] =
-        ["n", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_tokens"];
     let kwargs = body.take_value("generation_kwargs").unwrap_or_else(|| json!({}));
     let mut kwargs = Fields::of(kwargs, "generation_kwargs")?;
     for name in BESIDE {

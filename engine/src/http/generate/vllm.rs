@@ -11,6 +11,8 @@ use crate::http::error::ApiError;
 use crate::http::generation::{Finish, Job, Sample, StopReason, Update};
 use crate::http::logprobs::{ChatLogprobs, LOWEST, PolicyStats, TokenNames};
 use crate::http::metrics::RequestClock;
+use crate::http::openapi::{StreamEvent, errors};
+use crate::http::prompt_logprobs::PromptLogprobs;
 use crate::http::text::{Piece, PlacedToken};
 use crate::http::{Admission, AppState, Shared};
 use axum::Json;
@@ -18,8 +20,8 @@ use axum::extract::State;
 use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
 use onpolicy_plugin_api::{FinishReason, PromptToken, Token};
-use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
+use utoipa::ToSchema;
 
 /// The route's path.
 pub const PATH: &str = "/inference/v1/generate";
@@ -28,6 +30,15 @@ pub const PATH: &str = "/inference/v1/generate";
 ///
 /// # Errors
 /// Any [`ApiError`].
+#[utoipa::path(
+    post, path = "/inference/v1/generate", operation_id = "generate_tokens", tag = "generation",
+    request_body = ref("#/components/schemas/TokensRequest"),
+    responses(
+        (status = 200, description = "All samples; or, with `stream`, events of more of them",
+            content((Answer = "application/json"), (StreamEvent = "text/event-stream"))),
+        errors::Generating,
+    ),
+)]
 pub async fn create(
     State(state): Shared,
     admission: Admission,
@@ -36,7 +47,7 @@ pub async fn create(
     let clock = RequestClock::start(PATH);
     let plan = state.off_thread(move |state| plan(body.fields()?, state)).await?;
     let Plan { job, wording, asked } = plan;
-    let generation = asked.start(job, &state, admission, clock)?;
+    let generation = asked.start(job, &state, admission, clock)?.named(&wording.request_id);
     if asked.common.stream {
         let spans = vec![Spans::default(); generation.samples()];
         let include_usage = asked.common.include_usage;
@@ -61,8 +72,15 @@ struct Plan {
     asked: Asked,
 }
 
+/// Parses a body and forgets what it asks for.
+#[cfg(test)]
+pub(in crate::http) fn parse(fields: Fields, state: &AppState) -> Result<(), ApiError> {
+    plan(fields, state).map(|_| ())
+}
+
 fn plan(fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
-    let Body { asked, prompt, logprobs, text, return_prompt } = Body::take(fields, state)?;
+    let Body { asked, prompt, prompt_top, logprobs, text, return_prompt } =
+        Body::take(fields, state)?;
     let request = asked.request(prompt.clone(), state)?;
     let job = asked.job(vec![request], text, state);
     let wording = Wording {
@@ -71,6 +89,7 @@ fn plan(fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
         created: unix_time(),
         weight_version: state.engine.weight_version(),
         prompt,
+        prompt_top,
         logprobs,
         text,
         return_prompt,
@@ -80,7 +99,8 @@ fn plan(fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
 }
 
 /// An answer, or a chunk of one.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TokensAnswer)]
 struct Answer<'a> {
     request_id: &'a str,
     model: &'a str,
@@ -90,19 +110,21 @@ struct Answer<'a> {
     choices: Vec<Choice>,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
-    prompt_logprobs: Option<Vec<Option<Candidates>>>,
+    prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [u32]>,
 }
 
 /// A sample, or what a chunk adds to it.
-#[derive(Default, Serialize)]
+#[derive(Default, Serialize, ToSchema)]
+#[schema(as = TokensChoice)]
 struct Choice {
     index: usize,
     token_ids: Vec<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     text: Option<String>,
     logprobs: Option<Logprobs>,
+    #[schema(value_type = Option<String>)]
     finish_reason: Option<FinishReason>,
     stop_reason: Option<StopReason>,
     weight_versions: Option<Spans>,
@@ -111,7 +133,8 @@ struct Choice {
 }
 
 /// With text they are those of a chat message.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TokensLogprobs)]
 #[serde(untagged)]
 enum Logprobs {
     Tokens { content: Vec<TokenLogprob> },
@@ -119,34 +142,15 @@ enum Logprobs {
 }
 
 /// `token` is the name that vLLM gave a token before it had `token_id`; clients read either.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct TokenLogprob {
     token: String,
     token_id: u32,
     logprob: f32,
     rank: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(no_recursion)]
     top_logprobs: Option<Vec<TokenLogprob>>,
-}
-
-/// The log-probs at one place of a prompt, by token id; the prompt's own token first.
-struct Candidates(Vec<(u32, Candidate)>);
-
-#[derive(Serialize)]
-struct Candidate {
-    logprob: f32,
-    rank: Option<usize>,
-    decoded_token: Option<String>,
-}
-
-impl Serialize for Candidates {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (id, candidate) in &self.0 {
-            map.serialize_entry(&id.to_string(), candidate)?;
-        }
-        map.end()
-    }
 }
 
 /// How this request is answered.
@@ -156,6 +160,8 @@ struct Wording {
     created: u64,
     weight_version: u64,
     prompt: Vec<u32>,
+    /// How many of the likeliest tokens are listed with each prompt token.
+    prompt_top: usize,
     logprobs: Option<usize>,
     text: bool,
     return_prompt: bool,
@@ -219,17 +225,8 @@ impl Wording {
         }
     }
 
-    /// One entry per token of the prompt; there is none for the first.
-    fn prompt_logprobs(&self, tokens: &[PromptToken]) -> Vec<Option<Candidates>> {
-        let later = self.prompt.iter().skip(1).zip(tokens).map(|(id, token)| {
-            let candidates = ranked((*id, token.logprob, token.rank), &token.top);
-            let named = candidates.map(|(id, logprob, rank)| {
-                let decoded_token = self.text.then(|| self.names.name(id));
-                (id, Candidate { logprob: logprob.max(LOWEST), rank, decoded_token })
-            });
-            Some(Candidates(named.collect()))
-        });
-        std::iter::once(None).chain(later).collect()
+    fn prompt_logprobs(&self, tokens: &[PromptToken]) -> PromptLogprobs {
+        PromptLogprobs::new(&self.prompt, tokens, self.prompt_top, &self.names)
     }
 }
 

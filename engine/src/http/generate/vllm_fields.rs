@@ -6,9 +6,10 @@ use crate::http::body::Fields;
 use crate::http::error::ApiError;
 use crate::http::fields::check_top;
 use crate::http::neutral::{self, Only, Rule};
+use crate::http::sampling::engine_prompt_logprobs;
 
 /// Fields of the body that have the same meaning on all generating routes.
-const BODY: [&str; 6] =
+pub const BODY: [&str; 6] =
     ["model", "request_id", "stream", "stream_options", "cache_salt", "priority"];
 
 /// The same in vLLM's `SamplingParams`.
@@ -38,7 +39,7 @@ pub const SAMPLING: [&str; 22] = [
 ];
 
 /// Images, transfers between servers and reasoning parsers: there are none here.
-const BODY_NEUTRAL: [Rule; 7] = [
+pub const BODY_NEUTRAL: [Rule; 7] = [
     ("features", Only::Empty),
     ("content_parts", Only::Empty),
     ("token_offsets", Only::Nothing),
@@ -66,6 +67,8 @@ pub const SAMPLING_NEUTRAL: [Rule; 10] = [
 pub struct Body {
     pub asked: Asked,
     pub prompt: Vec<u32>,
+    /// How many of the likeliest tokens to list with each prompt token.
+    pub prompt_top: usize,
     /// Log-probs of the tokens, and how many tokens to name at each position.
     pub logprobs: Option<usize>,
     /// Show the text beside the tokens.
@@ -96,14 +99,16 @@ impl Body {
         // The drawn token is one of those named, unless they are those of a chat message.
         let others = logprobs.filter(|named| text || *named > 1);
         asked.common.params.top_logprobs = others.unwrap_or(0);
-        asked.common.params.prompt_logprobs = top(&mut sampling, "prompt_logprobs")?;
+        let prompt_top = top(&mut sampling, "prompt_logprobs")?;
+        asked.common.params.prompt_logprobs = engine_prompt_logprobs(prompt_top);
         check_output(&mut sampling, &asked, text)?;
         neutral::check(&mut body, &BODY_NEUTRAL)?;
         neutral::check(&mut sampling, &SAMPLING_NEUTRAL)?;
         let return_prompt = body.take_or("return_token_ids", false)?;
         body.finish()?;
         sampling.finish()?;
-        Ok(Self { asked, prompt, logprobs, text, return_prompt })
+        let prompt_top = prompt_top.unwrap_or(0);
+        Ok(Self { asked, prompt, prompt_top, logprobs, text, return_prompt })
     }
 }
 

@@ -21,17 +21,14 @@ impl Only {
     }
 }
 
-fn all(rules: &[Rule]) -> Properties {
+/// Those of these rules.
+pub(in crate::http) fn all(rules: &[Rule]) -> Properties {
     rules.iter().map(|(name, only)| ((*name).to_string(), only.schema())).collect()
 }
 
 /// Those of both generating routes.
 pub fn shared() -> Properties {
-    let mut shared = all(&SHARED);
-    let format = json!({"type": "object", "additionalProperties": false,
-        "properties": {"type": {"enum": ["text", null]}}});
-    shared.insert("response_format".into(), format);
-    shared
+    all(&SHARED)
 }
 
 /// Those of `/v1/completions`.
@@ -43,12 +40,15 @@ pub fn completions() -> Properties {
 pub fn chat() -> Properties {
     let mut chat = all(&CHAT);
     chat.insert("modalities".into(), json!({"const": ["text"]}));
+    // The older forms of tools; see `tools::refuse_older`.
+    chat.insert("functions".into(), json!({"const": []}));
+    chat.insert("function_call".into(), json!({"const": "none"}));
     chat
 }
 
 /// Those of `/tokenize`.
 pub fn tokenize() -> Properties {
-    all(&[("tools", Only::Empty), ("chat_template", Only::Nothing)])
+    all(&[("chat_template", Only::Nothing)])
 }
 
 /// Those of `stream_options`.

@@ -39,6 +39,17 @@ pub struct Body;
 /// Statuses of a route that generates.
 pub struct Generating;
 
+/// Statuses of a route that tells what controls the engine.
+pub struct Controlled;
+/// Statuses of such a route that takes arguments.
+pub struct Asking;
+/// Statuses of a route that controls the engine.
+pub struct Command;
+/// Statuses of a route that does so in several ways, not all of them built in.
+pub struct Update;
+/// Statuses of a route that needs what is not built in.
+pub struct NotBuiltIn;
+
 const PLAIN: [StatusCode; 2] = [StatusCode::UNAUTHORIZED, StatusCode::INTERNAL_SERVER_ERROR];
 const BODY: [StatusCode; 5] = [
     StatusCode::BAD_REQUEST,
@@ -49,19 +60,26 @@ const BODY: [StatusCode; 5] = [
 ];
 const GENERATING: [StatusCode; 3] =
     [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
+const ASKING: [StatusCode; 3] =
+    [StatusCode::BAD_REQUEST, StatusCode::REQUEST_TIMEOUT, StatusCode::PAYLOAD_TOO_LARGE];
+const COMMAND: [StatusCode; 3] =
+    [StatusCode::CONFLICT, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
 
 /// What a status says of a request.
 fn meaning(status: StatusCode) -> &'static str {
     match status {
         StatusCode::BAD_REQUEST => "The request breaks a rule; `param` names the field",
         StatusCode::UNAUTHORIZED => "The server wants a key",
+        StatusCode::FORBIDDEN => "The control routes are off, or do not allow this",
+        StatusCode::CONFLICT => "The engine is in a state in which it does not do this",
+        StatusCode::NOT_IMPLEMENTED => "Not built in; the message says what to do in its place",
         StatusCode::NOT_FOUND => "No such model",
         StatusCode::REQUEST_TIMEOUT => "The body did not arrive in time",
         StatusCode::PAYLOAD_TOO_LARGE => "The body is too long",
         StatusCode::UNSUPPORTED_MEDIA_TYPE => "The body is not JSON",
         StatusCode::TOO_MANY_REQUESTS => "Too many requests run or wait; try again later",
         StatusCode::SERVICE_UNAVAILABLE => "The engine does not take requests now; try again later",
-        StatusCode::GATEWAY_TIMEOUT => "The request did not end in time and was stopped",
+        StatusCode::GATEWAY_TIMEOUT => "It did not end in time",
         _ => "The server failed",
     }
 }
@@ -110,5 +128,36 @@ impl IntoResponses for Body {
 impl IntoResponses for Generating {
     fn responses() -> Responses {
         answers(&[&BODY[..], &GENERATING, &PLAIN].concat())
+    }
+}
+
+impl IntoResponses for Controlled {
+    fn responses() -> Responses {
+        answers(&[&[StatusCode::FORBIDDEN][..], &PLAIN].concat())
+    }
+}
+
+impl IntoResponses for Asking {
+    fn responses() -> Responses {
+        Controlled::responses().into_iter().chain(answers(&ASKING)).collect()
+    }
+}
+
+impl IntoResponses for Command {
+    fn responses() -> Responses {
+        Asking::responses().into_iter().chain(answers(&COMMAND)).collect()
+    }
+}
+
+impl IntoResponses for Update {
+    fn responses() -> Responses {
+        Command::responses().into_iter().chain(NotBuiltIn::responses()).collect()
+    }
+}
+
+impl IntoResponses for NotBuiltIn {
+    fn responses() -> Responses {
+        let more = answers(&[StatusCode::NOT_IMPLEMENTED]);
+        Controlled::responses().into_iter().chain(more).collect()
     }
 }

@@ -3,7 +3,8 @@
 //! Paths and answers come from attributes and derives at the handlers and their answers; what a
 //! body may hold is told by [`requests`], whose tests hold it against the parsers. To add a route:
 //! put `#[utoipa::path(..)]` on its handler and name the handler in `Document`; if it takes a body,
-//! add its schema to [`requests::schemas`] and an example of it to the tests.
+//! add its schema to [`requests::schemas`] and an example of it to the tests. The arguments of
+//! commands are in [`requests::control`].
 
 pub mod errors;
 pub mod requests;
@@ -11,10 +12,20 @@ pub mod requests;
 #[cfg(test)]
 mod tests;
 
-use super::{AppState, Shared, chat_completions, completions, health, metrics, models, tokens};
+use super::control::{memory, pausing, sglang, transfer, weights};
+use super::{AppState, Shared, chat_completions, completions, generate, health, metrics, models};
+use super::{render, tokens};
 use axum::{Json, extract::State};
+use serde::Serialize;
 use serde_json::{Value, json};
-use utoipa::OpenApi;
+use utoipa::{IntoResponses, OpenApi, ToSchema};
+
+/// A server-sent event.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct StreamEvent {
+    /// More of the answer as JSON, an error, or `[DONE]`, which comes last.
+    data: String,
+}
 
 #[derive(OpenApi)]
 #[openapi(
@@ -28,6 +39,12 @@ use utoipa::OpenApi;
         models::get,
         completions::create,
         chat_completions::create,
+        render::completions,
+        render::chat,
+        generate::vllm::create,
+        generate::sglang::create,
+        generate::trl::generate,
+        generate::trl::chat,
         tokens::tokenize,
         tokens::detokenize,
         health::health,
@@ -37,6 +54,30 @@ use utoipa::OpenApi;
         models::version,
         metrics::show,
         show,
+        weights::liveness,
+        pausing::pause,
+        pausing::resume,
+        pausing::is_paused,
+        pausing::abort_requests,
+        pausing::reset_prefix_cache,
+        memory::sleep,
+        memory::wake_up,
+        memory::is_sleeping,
+        weights::update_weights,
+        weights::weight_info,
+        weights::update_weight_version,
+        weights::weight_checker,
+        weights::world_size,
+        sglang::update_weights_from_disk,
+        sglang::pause_generation,
+        sglang::continue_generation,
+        sglang::flush_cache,
+        sglang::abort_request,
+        sglang::release_memory,
+        sglang::resume_memory,
+        sglang::weight_version,
+        sglang::model_info,
+        sglang::server_info,
     ),
     components(schemas(errors::ErrorAnswer))
 )]
@@ -47,6 +88,13 @@ pub fn document(state: &AppState) -> Value {
     let mut document = serde_json::to_value(Document::openapi()).unwrap_or_default();
     for (name, schema) in requests::schemas(&state.info, &state.limits) {
         document["components"]["schemas"][name] = schema;
+    }
+    requests::control::describe(&mut document);
+    let refused = serde_json::to_value(errors::NotBuiltIn::responses()).unwrap_or_default();
+    for path in transfer::paths() {
+        let name = path.trim_start_matches('/').replace('/', "_");
+        document["paths"][path]["post"] =
+            json!({"operationId": name, "tags": ["control"], "responses": refused});
     }
     document
 }
