@@ -60,8 +60,11 @@ pub fn start(
     let access = access(&config.server, address)?;
     let control = settings(&config.server, run)?;
     let limits = limits(&config.server);
-    let state = AppState::new(engine.clone(), tokenizer.clone(), limits, metrics)
+    let mut state = AppState::new(engine.clone(), tokenizer.clone(), limits, metrics)
         .with_access(access, control);
+    if let Some(format) = config.server.tool_format {
+        state = state.with_tool_format(format);
+    }
     let connections = connections(&config.server);
     let (shutdown, signal) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("http".into()).spawn(move || {

@@ -6,7 +6,11 @@ use common::{engine, tiny};
 use futures::StreamExt;
 use onpolicy_engine::{
     engine::{EngineConfig, EngineHandle},
-    http::{self, AppState, Limits, metrics},
+    http::{
+        self, AppState, Limits,
+        metrics::{self, PrometheusHandle},
+    },
+    kv_cache::KvCache,
 };
 use reqwest::{Client, Response, StatusCode};
 use serde_json::{Value, json};
@@ -22,11 +26,9 @@ struct Server {
 }
 
 impl Server {
-    async fn start() -> Self {
+    async fn start(kv_memory: usize, metrics: PrometheusHandle) -> Self {
         let checkpoint = tiny("llama-tied");
-        let metrics = metrics::install().expect("the only recorder of this process");
-        let limits =
-            EngineConfig { kv_memory: 8 << 20, max_num_seqs: 64, ..EngineConfig::default() };
+        let limits = EngineConfig { kv_memory, max_num_seqs: 64, ..EngineConfig::default() };
         let engine = engine(&checkpoint, limits);
         let served = Arc::new(engine.clone());
         let state = AppState::new(served, checkpoint.tokenizer.clone(), Limits::default(), metrics);
@@ -74,7 +76,8 @@ async fn leave_in_mid_stream(server: &Server, n: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_requests_and_lost_clients_cost_nobody_else_anything() {
-    let server = Server::start().await;
+    let recorder = metrics::install().expect("the only recorder of this process");
+    let server = Server::start(8 << 20, recorder.clone()).await;
     let want = server.greedy().await;
     assert_eq!(want.len(), 12);
     let bad = [
@@ -125,4 +128,33 @@ async fn bad_requests_and_lost_clients_cost_nobody_else_anything() {
     let metrics = metrics.expect("an answer").text().await.expect("text");
     assert!(metrics.contains("\nonpolicy_weight_version 1\n"), "{metrics}");
     assert!(metrics.contains("onpolicy_weight_update_seconds_count 1"), "{metrics}");
+    // Afterwards, because the recorder counts for both.
+    what_can_never_fit_the_pool_is_refused_at_once(recorder).await;
+}
+
+async fn what_can_never_fit_the_pool_is_refused_at_once(recorder: PrometheusHandle) {
+    // Six blocks: 96 tokens, and one more that is not fed back.
+    let pool = 6 * KvCache::block_bytes(&tiny("llama-tied").config);
+    let server = Server::start(pool, recorder).await;
+    let prompt = |len: usize| vec![5; len];
+    for (body, field, says) in [
+        (json!({ "prompt": prompt(60), "max_tokens": 60 }), "max_tokens", "lower max_tokens to 37"),
+        (json!({ "prompt": prompt(120), "max_tokens": 1 }), "prompt", "shorten the prompt"),
+        (
+            json!({ "prompt": [prompt(3), prompt(60)], "n": 2, "max_tokens": 60 }),
+            "max_tokens",
+            "lower max_tokens to 37",
+        ),
+    ] {
+        let answer = server.complete(body).await;
+        let (status, text) = (answer.status(), answer.text().await.expect("a body"));
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{text}");
+        let error: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(error["error"]["param"], field, "{text}");
+        assert!(error["error"]["message"].as_str().expect("a message").contains(says), "{text}");
+    }
+    let fits = json!({ "prompt": prompt(60), "max_tokens": 37, "n": 3, "ignore_eos": true });
+    let answer: Value = server.complete(fits).await.json().await.expect("JSON");
+    assert_eq!(answer["usage"]["completion_tokens"], 3 * 37, "{answer}");
+    server.wait_until_free().await;
 }

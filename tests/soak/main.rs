@@ -12,7 +12,7 @@ use onpolicy_engine::http::{
     self, AppState, Limits,
     connections::{ConnectionLimits, serve},
 };
-use onpolicy_plugin_api::{Engine, EngineError, PauseMode};
+use onpolicy_plugin_api::{Engine, PauseMode};
 use policy::{Owner, Policy};
 use requests::{Client, Dice, ask};
 use std::{
@@ -35,15 +35,6 @@ const WARM: u64 = 500;
 const GROWTH_MIB: u64 = 32;
 /// How long a request may take for a client that hurries.
 const HURRY: Duration = Duration::from_millis(4);
-
-/// Whether the engine did what its owner asked; one that cannot says so.
-fn did(result: Result<(), EngineError>) -> bool {
-    match result {
-        Ok(()) => true,
-        Err(EngineError::Unsupported(_)) => false,
-        Err(error) => panic!("{error}"),
-    }
-}
 
 /// What this process holds, in MiB.
 fn resident_mib() -> u64 {
@@ -114,37 +105,40 @@ fn meddle(owner: &Owner, ledger: &Ledger, stop: &AtomicBool) -> BTreeMap<&'stati
     let mut times = BTreeMap::new();
     while !stop.load(SeqCst) {
         std::thread::sleep(Duration::from_millis(5 + dice.below(20)));
-        let (what, done) = match dice.below(10) {
+        let what = match dice.below(10) {
             0..4 => {
                 owner.update();
-                ("update", true)
+                "update"
             }
-            4 => ("pause", pause(engine, PauseMode::Keep, &mut dice)),
-            5 => ("pause", pause(engine, PauseMode::Wait, &mut dice)),
-            6 if dice.below(4) == 0 => ("pause", pause(engine, PauseMode::Abort, &mut dice)),
-            7 => ("reset", did(engine.reset_prefix_cache())),
-            8 if dice.below(4) == 0 => ("abort all", did(engine.abort_all())),
-            _ => match ledger.recent(dice.below(CLIENTS as u64) as usize) {
-                Some(id) => {
-                    engine.abort(id, (dice.below(2) == 0).then_some(0));
-                    ("abort", true)
-                }
-                None => ("abort", false),
-            },
+            4 => pause(engine, PauseMode::Keep, &mut dice),
+            5 => pause(engine, PauseMode::Wait, &mut dice),
+            6 if dice.below(4) == 0 => pause(engine, PauseMode::Abort, &mut dice),
+            7 => {
+                engine.reset_prefix_cache().expect("reset");
+                "reset"
+            }
+            8 if dice.below(4) == 0 => {
+                engine.abort_all().expect("aborted");
+                "abort all"
+            }
+            _ => {
+                let Some(id) = ledger.recent(dice.below(CLIENTS as u64) as usize) else { continue };
+                engine.abort(id, (dice.below(2) == 0).then_some(0));
+                "abort"
+            }
         };
-        *times.entry(what).or_default() += u64::from(done);
+        *times.entry(what).or_default() += 1;
     }
     times
 }
 
-fn pause(engine: &impl Engine, mode: PauseMode, dice: &mut Dice) -> bool {
-    if !did(engine.pause(mode, dice.below(2) == 0)) {
-        return false;
-    }
+fn pause(engine: &impl Engine, mode: PauseMode, dice: &mut Dice) -> &'static str {
+    engine.pause(mode, dice.below(2) == 0).expect("paused");
     assert!(engine.is_paused());
     std::thread::sleep(Duration::from_millis(dice.below(30)));
-    assert!(did(engine.resume()) && !engine.is_paused());
-    true
+    engine.resume().expect("resumed");
+    assert!(!engine.is_paused());
+    "pause"
 }
 
 /// A server on a free port; ends with the sender.

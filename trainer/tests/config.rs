@@ -317,6 +317,7 @@ fn keys_are_read_and_never_written() {
         ("server.control_key=\"a b\"", "visible ASCII"),
         ("server.control=sometimes", "auto"),
         ("server.weight_roots=[\" \"]", "must not be empty"),
+        ("server.tool_format=xml", "hermes"),
         ("server.control_timeout_seconds=0", "must be between 1 and 86400"),
     ] {
         let refused = refusal(flag);

@@ -43,6 +43,15 @@ fn a_flag_that_names_another_engine_drops_what_belonged_to_the_one_before() {
 }
 
 #[test]
+fn options_belong_to_the_engine_that_is_named_wherever_it_is_named() {
+    let flags = ["engine.options.a=1", "engine.kind=mine", "verifier.b=2", "verifier.name=mine"];
+    let config = parse("[verifier]\nname = \"exact\"\nc = 3\n", &flags).expect("a configuration");
+    assert_eq!(config.engine.kind(), EngineKind::Plugin("mine".into()));
+    assert_eq!(serde_json::Value::Object(config.engine.options).to_string(), r#"{"a":1}"#);
+    assert_eq!(serde_json::Value::Object(config.verifier.options).to_string(), r#"{"b":2}"#);
+}
+
+#[test]
 fn what_does_not_go_together_is_refused_by_name() {
     let remote = "engine.kind=http://a:1";
     let cases: [(&[&str], &str); 15] = [

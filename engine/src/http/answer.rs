@@ -1,15 +1,19 @@
 //! What both generating routes answer with: one JSON object, or a stream of them as server-sent
 //! events. The routes differ in how they word a choice.
 
+use super::body::{Fields, JsonBytes};
 use super::error::ApiError;
-use super::generation::{Finish, Generation, Sample};
+use super::generation::{Finish, Generation, Job, Sample};
+use super::metrics::RequestClock;
 use super::prompt_logprobs::PromptLogprobs;
 use super::stream::Chunks;
 use super::text::Piece;
+use super::{Admission, AppState};
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use onpolicy_plugin_api::PromptToken;
 use serde::Serialize;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use utoipa::ToSchema;
 
@@ -121,15 +125,34 @@ impl<'a, C> Envelope<'a, C> {
     }
 }
 
-/// Answers with what the generation makes.
+/// A request, ready to be started.
+pub struct Plan<W> {
+    /// What to generate.
+    pub job: Job,
+    /// How to word it.
+    pub wording: W,
+    /// What the answer says of itself.
+    pub meta: Meta,
+}
+
+/// Answers a body with what is generated as `plan` makes of it.
 ///
 /// # Errors
-/// The engine's failure; once a stream has begun, failures are events of it.
-pub async fn respond<W: Wording>(
-    wording: W,
-    meta: Meta,
-    generation: Generation,
+/// A body that makes no sense, or the engine's failure; once a stream has begun, failures are events
+/// of it.
+pub async fn answer<W: Wording>(
+    state: Arc<AppState>,
+    clock: RequestClock,
+    admission: Admission,
+    body: JsonBytes,
+    plan: fn(Fields, &AppState) -> Result<Plan<W>, ApiError>,
 ) -> Result<Response, ApiError> {
+    let start = move |state: &AppState| {
+        let Plan { job, wording, meta } = plan(body.fields()?, state)?;
+        let generation = Generation::start(state, job, admission, clock)?.named(&meta.id);
+        Ok((wording, meta, generation))
+    };
+    let (wording, meta, generation) = state.off_thread(start).await?;
     if meta.stream {
         return Ok(Chunks::new(wording, meta, generation).into_response());
     }

@@ -1,10 +1,10 @@
 //! `POST /v1/chat/completions`: a conversation in, the assistant's next message out.
 
-use super::answer::{Envelope, Meta, Wording, respond, unix_time};
+use super::answer::{Envelope, Meta, Plan, Wording, answer, unix_time};
 use super::body::{Fields, JsonBytes};
 use super::error::ApiError;
 use super::fields::{Common, check_top};
-use super::generation::{Finish, Generation, Job, Sample, StopReason};
+use super::generation::{Finish, Job, Sample, StopReason};
 use super::logprobs::{ChatLogprobs, PolicyStats, TokenNames};
 use super::metrics::RequestClock;
 use super::openapi::{StreamEvent, errors};
@@ -41,14 +41,7 @@ pub async fn create(
     admission: Admission,
     body: JsonBytes,
 ) -> Result<Response, ApiError> {
-    let clock = RequestClock::start(PATH);
-    let start = move |state: &AppState| {
-        let Plan { job, wording, meta } = plan(body.fields()?, state)?;
-        let generation = Generation::start(state, job, admission, clock)?.named(&meta.id);
-        Ok((wording, meta, generation))
-    };
-    let (wording, meta, generation) = state.off_thread(start).await?;
-    respond(wording, meta, generation).await
+    answer(state, RequestClock::start(PATH), admission, body, plan).await
 }
 
 /// The message of a choice, or what a chunk adds to it.
@@ -133,14 +126,7 @@ pub(super) fn preview(fields: Fields, state: &AppState) -> Result<(Job, Meta, bo
     plan(fields, state).map(|plan| (plan.job, plan.meta, plan.wording.logprobs))
 }
 
-/// A request, ready to be started.
-struct Plan {
-    job: Job,
-    wording: ChatWording,
-    meta: Meta,
-}
-
-fn plan(mut fields: Fields, state: &AppState) -> Result<Plan, ApiError> {
+fn plan(mut fields: Fields, state: &AppState) -> Result<Plan<ChatWording>, ApiError> {
     let mut common = Common::take(&mut fields, state)?;
     common.max_tokens = max_tokens(&mut fields, common.max_tokens)?;
     let mut chat = take_chat(&mut fields)?;

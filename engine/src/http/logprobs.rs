@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use utoipa::ToSchema;
 
 /// Stands for minus infinity, which JSON does not have.
-pub(super) const LOWEST: f32 = -9999.0;
+const LOWEST: f32 = -9999.0;
 
 /// A log-prob as JSON can have it.
 pub(super) fn shown(logprob: f32) -> f32 {

@@ -178,7 +178,7 @@ impl Tools {
 
 fn unknown_format() -> ApiError {
     let rule = "the form in which this model's chat template writes calls is not known; only those \
-                of Hermes, Qwen and Llama 3 are. Set tool_choice to \"none\"";
+                of Hermes, Qwen and Llama 3 are. Set server.tool_format, or tool_choice to \"none\"";
     ApiError::invalid("tools", rule).with_code("unsupported_value")
 }
 

@@ -72,7 +72,8 @@ pub enum ConfigError {
 impl Config {
     /// Reads a file, if one is given, and lays `overrides` of the form `section.key=value` over
     /// it. A value is TOML; what is not TOML is a string, so `model.path=/models/a` needs no
-    /// quotes.
+    /// quotes. Those that name a plug-in or an engine are laid first, wherever they stand, so that
+    /// the options beside them are its own.
     ///
     /// # Errors
     /// The first thing that is wrong, by its key.
@@ -93,7 +94,8 @@ impl Config {
     /// The first thing that is wrong, by its key.
     pub fn parse(text: &str, overrides: &[String]) -> Result<Self, ConfigError> {
         let mut table = raw::read(text)?;
-        for flag in overrides {
+        let (names, others): (Vec<_>, _) = overrides.iter().partition(|flag| raw::is_name(flag));
+        for flag in names.into_iter().chain(others) {
             raw::lay_over(&mut table, flag)?;
         }
         let config = raw::resolve(table)?;

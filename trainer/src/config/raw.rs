@@ -11,11 +11,20 @@ const SECTIONS: &[&str] = &[
 /// Keys that name a plug-in.
 const PLUGINS: [&str; 3] = ["task.name", "verifier.name", "gate.name"];
 
+/// The key that names an engine.
+const ENGINE: &str = "engine.kind";
+
 /// Keys of `[engine]` that belong to one kind of engine alone.
 const OF_THE_KIND: [&str; 4] = ["urls", "remote", "options", "transfer_dir"];
 
 pub(super) fn read(text: &str) -> Result<Table, ConfigError> {
     text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax(e.to_string().trim().into()))
+}
+
+/// Whether a flag says which plug-in or engine is meant.
+pub(super) fn is_name(flag: &str) -> bool {
+    let key = flag.split_once('=').map_or("", |(key, _)| key);
+    key == ENGINE || PLUGINS.contains(&key)
 }
 
 /// Sets one key to the value of a flag `section.key=value`. Naming another plug-in starts from that
@@ -39,7 +48,7 @@ pub(super) fn lay_over(table: &mut Table, flag: &str) -> Result<(), ConfigError>
         // The options beside the old name are those of another plug-in.
         place.clear();
     }
-    if path == "engine.kind" && place.get("kind") != Some(&value) {
+    if path == ENGINE && place.get("kind") != Some(&value) {
         OF_THE_KIND.iter().for_each(|key| drop(place.remove(*key)));
     }
     place.insert(last.into(), value);

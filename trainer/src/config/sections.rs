@@ -3,7 +3,7 @@
 use crate::advantage::Advantage;
 pub use crate::correction::Correction;
 pub use onpolicy_engine::{
-    engine::OnUpdate, http::access::Key, remote::RemoteOptions, weights::ServeDtype,
+    chat::ToolFormat, engine::OnUpdate, http::access::Key, remote::RemoteOptions, weights::ServeDtype,
 };
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
@@ -118,6 +118,10 @@ pub struct Server {
     pub control: ControlPlane,
     /// Directories that weights may be loaded from by a client, or from below them.
     pub weight_roots: Vec<String>,
+    /// How the model writes calls of tools: `hermes` (Qwen too) or `llama3`; without it, as its chat
+    /// template says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_format: Option<ToolFormat>,
     /// How long a client waits for a command before it is told that it goes on without it.
     pub control_timeout_seconds: u64,
     /// Generating requests at once; one more is answered with 429.
@@ -156,6 +160,7 @@ impl Default for Server {
             control_key: None,
             control: ControlPlane::Auto,
             weight_roots: Vec::new(),
+            tool_format: None,
             control_timeout_seconds: 300,
             max_concurrent_requests: 1024,
             max_connections: 2048,

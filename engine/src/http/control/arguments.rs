@@ -82,6 +82,14 @@ impl Arguments {
         }
     }
 
+    /// Takes a number of seconds, also as a query string has it.
+    pub fn seconds(&mut self, name: &str) -> Result<Option<f64>, ApiError> {
+        let Some(word) = self.word(name)? else { return Ok(None) };
+        let seconds = word.parse::<f64>().ok().filter(|s| s.is_finite() && *s >= 0.0);
+        let rule = "must be a number of seconds, 0 or more";
+        seconds.map(Some).ok_or_else(|| ApiError::invalid(name, rule))
+    }
+
     /// Takes a list of texts; one text is a list of one.
     pub fn list(&mut self, name: &str) -> Result<Option<Vec<String>>, ApiError> {
         let Some(value) = self.0.take_value(name) else { return Ok(None) };
@@ -157,6 +165,9 @@ mod tests {
         assert_eq!(a.word("x").unwrap().as_deref(), Some("7"));
         assert_eq!(a.word("n").unwrap().as_deref(), Some("1"));
         assert_eq!(a.flag("y").unwrap(), None);
+        let mut a = arguments(&[("from_query", "2.5")], r#"{"s": 3, "none": null}"#).unwrap();
+        assert_eq!(a.seconds("from_query").unwrap(), Some(2.5));
+        assert_eq!((a.seconds("s").unwrap(), a.seconds("none").unwrap()), (Some(3.0), None));
         a.finish().unwrap();
         arguments(&[], " \n").unwrap().finish().unwrap();
         arguments(&[], "null").unwrap().finish().unwrap();
@@ -171,6 +182,10 @@ mod tests {
         let error = a.choice("mode", &[("abort", 0), ("keep", 1)]).unwrap_err();
         assert_eq!(error.message, "mode: 'kept' is none of abort, keep");
         assert_eq!(param(a.flag("f").unwrap_err()), "f");
+        for wrong in ["-1", "inf", "soon"] {
+            let mut a = arguments(&[("timeout", wrong)], "").unwrap();
+            assert_eq!(param(a.seconds("timeout").unwrap_err()), "timeout");
+        }
         assert_eq!(param(a.finish().unwrap_err()), "odd");
         assert!(arguments(&[], "[1]").is_err());
         assert_eq!(arguments(&[], "{").err().unwrap().code, Some("invalid_json"));

@@ -123,8 +123,9 @@ pub async fn flush_cache(
     State(state): Shared,
     mut given: Arguments,
 ) -> Result<Json<Done>, ApiError> {
-    // Nothing is waited for: running requests keep their KV, and later ones do not use it.
-    given.word("timeout")?;
+    // The longest time to wait for running requests. They need not end: they keep their KV, and
+    // later ones do not use it.
+    given.seconds("timeout")?;
     given.finish()?;
     command(&state, |engine| engine.reset_prefix_cache()).await?;
     Ok(Json(Done { success: true, message: "Cache flushed." }))

@@ -7,7 +7,7 @@ use super::{Asked, ids_of};
 use crate::http::body::{Fields, JsonBytes};
 use crate::http::error::ApiError;
 use crate::http::generation::{Finish, Job, StopReason, Update};
-use crate::http::logprobs::{LOWEST, PolicyStats, TokenNames};
+use crate::http::logprobs::{PolicyStats, TokenNames, shown};
 use crate::http::metrics::RequestClock;
 use crate::http::openapi::{StreamEvent, errors};
 use crate::http::text::{Piece, PlacedToken};
@@ -265,7 +265,7 @@ impl Wording {
     }
 
     fn show(&self, id: u32, logprob: Option<f32>, asked: Logprobs) -> Shown {
-        (logprob.map(|l| l.max(LOWEST)), id, asked.text.then(|| self.names.name(id)))
+        (logprob.map(shown), id, asked.text.then(|| self.names.name(id)))
     }
 
     fn show_top(&self, top: &[(u32, f32)], asked: Logprobs) -> Vec<Shown> {

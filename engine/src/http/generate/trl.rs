@@ -7,7 +7,7 @@ use super::{Asked, ids_of};
 use crate::http::body::{Fields, JsonBytes};
 use crate::http::error::ApiError;
 use crate::http::generation::{Job, Sample};
-use crate::http::logprobs::LOWEST;
+use crate::http::logprobs::shown;
 use crate::http::metrics::RequestClock;
 use crate::http::neutral::{self, Only};
 use crate::http::openapi::errors;
@@ -132,7 +132,7 @@ fn ranked(sample: &Sample) -> (Vec<Vec<f32>>, Vec<Vec<u32>>) {
         if both.iter().all(|(id, _)| *id != token.id) {
             both.push((token.id, token.stats.logprob));
         }
-        both.into_iter().map(|(id, logprob)| (logprob.max(LOWEST), id)).unzip()
+        both.into_iter().map(|(id, logprob)| (shown(logprob), id)).unzip()
     };
     sample.piece.tokens.iter().map(|placed| at(&placed.token)).unzip()
 }

@@ -9,7 +9,7 @@ use crate::http::answer::{Usage, unix_time};
 use crate::http::body::{Fields, JsonBytes};
 use crate::http::error::ApiError;
 use crate::http::generation::{Finish, Job, Sample, StopReason, Update};
-use crate::http::logprobs::{ChatLogprobs, LOWEST, PolicyStats, TokenNames};
+use crate::http::logprobs::{ChatLogprobs, PolicyStats, TokenNames, shown};
 use crate::http::metrics::RequestClock;
 use crate::http::openapi::{StreamEvent, errors};
 use crate::http::prompt_logprobs::PromptLogprobs;
@@ -210,16 +210,16 @@ impl Wording {
 
     /// The drawn token first, then the likeliest others: `named` in all, and at least it.
     fn token_logprob(&self, token: &Token, named: usize) -> TokenLogprob {
-        let candidates = ranked((token.id, token.stats.logprob, None), &token.top);
+        let candidates = ranked(token);
         let top = candidates.take(named.max(1)).map(|(id, logprob, rank)| {
-            let (token, logprob) = (self.names.name(id), logprob.max(LOWEST));
+            let (token, logprob) = (self.names.name(id), shown(logprob));
             TokenLogprob { token, token_id: id, logprob, rank, top_logprobs: None }
         });
         let top: Vec<_> = top.collect();
         TokenLogprob {
             token: self.names.name(token.id),
             token_id: token.id,
-            logprob: token.stats.logprob.max(LOWEST),
+            logprob: shown(token.stats.logprob),
             rank: top[0].rank,
             top_logprobs: Some(top),
         }
@@ -230,16 +230,13 @@ impl Wording {
     }
 }
 
-/// A token and its log-prob and rank, then the others of `top` with theirs.
-fn ranked(
-    own: (u32, f32, Option<usize>),
-    top: &[(u32, f32)],
-) -> impl Iterator<Item = (u32, f32, Option<usize>)> {
-    let (id, logprob, rank) = own;
-    let place = top.iter().position(|(other, _)| *other == id).map(|place| place + 1);
-    let others = top.iter().enumerate().filter(move |(_, (other, _))| *other != id);
-    let others = others.map(|(place, (other, logprob))| (*other, *logprob, Some(place + 1)));
-    std::iter::once((id, logprob, rank.or(place))).chain(others)
+/// The drawn token and its log-prob and rank, then the other likeliest with theirs.
+fn ranked(token: &Token) -> impl Iterator<Item = (u32, f32, Option<usize>)> {
+    let ranks = token.top.iter().zip(1..);
+    let rank = ranks.clone().find(|((id, _), _)| *id == token.id).map(|(_, rank)| rank);
+    let others = ranks.filter(|((id, _), _)| *id != token.id);
+    let others = others.map(|((id, logprob), rank)| (*id, *logprob, Some(rank)));
+    std::iter::once((token.id, token.stats.logprob, rank)).chain(others)
 }
 
 impl Choice {

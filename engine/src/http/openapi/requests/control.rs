@@ -133,7 +133,13 @@ fn sglang() -> Vec<Route> {
         (
             "post",
             "/flush_cache",
-            json!({"timeout": {"description": "Nothing is waited for", "type": ["number", "string"]}}),
+            json!({"timeout": {
+                "description": "Longest time to wait, in seconds; the cache is flushed at once",
+                "anyOf": [
+                    {"type": "number", "minimum": 0},
+                    {"type": "string", "pattern": "^[0-9]{1,9}$"},
+                ],
+            }}),
         ),
         (
             "post",
