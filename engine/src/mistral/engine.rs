@@ -7,12 +7,13 @@ use super::{
     lock,
     params::room,
     queue::Queue,
-    shared::{Shared, State},
+    shared::{GLANCE, Shared, State},
 };
 use crate::{
     chat::ChatTokenizer,
     grammar::{Grammars, Place},
     model::loading::Description,
+    torch::memory::trim,
 };
 use onpolicy_plugin_api::{
     Engine, EngineError, ModelInfo, PauseMode, Request, RequestId, Sink, WeightUpdate,
@@ -54,7 +55,8 @@ impl MistralEngine {
             max_samples: options.max_samples,
         };
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        let runtime = runtime.worker_threads(1).thread_name("mistralrs-lines").build();
+        let runtime =
+            runtime.worker_threads(1).thread_name("mistralrs-lines").enable_time().build();
         let runtime = runtime.map_err(|error| EngineError::Internal(error.to_string()))?;
         let (tokenizer, vocab_size) = (model.tokenizer.clone(), model.vocab_size);
         let eos = info.eos_token_ids.clone();
@@ -85,6 +87,17 @@ impl MistralEngine {
         let place = grammar.map(|grammar| self.grammars.compile(grammar)).transpose()?;
         Ok((room, place))
     }
+}
+
+/// Gives the memory of a replaced instance back to the system, once it is gone. Its thread frees it
+/// in many small pieces, which the allocator would keep.
+async fn give_back(retired: Weak<Instance>) {
+    while retired.strong_count() > 0 {
+        tokio::time::sleep(GLANCE).await;
+    }
+    // Until mistral.rs' thread has seen that nobody asks any more.
+    tokio::time::sleep(20 * GLANCE).await;
+    trim();
 }
 
 /// The longest sequence: what is asked for, or the model's own limit.
@@ -164,6 +177,7 @@ impl Engine for MistralEngine {
         let next = Arc::new(self.shared.load(&dir, version)?);
         let replaced = std::mem::replace(&mut lock(&self.shared.state).current, next);
         *retired = Arc::downgrade(&replaced);
+        self.shared.runtime.spawn(give_back(retired.clone()));
         Ok(version)
     }
 

@@ -29,8 +29,8 @@ pub struct Options {
     pub isq: Option<String>,
     /// The type that a directory's weights are served in.
     pub dtype: Dtype,
-    /// Most samples that run at a time. On a CPU each holds its K and V twice, in steps of 512
-    /// tokens.
+    /// Most samples that run at a time. On a CPU it can only be one: there mistral.rs 0.8.1 decodes
+    /// a batch with the attention of its last sample for all of them.
     pub max_num_seqs: usize,
     /// Most requests that wait.
     pub max_waiting: usize,
@@ -46,7 +46,7 @@ impl Default for Options {
             name: None,
             isq: None,
             dtype: Dtype::Auto,
-            max_num_seqs: 16,
+            max_num_seqs: 1,
             max_waiting: 1024,
             max_samples: 256,
             max_model_len: None,
@@ -69,7 +69,15 @@ impl Options {
                 return Err(EngineError::invalid(name, "must be at least 1"));
             }
         }
+        if self.max_num_seqs > 1 && self.on_cpu()? {
+            let reason = "on a CPU, mistral.rs decodes a batch of samples wrongly; leave it at 1";
+            return Err(EngineError::invalid("max_num_seqs", reason));
+        }
         self.isq_type().map(|_| ())
+    }
+
+    fn on_cpu(&self) -> Result<bool, EngineError> {
+        device().map(|device| device.is_cpu()).map_err(EngineError::Internal)
     }
 
     /// The quantisation, as mistral.rs has it.

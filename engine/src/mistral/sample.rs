@@ -8,7 +8,7 @@ use crate::{
     grammar::Place,
     sampler::{Counts, Draw, Drawn as Next, Past, has_penalties, sample_row, stream_of},
 };
-use mistralrs::{CustomLogitsProcessor, Device, Result, Tensor};
+use mistralrs::{CustomLogitsProcessor, Device, Tensor};
 use onpolicy_plugin_api::{EngineError, FinishReason, Token};
 use std::sync::{Arc, Mutex};
 
@@ -73,7 +73,7 @@ impl Drawn {
 impl CustomLogitsProcessor for Sample {
     /// `context` is the prompt and what followed. Never an error: one would end the step before
     /// the other samples have their tokens.
-    fn apply(&self, logits: &Tensor, context: &[u32]) -> Result<Tensor> {
+    fn apply(&self, logits: &Tensor, context: &[u32]) -> mistralrs::Result<Tensor> {
         let mut drawn = lock(&self.drawn);
         let position = context.len().saturating_sub(self.live.prompt.len());
         if let Some(&known) = drawn.tokens.get(position) {
@@ -90,7 +90,7 @@ impl CustomLogitsProcessor for Sample {
 }
 
 /// Logits of which `token` is the likeliest; mistral.rs takes the likeliest.
-fn only(token: u32) -> Result<Tensor> {
+fn only(token: u32) -> mistralrs::Result<Tensor> {
     let mut row = vec![0.0f32; token as usize + 1];
     row[token as usize] = 1.0;
     let len = row.len();

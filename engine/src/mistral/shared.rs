@@ -20,7 +20,7 @@ use std::{
 use tokio::runtime::Handle;
 
 /// How often a retired instance is looked at while its last samples end.
-const GLANCE: Duration = Duration::from_millis(10);
+pub(super) const GLANCE: Duration = Duration::from_millis(10);
 
 /// Answers that mistral.rs may give before it waits for one to be taken.
 const ANSWERS: usize = 64;

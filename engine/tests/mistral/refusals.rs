@@ -92,7 +92,10 @@ fn a_model_that_cannot_be_loaded_is_an_error() {
     assert!(reason.contains("Q4K"), "{reason}");
     let too_long = Options { max_model_len: Some(257), ..Options::default() };
     assert_eq!(refuse(&dir, too_long).0, "max_model_len");
-    assert_eq!(refuse(&dir, Options { max_num_seqs: 0, ..Options::default() }).0, "max_num_seqs");
+    for count in [0, 2] {
+        let options = Options { max_num_seqs: count, ..Options::default() };
+        assert_eq!(refuse(&dir, options).0, "max_num_seqs");
+    }
     // Half precision works on a CPU; what it costs in exactness is seen here.
     let half = Options { dtype: Dtype::F16, ..Options::default() };
     let half = start(dir.to_str().unwrap(), half).expect("loads").engine;

@@ -67,7 +67,7 @@ fn answers(engine: &MistralEngine) {
 
 #[test]
 fn n_samples_of_one_seed_are_always_the_same() {
-    let engine = serve(&tiny_dir("qwen2"), Options { max_num_seqs: 3, ..Options::default() });
+    let engine = tiny("qwen2");
     let params = |seed| SamplingParams {
         n: 8,
         seed: Some(seed),
@@ -135,7 +135,7 @@ fn the_likeliest_tokens_are_listed() {
 
 #[test]
 fn aborted_and_abandoned_samples_make_room() {
-    let engine = serve(&tiny_dir("llama-tied"), Options { max_num_seqs: 2, ..Options::default() });
+    let engine = tiny("llama-tied");
     let (sink, inbox, _) = tap();
     let two = SamplingParams { n: 2, ..greedy(250) };
     let id = engine.submit(request(two.clone()), sink).expect("taken");
@@ -146,9 +146,10 @@ fn aborted_and_abandoned_samples_make_room() {
     assert_eq!(finished(&waiting), (1, FinishReason::Abort));
     engine.abort(id, Some(0));
     assert_eq!(finished(&inbox), (0, FinishReason::Abort));
-    assert_eq!(token(&waiting), 0, "its place was taken by the next");
+    assert_eq!(token(&inbox), 1, "its place was taken by the next");
     engine.abort(id, None);
     assert_eq!(finished(&inbox), (1, FinishReason::Abort));
+    assert_eq!(token(&waiting), 0, "and by the next");
     engine.abort(id, None);
     engine.abort(second, None);
     assert_eq!(finished(&waiting), (0, FinishReason::Abort));
@@ -162,7 +163,7 @@ fn aborted_and_abandoned_samples_make_room() {
 
 #[test]
 fn requests_of_lower_priority_numbers_begin_first() {
-    let engine = serve(&tiny_dir("llama-tied"), Options { max_num_seqs: 1, ..Options::default() });
+    let engine = tiny("llama-tied");
     let (sink, running, _) = tap();
     engine.submit(request(greedy(60)), sink).expect("taken");
     token(&running);
@@ -186,7 +187,7 @@ fn requests_of_lower_priority_numbers_begin_first() {
 
 #[test]
 fn a_full_queue_refuses() {
-    let options = Options { max_num_seqs: 1, max_waiting: 1, ..Options::default() };
+    let options = Options { max_waiting: 1, ..Options::default() };
     let engine = serve(&tiny_dir("llama-tied"), options);
     let (first, inbox, _) = tap();
     let id = engine.submit(request(greedy(250)), first).expect("runs");
@@ -229,7 +230,7 @@ fn a_paused_engine_begins_nothing() {
 
 #[test]
 fn a_dropped_engine_fails_what_runs_and_waits() {
-    let engine = serve(&tiny_dir("llama-tied"), Options { max_num_seqs: 1, ..Options::default() });
+    let engine = tiny("llama-tied");
     let (first, running, _) = tap();
     let (second, waiting, _) = tap();
     engine.submit(request(greedy(250)), first).expect("taken");

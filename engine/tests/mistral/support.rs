@@ -9,14 +9,48 @@ use onpolicy_engine::{
 };
 use onpolicy_plugin_api::{Engine, Request, SamplingParams};
 use safetensors::{Dtype, tensor::TensorView};
+use serde_json::{Value, json};
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
-/// The directory of a tiny checkpoint.
+/// The directory of a tiny checkpoint, as mistral.rs takes it.
 pub fn tiny_dir(name: &str) -> PathBuf {
-    common::golden("tiny").join(name)
+    static WRITTEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let (from, to) = (
+        common::golden("tiny").join(name),
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join("mistral").join(name),
+    );
+    let mut written = WRITTEN.lock().unwrap_or_else(|poison| poison.into_inner());
+    if !from.is_dir() || !written.insert(name.into()) {
+        return to;
+    }
+    std::fs::create_dir_all(&to).expect("a directory");
+    for file in std::fs::read_dir(&from).expect("a checkpoint") {
+        let file = file.expect("a file").path();
+        let copy = to.join(file.file_name().expect("a name"));
+        std::fs::copy(&file, &copy).expect("a copy");
+        if copy.ends_with("tokenizer.json") {
+            let text = std::fs::read_to_string(&copy).expect("text");
+            std::fs::write(&copy, with_decoder(&text)).expect("written");
+        }
+    }
+    to
+}
+
+/// A tokenizer that says how its tokens become text: those of the tiny checkpoints do not, and
+/// mistral.rs asks for it.
+fn with_decoder(tokenizer: &str) -> String {
+    let mut tokenizer: Value = serde_json::from_str(tokenizer).expect("JSON");
+    if tokenizer["decoder"].is_null() {
+        tokenizer["decoder"] = json!({
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+        });
+    }
+    tokenizer.to_string()
 }
 
 /// An engine over a model on disk.
@@ -34,6 +68,7 @@ pub fn tiny(name: &str) -> MistralEngine {
 pub fn write(checkpoint: &Checkpoint, dir: &Path, scale: f64) {
     std::fs::create_dir_all(dir).expect("a directory");
     for (file, text) in checkpoint.source.files() {
+        let text = if file == "tokenizer.json" { with_decoder(text) } else { text.to_string() };
         std::fs::write(dir.join(file), text).expect("a file is written");
     }
     let scaled: Vec<_> = checkpoint.tensors.iter().map(|(n, t)| (n, t * scale)).collect();

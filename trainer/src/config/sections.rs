@@ -3,7 +3,8 @@
 use crate::advantage::Advantage;
 pub use crate::correction::Correction;
 pub use onpolicy_engine::{
-    chat::ToolFormat, engine::OnUpdate, http::access::Key, remote::RemoteOptions, weights::ServeDtype,
+    chat::ToolFormat, engine::OnUpdate, http::access::Key, remote::RemoteOptions,
+    weights::ServeDtype,
 };
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};

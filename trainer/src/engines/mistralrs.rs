@@ -14,7 +14,7 @@ struct Keys {
     isq: Option<String>,
     /// The type that weights of a directory are served in.
     dtype: Dtype,
-    /// Most samples that run at a time; others of the same request wait.
+    /// Most samples that run at a time, others wait; on a CPU it can only be one.
     max_running: Option<usize>,
 }
 
