@@ -60,7 +60,7 @@ fn element_of(tensor: &Tensor) -> Result<Element, CudaError> {
 }
 
 fn aligned(tensor: &Tensor) -> bool {
-    tensor.data_ptr() as usize % 16 == 0
+    (tensor.data_ptr() as usize).is_multiple_of(16)
 }
 
 /// `x / sqrt(mean(x^2) + eps) * weight`, the mean over the last axis: `x` `[.., H]`, `weight` `[H]`, H a
@@ -97,7 +97,7 @@ fn norm(
     let width = weight.numel();
     let said = || format!("norm of {x:?} and {added:?} with {weight:?}");
     let plain = |part: &&Tensor| part.is_contiguous() && part.kind() == x.kind() && aligned(part);
-    let shaped = weight.dim() == 1 && width > 0 && width % 8 == 0;
+    let shaped = weight.dim() == 1 && width > 0 && width.is_multiple_of(8);
     let same = added.is_none_or(|added| added.size() == x.size());
     require(shaped && same && x.size().last() == Some(&(width as i64)), said)?;
     require(all.iter().all(plain), said)?;

@@ -82,7 +82,7 @@ pub fn write_kv(
             && part.kind() == k_pages.kind()
             && stride[1..] == [head_dim as i64, 1]
             && stride[0] % lines == 0
-            && part.data_ptr() as usize % 16 == 0;
+            && (part.data_ptr() as usize).is_multiple_of(16);
         require(fits, || format!("{part:?} of stride {stride:?} for pages of {shape:?}"))?;
     }
     let plain = slots.kind() == Kind::Int64 && slots.is_contiguous();
