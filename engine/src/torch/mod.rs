@@ -1,13 +1,16 @@
-//! What tch does not bind: the fused optimizer, backward with given
-//! gradients, tensors as slices, and a CUDA device's streams, graphs and memory.
+//! What tch does not bind: the fused optimizer, backward with given gradients, flash attention,
+//! memory of a tensor that goes and comes, tensors as slices, and a CUDA device's streams, graphs
+//! and memory.
 
 pub mod autograd;
 pub mod device_memory;
+pub mod flash;
 pub mod function;
 pub mod graph;
 pub mod memory;
 pub mod optim;
 pub mod slices;
+pub mod storage;
 pub mod stream;
 
 use std::ffi::{CStr, c_char, c_void};
@@ -36,6 +39,15 @@ unsafe extern "C" {
         output: *mut *mut torch_sys::C_tensor,
     ) -> *mut c_char;
     fn op_recording() -> bool;
+    fn op_flash_attention(
+        inputs: *const RawTensor,
+        longest: *const i64,
+        window_left: i64,
+        output: *mut *mut torch_sys::C_tensor,
+    ) -> *mut c_char;
+    fn op_give_back(tensor: RawTensor) -> *mut c_char;
+    fn op_take(tensor: RawTensor) -> *mut c_char;
+    fn op_empty_cache() -> *mut c_char;
     fn op_set_grad(tensor: RawTensor, gradient: RawTensor) -> *mut c_char;
     fn op_total_norm(tensors: *const RawTensor, count: i64, norm: *mut f64) -> *mut c_char;
     fn op_adamw(

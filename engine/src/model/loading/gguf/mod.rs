@@ -10,12 +10,17 @@ mod values;
 mod weights;
 
 use super::{Checkpoint, Description, LoadError, Source};
+use crate::device::Placement;
 use header::Header;
 use std::{fs::File, path::Path};
 use tokenizer::{Bounds, Vocabulary};
 
 /// Loads the model in a GGUF file.
-pub(super) fn load(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
+pub(super) fn load(
+    path: &Path,
+    name: String,
+    placement: Placement,
+) -> Result<Checkpoint, LoadError> {
     let file = File::open(path).map_err(LoadError::io(path))?;
     let header = Header::read(&file, path)?;
     let weights = weights::Weights { path, file: &file, header: &header };
@@ -28,7 +33,7 @@ pub(super) fn load(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
     let texts = texts(&header, &bounds)?;
     let source = Source { config: pretty(&config.to_hf()), ..texts };
     let tokenizer = source.chat_tokenizer()?;
-    let tensors = weights.load(&config)?;
+    let tensors = weights.load(&config, placement)?;
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
 }
 
