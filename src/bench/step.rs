@@ -107,7 +107,7 @@ fn trainer(session: &Session) -> Result<Trainer, anyhow::Error> {
     let (served, config) = (&session.served, &session.config);
     let mut parts = run::parts(config, |plugins| plugins)?;
     parts.verifier = Box::new(EverySecond);
-    let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
+    let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train))?;
     Ok(Trainer::new(config.clone(), parts, served, optimizer, (0, VecDeque::new())))
 }
 

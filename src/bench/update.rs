@@ -62,7 +62,7 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
         ])
     })?;
     let mut optimizer =
-        Optimizer::new(&session.served.weights, OptimizerSettings::new(&session.config.train));
+        Optimizer::new(&session.served.weights, OptimizerSettings::new(&session.config.train))?;
     let mut runs = Vec::new();
     for round in session.rounds() {
         let run;

@@ -10,9 +10,10 @@
 //! - [`rollout`]: problems become groups of samples. [`queue`]: those of the next steps.
 //! - [`reward`]: samples become rewards.
 //! - [`advantage`], [`entropy`]: rewards and token statistics become advantages and a keep mask.
-//! - [`own_stats`]: token statistics where the engine tells none.
-//! - [`batch`]: scored groups become packs. [`loss`]: packs become gradients. [`correction`]: the
-//!   engine's log-probs against the trainer's.
+//! - [`own_stats`]: token statistics where the engine tells none. [`room`]: how much goes through
+//!   the model at a time.
+//! - [`batch`]: scored groups become packs. [`loss`]: packs become gradients, through the output
+//!   [`head`] in chunks. [`correction`]: the engine's log-probs against the trainer's.
 //! - [`optimizer`], [`schedule`]: gradients become new weights. [`checkpoint`]: weights and moments on disk.
 //! - [`eval`]: Avg@K and Pass@K. [`samples`], [`metrics`], [`plot`]: what a run leaves behind.
 
@@ -27,6 +28,7 @@ pub mod engines;
 pub mod entropy;
 pub mod error;
 pub mod eval;
+pub mod head;
 pub mod loss;
 pub mod memory_plan;
 pub mod metrics;
@@ -36,6 +38,7 @@ pub mod plot;
 pub mod queue;
 pub mod reward;
 pub mod rollout;
+pub mod room;
 pub mod run;
 pub mod samples;
 pub mod schedule;

@@ -97,7 +97,7 @@ impl Run {
         if let Some(native) = served.native() {
             native.train_weights();
         }
-        let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
+        let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train))?;
         let (mut step, mut seconds, mut drawn) = (0, 0.0, VecDeque::new());
         if let Some((checkpoint, state)) = &resumed {
             optimizer.load(&checkpoint::optimizer_file(checkpoint), state.optimizer_steps)?;

@@ -160,7 +160,7 @@ fn check(case: &Value, max_rows: usize) {
         weight_decay: number(&case["weight_decay"]),
         max_grad_norm: number(&case["max_grad_norm"]),
     };
-    let mut optimizer = Optimizer::new(&weights, settings);
+    let mut optimizer = Optimizer::new(&weights, settings).expect("an optimizer");
     let norm = optimizer.grad_norm().expect("a norm");
     let want = number(&case["grad_norm"]);
     assert!((norm - want).abs() <= 1e-3 * want, "{what}: norm {norm}, not {want}");
