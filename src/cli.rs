@@ -38,6 +38,12 @@ pub struct Source {
     /// A Hugging Face directory, a GGUF file, or a hub id (model.path)
     #[arg(short, long, value_name = "PATH")]
     model: Option<String>,
+    /// Where the tensors live: cpu, cuda, auto (model.device)
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Type of the weights: f32, bf16, f16 (model.dtype)
+    #[arg(long, value_name = "TYPE")]
+    dtype: Option<String>,
     /// Any other key of the configuration, as section.key=value; may be repeated
     #[arg(short, long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -47,7 +53,12 @@ impl Source {
     /// The configuration: file, then `--set`, then the other flags.
     fn load(&self, flags: &[(&str, Option<String>)]) -> Result<Config, ConfigError> {
         let mut overrides = self.set.clone();
-        let model = [("model.path", self.model.as_ref().map(|path| format!("{path:?}")))];
+        let quoted = |text: &Option<String>| text.as_ref().map(|text| format!("{text:?}"));
+        let model = [
+            ("model.path", quoted(&self.model)),
+            ("model.device", quoted(&self.device)),
+            ("model.dtype", quoted(&self.dtype)),
+        ];
         let given = model.iter().chain(flags);
         overrides
             .extend(given.filter_map(|(key, value)| Some(format!("{key}={}", value.as_ref()?))));

@@ -2,6 +2,7 @@
 
 use crate::{
     block_manager::BLOCK_SIZE,
+    device::Placement,
     kernels::attention::{Pages, PagesMut, copy_block, write_pages},
     model::config::ModelConfig,
     torch::memory::{Zeroed, give_back},
@@ -21,9 +22,14 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Bytes that one block takes over all layers, K and V together.
+    /// Bytes that one block of f32 takes over all layers, K and V together.
     pub fn block_bytes(config: &ModelConfig) -> usize {
-        2 * config.num_layers * Self::page_len(config) * size_of::<f32>()
+        Self::block_bytes_in(config, Placement::NATIVE)
+    }
+
+    /// As [`KvCache::block_bytes`], where the model's tensors lie in `placement`.
+    pub fn block_bytes_in(config: &ModelConfig, placement: Placement) -> usize {
+        2 * config.num_layers * Self::page_len(config) * placement.element_bytes()
     }
 
     fn page_len(config: &ModelConfig) -> usize {

@@ -13,6 +13,7 @@
 //! - [`model`]: configuration, loading, the decoder that engine and trainer share.
 //! - [`ops`]: the decoder's operations, with gradients. [`kernels`]: what they and attention over
 //!   pages are computed with.
+//! - [`device`]: the same on other devices and in other types, in libtorch's operations.
 //! - [`logits`]: logits to log-prob, entropy, discriminator, baseline.
 //! - [`grammar`]: what a sample's text must be, and which tokens may come next.
 //! - [`sampler`]: logits to the next token.
@@ -26,6 +27,7 @@
 pub mod block_manager;
 pub mod chat;
 pub mod collect;
+pub mod device;
 pub mod engine;
 pub mod grammar;
 pub mod head;

@@ -86,6 +86,11 @@ pub fn sample(logits: &[f32], vocab: usize, draws: &[Draw]) -> Vec<Result<Drawn,
     disjoint::map(draws.len(), &|i| sample_row(&logits[draws[i].row * vocab..][..vocab], &draws[i]))
 }
 
+/// The number in `[0, 1)` that a draw is made with.
+pub(crate) fn random_number(draw: &Draw) -> f64 {
+    uniform(draw.stream, draw.position)
+}
+
 /// As [`sample`], from a draw's own row of logits.
 pub(crate) fn sample_row(row: &[f32], draw: &Draw) -> Result<Drawn, String> {
     SCRATCH.with_borrow_mut(|scratch| scratch.draw(row, draw))

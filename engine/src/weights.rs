@@ -1,6 +1,6 @@
 //! The shared policy: the tensors that the engine serves and the trainer updates.
 
-use crate::kernels::matmul::narrow::Format;
+use crate::{device::Placement, kernels::matmul::narrow::Format};
 use std::{
     fmt,
     sync::{
@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// The type that linear layers and the head are served in. With any but f32 the engine keeps a
 /// copy of their weights beside the f32 ones and makes it anew in every update; the embedding's
@@ -145,6 +145,29 @@ impl Weights {
         self.tensors
     }
 
+    /// Device and type of the tensors, which are the same for all.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn placement(&self) -> Placement {
+        Placement::of(&self.tensors.first().expect("a model has weights").1)
+    }
+
+    /// Whether weights of type `kind` can be made of these.
+    ///
+    /// # Errors
+    /// Names the first tensor with a number beyond those of f16, if that is the type.
+    pub fn check_fits(&self, kind: Kind) -> Result<(), String> {
+        let largest = 65_504.0;
+        let beyond = |tensor: &Tensor| tensor.abs().max().double_value(&[]) > largest;
+        match self.tensors.iter().find(|(_, tensor)| kind == Kind::Half && beyond(tensor)) {
+            None => Ok(()),
+            Some((name, _)) => {
+                Err(format!("'{name}' holds a number beyond {largest}, and f16 none"))
+            }
+        }
+    }
+
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
         self.tensors.iter().map(|(_, t)| t.numel() * t.kind().elt_size_in_bytes()).sum()
@@ -174,6 +197,14 @@ mod tests {
         assert_eq!(served.data_ptr(), trained.data_ptr());
         assert!(trained.requires_grad() && !served.requires_grad());
         assert_eq!((policy.bytes(), policy.parameters()), (8, 2));
+    }
+
+    #[test]
+    fn placement_and_what_fits() {
+        let weights = Weights::new(vec![("w".into(), Tensor::from_slice(&[1f32, -7e4]))]);
+        assert_eq!(weights.placement(), Placement::NATIVE);
+        assert_eq!(weights.check_fits(Kind::BFloat16), Ok(()));
+        assert!(weights.check_fits(Kind::Half).unwrap_err().starts_with("'w' holds"));
     }
 
     #[test]

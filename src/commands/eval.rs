@@ -3,6 +3,7 @@
 use crate::cli;
 use onpolicy_plugin_api::Plugins;
 use onpolicy_trainer::{
+    config::EngineKind,
     eval::{EvalSettings, evaluate},
     run,
     served::Serving,
@@ -14,7 +15,9 @@ pub fn run(
 ) -> Result<(), anyhow::Error> {
     let config = arguments.config()?;
     let parts = run::parts(&config, plugins)?;
-    eprintln!("loading {} ...", config.model.path);
+    if config.engine.kind() == EngineKind::Native {
+        super::announce(&config)?;
+    }
     let served = Serving::start(&config.model.path, &config, parts.engine.clone())?;
     let settings = EvalSettings::new(&config);
     eprintln!("{} problems x {} samples ...", settings.problems, settings.rollout.group_size);

@@ -10,6 +10,13 @@ use crate::{
     cli::{Arguments, Command},
 };
 use onpolicy_plugin_api::Plugins;
+use onpolicy_trainer::config::Config;
+
+/// Says what is loaded, and where the weights go.
+fn announce(config: &Config) -> Result<(), anyhow::Error> {
+    eprintln!("loading {} ({}) ...", config.model.path, config.model.placement()?);
+    Ok(())
+}
 
 /// Runs the command that the arguments name.
 pub fn run(

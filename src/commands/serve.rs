@@ -2,7 +2,7 @@
 
 use crate::{cli, profile::Printer, server};
 use onpolicy_plugin_api::Plugins;
-use onpolicy_trainer::{engines, served::Serving};
+use onpolicy_trainer::{config::EngineKind, engines, served::Serving};
 use std::sync::atomic::AtomicBool;
 
 pub fn run(
@@ -12,7 +12,9 @@ pub fn run(
     let mut config = arguments.config()?;
     config.server.enabled = true;
     let metrics = server::record_metrics()?;
-    eprintln!("loading {} ...", config.model.path);
+    if config.engine.kind() == EngineKind::Native {
+        super::announce(&config)?;
+    }
     let plugin = engines::plugin(&config, &plugins(Plugins::default()))?;
     let served = Serving::start(&config.model.path, &config, plugin)?;
     if let Some(copies) = served.copies() {

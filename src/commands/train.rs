@@ -16,7 +16,7 @@ pub fn run(
     let config = arguments.config()?;
     let parts = run::parts(&config, plugins)?;
     let metrics = server::record_metrics()?;
-    eprintln!("loading {} ...", config.model.path);
+    super::announce(&config)?;
     let mut run = run::Run::start(config.clone(), parts, arguments.resume)?;
     let served = run.served();
     let run_folder = Some(config.output.dir.clone().into());

@@ -1,7 +1,8 @@
 //! Why a run stopped.
 
 use onpolicy_engine::{
-    chat::ChatError, collect::CollectError, model::loading::LoadError, torch::TorchError,
+    chat::ChatError, collect::CollectError, device::PlacementError, model::loading::LoadError,
+    torch::TorchError,
 };
 use onpolicy_plugin_api::{EngineError, PluginError};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,9 @@ pub enum TrainError {
     /// The model could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// The device that the configuration names is not here.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// A problem could not be turned into a prompt.
     #[error("a problem could not be turned into a prompt: {0}")]
     Chat(#[from] ChatError),

@@ -3,7 +3,7 @@
 use crate::{
     builtins,
     checkpoint::{self, Snapshot, TrainState},
-    config::Config,
+    config::{Config, Dtype},
     engines,
     error::TrainError,
     eval::{EvalReport, EvalSettings, evaluate},
@@ -17,7 +17,7 @@ use crate::{
     train::{Parts, Progress, Trainer},
     transfer::Transfer,
 };
-use onpolicy_engine::{chat::Chat, model::loading::load, sampler::stream_of};
+use onpolicy_engine::{chat::Chat, device::Placement, model::loading::load_to, sampler::stream_of};
 use onpolicy_plugin_api::{Plugins, Problem};
 use std::{
     collections::VecDeque,
@@ -62,6 +62,19 @@ pub fn parts(
     })
 }
 
+/// Where the tensors of a run live.
+fn placement(config: &Config) -> Result<Placement, TrainError> {
+    let placement = config.model.placement()?;
+    if config.model.dtype == Some(Dtype::F16) {
+        return Err(TrainError::Refused(
+            "model.dtype = \"f16\" is for serving: gradients leave the range of f16, and nothing \
+             here scales them; train in \"bf16\" or \"f32\""
+                .into(),
+        ));
+    }
+    Ok(placement)
+}
+
 /// A training run.
 pub struct Run {
     config: Config,
@@ -92,7 +105,8 @@ impl Run {
             )));
         }
         let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
-        let checkpoint = load(&model.to_string_lossy())?;
+        let placement = placement(&config)?;
+        let checkpoint = load_to(&model.to_string_lossy(), placement)?;
         let served = Served::over(checkpoint, &config, parts.engine.clone())?;
         if let Some(native) = served.native() {
             native.train_weights();

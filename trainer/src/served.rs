@@ -8,17 +8,19 @@ use crate::{
 };
 use onpolicy_engine::{
     chat::ChatTokenizer,
+    device::Placement,
     engine::{EngineConfig, EngineHandle, Model},
     model::{
         config::ModelConfig,
         decoder::Decoder,
-        loading::{Checkpoint, Source, describe, load},
+        loading::{Checkpoint, Source, describe, load_to},
     },
     torch::memory::keep_freed,
     weights::{ServeDtype, Weights},
 };
 use onpolicy_plugin_api::{Engine, EngineError};
 use std::sync::Arc;
+use tch::Tensor;
 
 /// A model that is served, by whatever engine.
 pub struct Serving {
@@ -91,7 +93,7 @@ impl Served {
     /// # Errors
     /// A model that cannot be loaded, or an engine that does not fit.
     pub fn start(path: &str, config: &Config) -> Result<Self, TrainError> {
-        Self::over(load(path)?, config, None)
+        Self::over(load_to(path, config.model.placement()?)?, config, None)
     }
 
     /// Starts an engine over, or beside, a model that is loaded already. `plugin` is the engine
@@ -104,6 +106,7 @@ impl Served {
         config: &Config,
         plugin: Option<Arc<dyn Engine>>,
     ) -> Result<Self, TrainError> {
+        check_placement(&checkpoint, config)?;
         if config.engine.kind() != EngineKind::Native {
             return Self::beside(checkpoint, config, plugin);
         }
@@ -172,6 +175,19 @@ impl Served {
     /// A decoder for the trainer, over the trainable handles.
     pub fn decoder(&self) -> Decoder {
         Decoder::new(&self.config, &self.weights)
+    }
+}
+
+/// Refuses a model that lies elsewhere than the configuration says.
+fn check_placement(checkpoint: &Checkpoint, config: &Config) -> Result<(), TrainError> {
+    let wanted = config.model.placement()?;
+    let differs = |(_, tensor): &&(String, Tensor)| Placement::of(tensor) != wanted;
+    match checkpoint.tensors.iter().find(differs) {
+        None => Ok(()),
+        Some((name, tensor)) => Err(TrainError::Refused(format!(
+            "'{name}' was loaded as {}, and model.device and model.dtype ask for {wanted}",
+            Placement::of(tensor)
+        ))),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use onpolicy_trainer::{
     advantage::Advantage,
-    config::{Config, ConfigError, Mode, OnUpdate, Schedule, sections},
+    config::{Config, ConfigError, DeviceName, Dtype, Mode, OnUpdate, Schedule, sections},
 };
 use std::path::Path;
 
@@ -26,7 +26,7 @@ fn refusal(flag: &str) -> String {
 #[test]
 fn defaults_are_those_of_the_quick_start() {
     let config = Config::parse(MINIMAL, &[]).unwrap();
-    assert_eq!(config.model.device, "cpu");
+    assert_eq!((config.model.device, config.model.dtype), (DeviceName::Cpu, None));
     assert_eq!((config.engine.kv_memory_mb, config.engine.max_num_seqs), (1024, 256));
     assert_eq!(config.engine.on_update, OnUpdate::Keep);
     assert_eq!((config.server.host.as_str(), config.server.port), ("127.0.0.1", 8000));
@@ -208,17 +208,25 @@ fn wrong_types_are_named() {
 }
 
 #[test]
+fn devices_and_types_are_named() {
+    let cuda = flags(&["model.device=cuda", "model.dtype=bf16"]).unwrap();
+    assert_eq!((cuda.model.device, cuda.model.dtype), (DeviceName::Cuda, Some(Dtype::Bf16)));
+    assert_eq!(Config::parse(&cuda.to_toml(), &[]).unwrap(), cuda);
+    let device = refusal("model.device=tpu");
+    assert!(device.starts_with("model.device") && device.contains("`cuda`"), "{device}");
+    let dtype = refusal("model.dtype=int8");
+    assert!(dtype.starts_with("model.dtype") && dtype.contains("`bf16`"), "{dtype}");
+    for other in ["model.device=cuda", "model.device=auto", "model.dtype=bf16"] {
+        let error = flags(&["engine.serve_dtype=f16", other]).unwrap_err().to_string();
+        assert!(error.starts_with("engine.serve_dtype = \"f16\""), "{error}");
+    }
+    assert!(flags(&["engine.serve_dtype=f16", "model.dtype=f32"]).is_ok());
+}
+
+#[test]
 fn ranges_are_named() {
     let cases = [
         ("model.path=\" \"", "model.path = \" \": must not be empty"),
-        (
-            "model.device=cuda",
-            "model.device = \"cuda\": this version runs on the CPU only; set \"cpu\"",
-        ),
-        (
-            "model.dtype=bf16",
-            "model.dtype = \"bf16\": this version computes in f32 only; set \"f32\"",
-        ),
         ("engine.kv_memory_mb=0", "engine.kv_memory_mb = 0: must be between 1 and 1048576"),
         ("server.max_connections=0", "server.max_connections = 0: must be between 1 and 1048576"),
         ("server.max_body_mb=2000", "server.max_body_mb = 2000: must be between 1 and 1024"),

@@ -46,9 +46,9 @@ impl Worker {
                 let _ = reply.send(slept);
             }
             Control::WakeUp { memory, reply } => {
-                self.hold.wake_up(&memory);
+                let woken = self.wake_up(&memory);
                 self.hold.show(&self.shared.status);
-                let _ = reply.send(Ok(()));
+                let _ = reply.send(woken);
             }
             Control::Checksums { reply } => {
                 let _ = reply.send(self.checksums());
@@ -106,6 +106,17 @@ impl Worker {
         }
         let kept = || EngineError::Internal("the system did not take all memory back".into());
         given.then_some(()).ok_or_else(kept)
+    }
+
+    /// Takes memory again; on an error the engine goes on sleeping, and may be woken later.
+    fn wake_up(&mut self, memory: &[Memory]) -> Result<(), EngineError> {
+        let missing: Vec<Memory> =
+            memory.iter().copied().filter(|&memory| !self.hold.has(memory)).collect();
+        self.runner.take(&missing).map_err(|error| {
+            EngineError::unavailable(format!("the memory cannot be taken again: {error}"))
+        })?;
+        self.hold.wake_up(memory);
+        Ok(())
     }
 
     fn checksums(&self) -> Result<Vec<(String, u64)>, EngineError> {

@@ -41,6 +41,7 @@ impl Inner {
         let read = Weights::new(read);
         read.check_finite()?;
         self.serve_dtype.check(&read)?;
+        read.check_fits(self.placement.kind)?;
         Ok(read.into_tensors())
     }
 }

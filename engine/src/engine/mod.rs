@@ -13,6 +13,7 @@ mod worker;
 
 use crate::{
     chat::ChatTokenizer,
+    device::{Placement, pages::DevicePages},
     grammar::{Grammars, Place},
     in_place::update_in_place,
     kv_cache::KvCache,
@@ -87,10 +88,14 @@ impl Default for EngineConfig {
 }
 
 impl EngineConfig {
-    fn scheduler(&self, model: &ModelConfig) -> Result<SchedulerConfig, EngineError> {
-        let num_blocks = self.kv_memory / KvCache::block_bytes(model);
+    fn scheduler(
+        &self,
+        model: &ModelConfig,
+        placement: Placement,
+    ) -> Result<SchedulerConfig, EngineError> {
+        let needed = KvCache::block_bytes_in(model, placement);
+        let num_blocks = self.kv_memory / needed;
         if num_blocks == 0 {
-            let needed = KvCache::block_bytes(model);
             let reason = format!("{} bytes hold no block; one takes {needed}", self.kv_memory);
             return Err(EngineError::invalid("kv_memory", reason));
         }
@@ -109,6 +114,38 @@ impl EngineConfig {
             prefix_cache: self.prefix_cache,
         })
     }
+
+    /// Refuses what weights in `placement` cannot have.
+    fn check_placement(&self, placement: Placement) -> Result<(), EngineError> {
+        if !placement.is_native() && self.serve_dtype != ServeDtype::F32 {
+            let why = format!(
+                "makes copies of f32 weights on the CPU; weights on {placement} are served as they \
+                 are"
+            );
+            return Err(EngineError::invalid("serve_dtype", why));
+        }
+        if placement.device.is_cuda() && self.profile {
+            let why = "takes the time of the CPU, which does not wait for a CUDA device's work; use \
+                       the device's own tools";
+            return Err(EngineError::invalid("profile", why));
+        }
+        Ok(())
+    }
+}
+
+/// Pages for weights that are not native.
+fn device_pages(
+    model: &ModelConfig,
+    num_blocks: usize,
+    placement: Placement,
+) -> Result<Option<DevicePages>, EngineError> {
+    if placement.is_native() {
+        return Ok(None);
+    }
+    let pages = DevicePages::new(model, num_blocks, placement);
+    pages.map(Some).map_err(|error| {
+        EngineError::invalid("kv_memory", format!("is more than there is on {placement}: {error}"))
+    })
 }
 
 /// The model that an engine is started with.
@@ -191,6 +228,7 @@ struct Inner {
     info: ModelInfo,
     model: ModelConfig,
     serve_dtype: ServeDtype,
+    placement: Placement,
     limits: SchedulerConfig,
     grammars: Grammars,
     shared: Arc<Shared>,
@@ -202,12 +240,13 @@ impl EngineHandle {
     /// Starts the engine's thread over `model`.
     ///
     /// # Errors
-    /// A size that cannot work, with the number that would; weights that cannot be kept in
+    /// A size that cannot work, with the number that would; pages for which there is no memory; weights that cannot be kept in
     /// [`EngineConfig::serve_dtype`].
     pub fn start(model: Model, config: EngineConfig) -> Result<Self, EngineError> {
-        let dtype = config.serve_dtype;
+        let (dtype, placement) = (config.serve_dtype, model.weights.placement());
+        config.check_placement(placement)?;
         dtype.check(&model.weights).map_err(|why| EngineError::invalid("serve_dtype", why))?;
-        let limits = config.scheduler(&model.config)?;
+        let limits = config.scheduler(&model.config, placement)?;
         let scheduler = Scheduler::new(limits.clone())?;
         let shared = Arc::new(Shared {
             version: Version::default(),
@@ -227,6 +266,7 @@ impl EngineHandle {
         let (commands, inbox) = mpsc::channel();
         let worker_shared = shared.clone();
         let blocks = limits.num_blocks;
+        let pages = device_pages(&model.config, blocks, placement)?;
         let model_config = model.config.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
@@ -234,7 +274,8 @@ impl EngineHandle {
                 if config.profile {
                     profile::start();
                 }
-                let runner = runner::Runner::new(&model.config, (&model.weights, dtype), blocks);
+                let weights = (&model.weights, dtype);
+                let runner = runner::Runner::new(&model.config, weights, (pages, blocks));
                 Worker::new(runner, scheduler, worker_shared, config.on_update).run(&inbox);
             })
             .map_err(|error| EngineError::Internal(format!("no thread: {error}")))?;
@@ -243,6 +284,7 @@ impl EngineHandle {
             info,
             model: model_config,
             serve_dtype: dtype,
+            placement,
             limits,
             grammars,
             shared,

@@ -2,12 +2,18 @@
 
 use crate::{
     block_manager::BLOCK_SIZE,
+    device::{
+        self, download,
+        pages::DevicePages,
+        plan::{StepPlan, StepRows},
+        sampling, stats,
+    },
     head::Head,
     kernels::attention::Span,
     kv_cache::KvCache,
     logits::batch_stats,
     model::{
-        attention::{Attention, PagedBatch},
+        attention::{Attention, DeviceBatch, PagedBatch},
         config::ModelConfig,
         decoder::Decoder,
     },
@@ -15,12 +21,14 @@ use crate::{
     sampler::{Draw, Drawn, place, sample},
     scheduler::{Chunk, Scheduler, Step},
     torch::{
+        TorchError,
         memory::give_back,
         slices::{bytes, floats, floats_mut},
+        storage::{Storages, empty_cache},
     },
     weights::{ServeDtype, Weights},
 };
-use onpolicy_plugin_api::PromptToken;
+use onpolicy_plugin_api::{Memory, PromptToken};
 use rapidhash::v3::rapidhash_v3;
 use std::time::{Duration, Instant};
 use tch::Tensor;
@@ -32,9 +40,17 @@ const HEAD_ROWS: usize = 256;
 pub struct Runner {
     decoder: Decoder,
     weights: Weights,
-    cache: KvCache,
+    pages: Pages,
     eos_token_ids: Vec<u32>,
     copied_bytes: usize,
+}
+
+/// K and V, where the weights are.
+enum Pages {
+    /// f32 on the CPU.
+    Native(KvCache),
+    /// On any device, in any type; the storages are the weights'.
+    OnDevice(DevicePages, Storages),
 }
 
 /// Hidden states of one step.
@@ -43,22 +59,28 @@ pub struct StepOutput {
     hidden: Tensor,
     /// First row of each chunk.
     first_rows: Vec<usize>,
+    /// Rows that tokens are drawn from, i64.
+    sampled: Tensor,
 }
 
 impl Runner {
     /// A runner over handles to `weights`, which serves them as `dtype`, with `num_blocks` blocks
-    /// of KV.
+    /// of KV: those of `pages`, unless the weights are native.
     pub fn new(
         config: &ModelConfig,
         (weights, dtype): (&Weights, ServeDtype),
-        num_blocks: usize,
+        (pages, num_blocks): (Option<DevicePages>, usize),
     ) -> Self {
         let mut decoder = Decoder::serving(config, weights, dtype);
+        let storages = || Storages::of(weights.iter().map(|(_, tensor)| tensor));
         Self {
             copied_bytes: decoder.copied_bytes(),
             decoder,
             weights: weights.share(),
-            cache: KvCache::new(config, num_blocks),
+            pages: match pages {
+                Some(pages) => Pages::OnDevice(pages, storages()),
+                None => Pages::Native(KvCache::new(config, num_blocks)),
+            },
             eos_token_ids: config.eos_token_ids.clone(),
         }
     }
@@ -104,21 +126,49 @@ impl Runner {
 
     /// A hash of the bytes of each weight, by name: rapidhash V3, the same on every machine.
     pub fn checksums(&self) -> Vec<(String, u64)> {
-        let weights = self.weights.iter();
-        weights.map(|(name, tensor)| (name.to_string(), rapidhash_v3(bytes(tensor)))).collect()
+        let hash = |tensor: &Tensor| match &self.pages {
+            Pages::Native(_) => rapidhash_v3(bytes(tensor)),
+            Pages::OnDevice(..) => rapidhash_v3(&device::bytes(tensor)),
+        };
+        self.weights.iter().map(|(name, tensor)| (name.to_string(), hash(tensor))).collect()
     }
 
     /// Gives the memory of all pages back to the system; false if it does not take it.
     pub fn give_back_pages(&mut self) -> bool {
-        self.cache.give_back()
+        let device = self.decoder.placement().device;
+        match &mut self.pages {
+            Pages::Native(cache) => cache.give_back(),
+            Pages::OnDevice(pages, _) => {
+                pages.give_back();
+                empty_cache(device).is_ok()
+            }
+        }
     }
 
     /// Gives the memory of the weights and of their copies back to the system; false if it does
-    /// not take all of it. The weights stay where they are, and are worth nothing.
+    /// not take all of it. Handles to the weights stay, and what they hold is worth nothing.
     pub fn give_back_weights(&mut self) -> bool {
+        if let Pages::OnDevice(_, weights) = &mut self.pages {
+            return weights.give_back().is_ok();
+        }
         let copies = self.decoder.give_back_copies();
         let mut tensors = self.weights.iter();
         tensors.all(|(_, tensor)| give_back(floats_mut(&mut tensor.shallow_clone()))) && copies
+    }
+
+    /// Takes memory again that was given back; the system gives native memory as it is written.
+    ///
+    /// # Errors
+    /// There is not as much.
+    pub fn take(&mut self, memory: &[Memory]) -> Result<(), TorchError> {
+        let Pages::OnDevice(pages, weights) = &mut self.pages else { return Ok(()) };
+        for memory in memory {
+            match memory {
+                Memory::KvCache => pages.take()?,
+                Memory::Weights => weights.take()?,
+            }
+        }
+        Ok(())
     }
 
     /// Runs the chunks of `step` through the decoder; their K and V are in the pages afterwards.
@@ -127,49 +177,38 @@ impl Runner {
     }
 
     fn run(&mut self, step: &Step, scheduler: &Scheduler) -> StepOutput {
-        for &(from, to) in &step.copies {
-            self.cache.copy(from, to);
+        let rows = gather(step, scheduler);
+        let first_rows = rows.spans.iter().map(|span| span.rows.start).collect();
+        match &mut self.pages {
+            Pages::Native(cache) => {
+                for &(from, to) in &step.copies {
+                    cache.copy(from, to);
+                }
+                let sampled = Tensor::from_slice(&rows.sampled);
+                let [tokens, positions] =
+                    [&rows.tokens, &rows.positions].map(|x| Tensor::from_slice(x));
+                let batch = PagedBatch { cache, spans: rows.spans, slots: rows.slots };
+                let attention = &mut Attention::Paged(batch);
+                let hidden = self.decoder.hidden(&tokens, &positions, attention);
+                StepOutput { hidden, first_rows, sampled }
+            }
+            Pages::OnDevice(pages, _) => {
+                pages.copy(&step.copies);
+                let plan = StepPlan::new(&rows, self.decoder.placement().device);
+                let attention = &mut Attention::OnDevice(DeviceBatch { pages, plan: &plan });
+                let hidden = self.decoder.hidden(&plan.tokens, &plan.positions, attention);
+                StepOutput { hidden, first_rows, sampled: plan.sampled }
+            }
         }
-        let rows = step.num_tokens();
-        let (mut tokens, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
-        let (mut slots, mut spans) = (Vec::with_capacity(rows), Vec::new());
-        let mut first_rows = Vec::with_capacity(step.chunks.len());
-        for chunk in &step.chunks {
-            let sequence = scheduler.sequence(chunk.seq).expect("a scheduled sequence exists");
-            let (row, range) = (tokens.len(), chunk.start..chunk.start + chunk.len);
-            tokens.extend(sequence.tokens[range.clone()].iter().map(|&token| i64::from(token)));
-            positions.extend(range.clone().map(|position| position as i64));
-            slots.extend(range.map(|position| {
-                sequence.blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32
-                    + (position % BLOCK_SIZE) as u32
-            }));
-            spans.push(Span {
-                rows: row..row + chunk.len,
-                first_position: chunk.start,
-                blocks: &sequence.blocks,
-            });
-            first_rows.push(row);
-        }
-        let (tokens, positions) = (Tensor::from_slice(&tokens), Tensor::from_slice(&positions));
-        let batch = PagedBatch { cache: &mut self.cache, spans, slots };
-        let hidden = self.decoder.hidden(&tokens, &positions, &mut Attention::Paged(batch));
-        StepOutput { hidden, first_rows }
     }
 
     /// Draws tokens; the rows of `draws` are the last ones of the chunks that sample, in the step's
     /// order.
-    pub fn sample(
-        &self,
-        step: &Step,
-        output: &StepOutput,
-        draws: &[Draw],
-    ) -> Vec<Result<Drawn, String>> {
-        let chunks = step.chunks.iter().zip(&output.first_rows);
-        let rows: Vec<i64> = chunks
-            .filter(|(chunk, _)| chunk.sample)
-            .map(|(chunk, first)| (first + chunk.len - 1) as i64)
-            .collect();
-        let hidden = output.hidden.index_select(0, &Tensor::from_slice(&rows));
+    pub fn sample(&self, output: &StepOutput, draws: &[Draw]) -> Vec<Result<Drawn, String>> {
+        let hidden = output.hidden.index_select(0, &output.sampled);
+        if let Pages::OnDevice(..) = &self.pages {
+            return sampling::sample(&self.decoder.logits(&hidden), draws);
+        }
         if self.decoder.head_is_narrow() {
             let logits = self.decoder.logits(&hidden);
             return sample(floats(&logits), self.decoder.head().size()[0] as usize, draws);
@@ -192,16 +231,32 @@ impl Runner {
             return self
                 .by_rows(&hidden, next, |logits, vocab, next| place(logits, vocab, next, top));
         }
-        let logprobs = if self.decoder.head_is_narrow() {
-            self.by_rows(&hidden, next, |logits, vocab, next| {
-                let stats = batch_stats(logits, vocab, next, 1.0);
-                stats.iter().map(|stats| stats.logprob).collect()
-            })
-        } else {
-            Head::new(self.decoder.head()).logprobs(floats(&hidden), next)
+        let logprobs = match &self.pages {
+            Pages::OnDevice(..) => self.logprobs_on_device(&hidden, next),
+            Pages::Native(_) if self.decoder.head_is_narrow() => {
+                self.by_rows(&hidden, next, |logits, vocab, next| {
+                    let stats = batch_stats(logits, vocab, next, 1.0);
+                    stats.iter().map(|stats| stats.logprob).collect()
+                })
+            }
+            Pages::Native(_) => Head::new(self.decoder.head()).logprobs(floats(&hidden), next),
         };
         let token = |logprob| PromptToken { logprob, rank: None, top: Vec::new() };
         logprobs.into_iter().map(token).collect()
+    }
+
+    /// Log-probs, at temperature 1, of the tokens that follow; one copy to the host.
+    fn logprobs_on_device(&self, hidden: &Tensor, next: &[u32]) -> Vec<f32> {
+        let ids: Vec<i64> = next.iter().map(|&id| i64::from(id)).collect();
+        let ids = device::upload(&ids, hidden.device());
+        let starts = (0..next.len() as i64).step_by(HEAD_ROWS);
+        let parts = starts.map(|start| {
+            let len = (next.len() as i64 - start).min(HEAD_ROWS as i64);
+            let logits = self.decoder.logits(&hidden.narrow(0, start, len));
+            stats::batch_stats(&logits, &ids.narrow(0, start, len), 1.0).narrow(1, 0, 1)
+        });
+        let parts: Vec<Tensor> = parts.collect();
+        if parts.is_empty() { Vec::new() } else { download(&Tensor::cat(&parts, 0)) }
     }
 
     /// What `each` makes of logits, their vocabulary and the tokens that follow, some rows at a time.
@@ -215,10 +270,35 @@ impl Runner {
         let mut made = Vec::with_capacity(next.len());
         for next in next.chunks(HEAD_ROWS) {
             let rows = hidden.narrow(0, made.len() as i64, next.len() as i64);
-            made.extend(each(floats(&self.decoder.logits(&rows)), vocab, next));
+            let logits = self.decoder.logits(&rows);
+            made.extend(match &self.pages {
+                Pages::Native(_) => each(floats(&logits), vocab, next),
+                Pages::OnDevice(..) => each(&download(&logits), vocab, next),
+            });
         }
         made
     }
+}
+
+/// The rows of a step's chunks.
+fn gather<'a>(step: &Step, scheduler: &'a Scheduler) -> StepRows<'a> {
+    let mut rows = StepRows::default();
+    for chunk in &step.chunks {
+        let sequence = scheduler.sequence(chunk.seq).expect("a scheduled sequence exists");
+        let (row, range) = (rows.tokens.len(), chunk.start..chunk.start + chunk.len);
+        rows.tokens.extend(sequence.tokens[range.clone()].iter().map(|&token| i64::from(token)));
+        rows.positions.extend(range.clone().map(|position| position as i64));
+        rows.slots.extend(range.map(|position| {
+            sequence.blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32
+                + (position % BLOCK_SIZE) as u32
+        }));
+        if chunk.sample {
+            rows.sampled.push((row + chunk.len - 1) as i64);
+        }
+        let (rows_of_it, blocks) = (row..row + chunk.len, &sequence.blocks[..]);
+        rows.spans.push(Span { rows: rows_of_it, first_position: chunk.start, blocks });
+    }
+    rows
 }
 
 /// The prompt tokens that the rows of `chunk` predict, and the position of the first of them.

@@ -294,7 +294,7 @@ impl Worker {
                 (target, draw)
             })
             .unzip();
-        let drawn = self.runner.sample(step, output, &draws);
+        let drawn = self.runner.sample(output, &draws);
         let drawn = targets.into_iter().zip(drawn).map(|(target, drawn)| {
             let drawn = drawn.map_err(|reason| draw_error(reason, &self.live[&target.request]));
             (target, drawn)

@@ -1,21 +1,37 @@
-//! The two ways to attend: over packed groups with gradients, or over pages.
+//! The ways to attend: over packed groups with gradients, or over pages.
 
 pub use crate::kernels::packed::PackedGroup;
 use crate::{
+    device::{
+        is_native,
+        pages::DevicePages,
+        plan::StepPlan,
+        varlen::{Varlen, varlen_attention},
+    },
     kernels::attention::{Span, paged_attention},
     kv_cache::KvCache,
     ops::packed_attention::packed_attention,
     torch::slices::{floats, floats_mut},
 };
-use std::sync::Arc;
+use std::{cell::OnceCell, sync::Arc};
 use tch::{Device, Kind, Tensor};
 
 /// How the rows of a batch attend to each other.
 pub enum Attention<'a> {
     /// Rows of packed groups attend to what stands before them in their own sequence.
     Causal(&'a Pack),
-    /// Rows attend to the pages of their sequences, their own K and V among them.
+    /// Rows attend to the pages of their sequences, their own K and V among them: native tensors.
     Paged(PagedBatch<'a>),
+    /// The same for tensors of any device and type.
+    OnDevice(DeviceBatch<'a>),
+}
+
+/// One engine step over pages on a device.
+pub struct DeviceBatch<'a> {
+    /// The pages, which are there.
+    pub pages: &'a DevicePages,
+    /// Which rows read and write which pages.
+    pub plan: &'a StepPlan,
 }
 
 /// One engine step: which rows belong to which sequence, and where their K and V go.
@@ -42,8 +58,16 @@ impl Attention<'_> {
     /// rotated; scale is `1 / sqrt(head_dim)`. Returns `[N, heads * head_dim]`.
     pub fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, layer: LayerShape) -> Tensor {
         match self {
-            Attention::Causal(pack) => packed_attention([q, k, v], &pack.groups, layer.window),
+            Attention::Causal(pack) if is_native(q) => {
+                packed_attention([q, k, v], &pack.groups, layer.window)
+            }
+            Attention::Causal(pack) => {
+                varlen_attention([q, k, v], pack.varlen(q.device()), layer.window)
+            }
             Attention::Paged(batch) => batch.attend(q, k, v, layer),
+            Attention::OnDevice(batch) => {
+                batch.plan.attend([q, k, v], batch.pages.layer(layer.index), layer.window)
+            }
         }
     }
 }
@@ -67,11 +91,14 @@ pub struct Pack {
     tokens: Vec<i64>,
     positions: Vec<i64>,
     groups: Arc<Vec<PackedGroup>>,
+    /// The groups' sequences, made for the first layer that asks, on its device.
+    varlen: OnceCell<Varlen>,
 }
 
 impl Pack {
     /// Appends a group and returns where its rows are.
     pub fn push(&mut self, prompt: &[u32], tails: &[&[u32]]) -> &PackedGroup {
+        self.varlen.take();
         let start = self.tokens.len();
         let mut append = |tokens: &[u32], first: usize| {
             self.tokens.extend(tokens.iter().map(|&token| i64::from(token)));
@@ -104,6 +131,10 @@ impl Pack {
     /// Positions, `[N]`, i64.
     pub fn positions(&self) -> Tensor {
         Tensor::from_slice(&self.positions)
+    }
+
+    fn varlen(&self, device: Device) -> &Varlen {
+        self.varlen.get_or_init(|| Varlen::of_groups(&self.groups, device))
     }
 
     /// The groups.

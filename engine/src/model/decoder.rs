@@ -6,9 +6,10 @@ use super::{
     rope::{Rope, Rotation},
 };
 use crate::{
+    device::Placement,
     kernels::matmul::narrow::Narrow,
     ops::{
-        linear::{linear, linear_each, narrow_linear},
+        linear::{linear, linear_each, logits, narrow_linear},
         rms_norm::{add_rms_norm, rms_norm},
         swiglu::swiglu,
     },
@@ -176,6 +177,7 @@ impl Decoder {
     fn build(build: Builder<'_>) -> Self {
         let config = build.config;
         let embedding = build.tensor("model.embed_tokens.weight");
+        let device = embedding.device();
         let head = if config.tie_word_embeddings {
             embedding.shallow_clone()
         } else {
@@ -186,7 +188,7 @@ impl Decoder {
             layers: (0..config.num_layers).map(|index| build.layer(index)).collect(),
             norm: build.norm("model.norm"),
             head: Linear::new(head, None, build.dtype),
-            rope: Rope::new(config),
+            rope: Rope::new(config, device),
         }
     }
 
@@ -225,9 +227,9 @@ impl Decoder {
         self.hidden_of(self.embed(tokens), positions, attention)
     }
 
-    /// Rows of the embedding, `[N, hidden]`.
+    /// Rows of the embedding, `[N, hidden]`; `tokens` may lie anywhere.
     pub fn embed(&self, tokens: &Tensor) -> Tensor {
-        self.embedding.index_select(0, tokens)
+        self.embedding.index_select(0, &tokens.to_device(self.embedding.device()))
     }
 
     /// As [`Decoder::hidden`], from embedded tokens `x`.
@@ -291,9 +293,17 @@ impl Decoder {
         self.head.narrow.is_some()
     }
 
-    /// Logits `[N, vocab]` of hidden states `[N, hidden]`.
+    /// Device and type of the weights.
+    pub fn placement(&self) -> Placement {
+        Placement::of(&self.embedding)
+    }
+
+    /// Logits `[N, vocab]` of hidden states `[N, hidden]`, f32 also where the weights are narrow.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        timed(Phase::Head, || self.head.multiply(hidden))
+        timed(Phase::Head, || match &self.head.narrow {
+            Some(narrow) => narrow_linear(hidden, narrow, None),
+            None => logits(hidden, &self.head.weight),
+        })
     }
 }
 

@@ -2,11 +2,11 @@
 
 use super::config::ModelConfig;
 use crate::ops::rope::rotate;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Inverse frequencies and the attention factor of a model.
 pub struct Rope {
-    /// `[head_dim / 2]`, f32.
+    /// `[head_dim / 2]`, f32, on the model's device.
     inverse_frequencies: Tensor,
     factor: f64,
 }
@@ -18,16 +18,17 @@ pub struct Rotation {
 }
 
 impl Rope {
-    /// The embedding that `config` describes.
-    pub fn new(config: &ModelConfig) -> Self {
+    /// The embedding that `config` describes, for tensors on `device`.
+    pub fn new(config: &ModelConfig, device: Device) -> Self {
         let (frequencies, factor) =
             config.rope.frequencies(config.head_dim, config.max_position_embeddings);
         let frequencies: Vec<f32> = frequencies.iter().map(|&f| f as f32).collect();
-        Self { inverse_frequencies: Tensor::from_slice(&frequencies), factor }
+        Self { inverse_frequencies: Tensor::from_slice(&frequencies).to_device(device), factor }
     }
 
-    /// The rotation for rows at `positions` (`[N]`, i64).
+    /// The rotation for rows at `positions` (`[N]`, i64), which may lie anywhere.
     pub fn at(&self, positions: &Tensor) -> Rotation {
+        let positions = positions.to_device(self.inverse_frequencies.device());
         let angles = positions.to_kind(Kind::Float).unsqueeze(1) * &self.inverse_frequencies;
         Rotation { cos: angles.cos() * self.factor, sin: angles.sin() * self.factor }
     }

@@ -1,8 +1,9 @@
 //! `y = x W^T + b` with matrix products of our own, read from the weight where the optimizer
-//! writes it.
+//! writes it. Tensors that are not native take libtorch's.
 
 use super::may_record;
 use crate::{
+    device::{is_native, wide},
     kernels::matmul::{self, Layer, narrow::Narrow},
     torch::{
         autograd::set_grad,
@@ -16,8 +17,11 @@ use tch::{Device, Kind, Tensor};
 /// is added to its `grad` during the backward pass, not afterwards.
 ///
 /// # Panics
-/// If a shape does not fit, or a tensor is not f32 on the CPU.
+/// If a shape does not fit, or the tensors differ in device or type.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    if !is_native(weight) {
+        return x.linear(weight, bias);
+    }
     let x = x.contiguous();
     if !may_record(&[&x, weight]) {
         return forward(&x, weight, bias);
@@ -35,6 +39,9 @@ pub fn linear_each<const N: usize>(
     x: &Tensor,
     layers: [(&Tensor, Option<&Tensor>); N],
 ) -> [Tensor; N] {
+    if layers.iter().any(|(weight, _)| !is_native(weight)) {
+        return layers.map(|(weight, bias)| linear(x, weight, bias));
+    }
     let x = x.contiguous();
     if layers.iter().any(|(weight, _)| may_record(&[&x, weight])) {
         return layers.map(|(weight, bias)| linear(&x, weight, bias));
@@ -50,6 +57,31 @@ pub fn linear_each<const N: usize>(
     outputs
 }
 
+/// Rows of a head that are widened at a time.
+const WIDENED: i64 = 8192;
+
+/// `hidden W^T` of the output head, summed and kept in f32 (f64 for f64): `hidden` `[M, K]`,
+/// `weight` `[N, K]`; `[M, N]`. Only native tensors have a gradient.
+///
+/// # Panics
+/// As [`linear`].
+pub fn logits(hidden: &Tensor, weight: &Tensor) -> Tensor {
+    let kind = weight.kind();
+    if is_native(weight) || wide(kind) == kind {
+        return linear(hidden, weight, None);
+    }
+    tch::no_grad(|| {
+        if weight.device().is_cuda() {
+            return hidden.mm_dtype(&weight.tr(), Kind::Float);
+        }
+        // There is no such product on the CPU.
+        let hidden = hidden.to_kind(Kind::Float);
+        let tiles = weight.split(WIDENED, 0);
+        let tiles = tiles.iter().map(|tile| hidden.matmul(&tile.to_kind(Kind::Float).tr()));
+        Tensor::cat(&tiles.collect::<Vec<_>>(), 1)
+    })
+}
+
 /// `x W^T + b` with a weight in a narrow type, as [`linear`] otherwise, but without a gradient.
 ///
 /// # Panics
@@ -63,11 +95,15 @@ pub fn narrow_linear(x: &Tensor, weight: &Narrow, bias: Option<&Tensor>) -> Tens
     y
 }
 
-/// Adds `gradient^T x` (`gradient` `[M, N]`, `x` `[M, K]`) to the `grad` of the leaf `weight`.
+/// Adds `gradient^T x` (`gradient` `[M, N]`, `x` `[M, K]`) to the `grad` of the leaf `weight`, in the
+/// type of the weight.
 ///
 /// # Panics
 /// As [`linear`].
 pub fn accumulate_weight_gradient(weight: &Tensor, gradient: &Tensor, x: &Tensor) {
+    if !is_native(weight) {
+        return add_gradient(weight, gradient, x);
+    }
     let [m, n, k] = shape(x, weight);
     let mut sum = weight.grad();
     let accumulate = sum.defined();
@@ -80,11 +116,25 @@ pub fn accumulate_weight_gradient(weight: &Tensor, gradient: &Tensor, x: &Tensor
     }
 }
 
-/// `gradient W`, the gradient by `x`, `[M, K]`.
+fn add_gradient(weight: &Tensor, gradient: &Tensor, x: &Tensor) {
+    let kind = weight.kind();
+    let added = tch::no_grad(|| gradient.to_kind(kind).tr().matmul(&x.to_kind(kind)));
+    let mut sum = weight.grad();
+    if sum.defined() {
+        let _ = tch::no_grad(|| sum.g_add_(&added));
+    } else {
+        set_grad(weight, &added).unwrap_or_else(|error| panic!("a weight's gradient: {error}"));
+    }
+}
+
+/// `gradient W`, the gradient by `x`, `[M, K]`, in the type of the weight.
 ///
 /// # Panics
 /// As [`linear`].
 pub fn input_gradient(gradient: &Tensor, weight: &Tensor) -> Tensor {
+    if !is_native(weight) {
+        return tch::no_grad(|| gradient.to_kind(weight.kind()).matmul(weight));
+    }
     let (n, k) = weight.size2().expect("a weight has two axes");
     let m = gradient.size()[0];
     let mut by_x = Tensor::empty([m, k], (Kind::Float, Device::Cpu));
@@ -135,7 +185,58 @@ impl Function for Linear {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing;
     use super::*;
+
+    #[test]
+    fn the_libtorch_path_gives_the_same() {
+        tch::manual_seed(4);
+        for (m, n, k) in [(1, 3, 5), (70, 48, 112)] {
+            let inputs =
+                [testing::random(&[m, k]), testing::random(&[n, k]), testing::random(&[n])];
+            testing::check_wide(&inputs, &|t| linear(&t[0], &t[1], Some(&t[2])));
+            testing::check_wide(&inputs[..2], &|t| linear(&t[0], &t[1], None));
+            testing::check_wide(&inputs, &|t| {
+                let [y, z] = linear_each(&t[0], [(&t[1], Some(&t[2])), (&t[1], None)]);
+                y * 2.0 + z
+            });
+        }
+    }
+
+    #[test]
+    fn gradients_are_added_in_the_type_of_the_weight() {
+        tch::manual_seed(5);
+        let (weight, x, gradient) = (random([7, 5]), random([9, 5]), random([9, 7]));
+        for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::BFloat16, 0.05)] {
+            let leaf = weight.to_kind(kind).set_requires_grad(true);
+            for _ in 0..2 {
+                accumulate_weight_gradient(&leaf, &gradient, &x.to_kind(kind));
+            }
+            let (want, by_x) = (gradient.tr().matmul(&x) * 2.0, gradient.matmul(&weight));
+            let got = input_gradient(&gradient, &leaf.detach());
+            for (got, want) in [(leaf.grad(), want), (got, by_x)] {
+                assert_eq!(got.kind(), kind);
+                let want = want.to_kind(Kind::Double);
+                let error = (got - &want).abs().max().double_value(&[]);
+                let size = want.abs().max().double_value(&[]);
+                // The wanted values were summed in f32.
+                assert!(error <= size * f64::max(tolerance, 1e-6), "{kind:?}: {error:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn logits_of_a_narrow_head_are_wide() {
+        tch::manual_seed(6);
+        let (hidden, weight) = (random([3, 16]), random([WIDENED + 5, 16]));
+        let [hidden, weight] = [hidden, weight].map(|t| t.to_kind(Kind::BFloat16));
+        let got = logits(&hidden, &weight);
+        let [hidden, weight] = [hidden, weight].map(|t| t.to_kind(Kind::Double));
+        assert_eq!(got.kind(), Kind::Float);
+        assert_same(&got.to_kind(Kind::Double), &hidden.matmul(&weight.tr()), "logits");
+        let wide = logits(&hidden, &weight);
+        assert_eq!(wide.kind(), Kind::Double);
+    }
 
     fn random(shape: [i64; 2]) -> Tensor {
         Tensor::randn(shape, (Kind::Float, Device::Cpu))

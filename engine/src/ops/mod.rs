@@ -1,5 +1,5 @@
-//! The decoder's operations: kernels of our own behind tensors, with gradients where they are
-//! recorded.
+//! The decoder's operations, with gradients where they are recorded: kernels of our own behind
+//! tensors of f32 on the CPU, libtorch's operations for all others ([`crate::device`]).
 
 pub mod embedding;
 pub mod linear;

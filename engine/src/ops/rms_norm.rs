@@ -2,6 +2,7 @@
 
 use super::may_record;
 use crate::{
+    device::is_native,
     kernels::elementwise::norm::{RmsNorm as Kernel, add_norm},
     torch::{
         function::{Function, apply},
@@ -14,9 +15,12 @@ use tch::Tensor;
 /// `[H]`; the shape of `x`. A row's result does not depend on the other rows.
 ///
 /// # Panics
-/// If a shape does not fit, or a tensor is not f32 on the CPU.
+/// If a shape does not fit, or the tensors differ in device or type.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     assert_eq!(x.size().last(), Some(&(weight.numel() as i64)), "rows as long as the weight");
+    if !is_native(x) {
+        return x.rms_norm(weight.size(), Some(weight), eps);
+    }
     let (norm, x, weight) = (RmsNorm { eps }, x.contiguous(), weight.contiguous());
     if !may_record(&[&x, &weight]) {
         return norm.forward(&[x, weight]);
@@ -31,7 +35,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
 /// As [`rms_norm`]; or if `y` has another shape than `x`.
 pub fn add_rms_norm(x: &Tensor, y: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     assert_eq!(x.size(), y.size(), "a sum of equal shapes");
-    if may_record(&[x, y, weight]) {
+    if !is_native(x) || may_record(&[x, y, weight]) {
         let sum = x + y;
         let normed = rms_norm(&sum, weight, eps);
         return (sum, normed);
@@ -71,7 +75,7 @@ impl Function for RmsNorm {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, random};
+    use super::super::testing::{check, check_wide, random};
     use super::*;
 
     #[test]
@@ -88,6 +92,27 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn the_libtorch_path_gives_the_same() {
+        tch::manual_seed(4);
+        for shape in [vec![1, 33], vec![37, 576], vec![5, 3, 16]] {
+            let width = *shape.last().unwrap();
+            let inputs = [random(&shape), random(&[width]), random(&shape)];
+            check_wide(&inputs[..2], &|inputs| rms_norm(&inputs[0], &inputs[1], 1e-5));
+            check_wide(&inputs, &|inputs| {
+                let (sum, normed) = add_rms_norm(&inputs[0], &inputs[2], &inputs[1], 1e-5);
+                sum * 0.5 + normed
+            });
+        }
+        // Squares beyond the range of f16 are no matter.
+        let [x, weight] = [random(&[4, 32]) * 3000.0, random(&[32])];
+        let [x, weight] = [x, weight].map(|t| t.to_kind(tch::Kind::Half));
+        let got = rms_norm(&x, &weight, 1e-5).to_kind(tch::Kind::Float);
+        let [x, weight] = [x, weight].map(|t| t.to_kind(tch::Kind::Float));
+        let error = (got - rms_norm(&x, &weight, 1e-5)).abs().max().double_value(&[]);
+        assert!(error < 0.01, "{error}");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::may_record;
 use crate::{
+    device::{is_native, wide},
     kernels::elementwise::rotary::Rotary,
     torch::{
         function::{Function, apply},
@@ -15,7 +16,7 @@ use tch::Tensor;
 /// pass.
 ///
 /// # Panics
-/// If a shape does not fit, or a tensor is not f32 on the CPU.
+/// If a shape does not fit, or the tensors differ in device.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let (rows, _, head_dim) = x.size3().expect("x has three axes");
     for angles in [cos, sin] {
@@ -24,11 +25,23 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
             "half a head of angles"
         );
     }
+    if !is_native(x) {
+        return turn(x, cos, sin);
+    }
     let (x, cos, sin) = (x.contiguous(), cos.contiguous(), sin.contiguous());
     if !may_record(&[&x]) {
         return Rotate.forward(&[x, cos, sin]);
     }
     apply(Rotate, &[&x, &cos, &sin]).unwrap_or_else(|error| panic!("rotate: {error}"))
+}
+
+/// [`rotate`] in libtorch's operations; rounded once, to the type of `x`.
+fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let (cos, sin) = (cos.unsqueeze(1), sin.unsqueeze(1));
+    let halves = x.to_kind(wide(x.kind())).chunk(2, -1);
+    let (first, second) = (&halves[0], &halves[1]);
+    let turned = [first * &cos - second * &sin, second * &cos + first * &sin];
+    Tensor::cat(&turned, -1).to_kind(x.kind())
 }
 
 struct Rotate;
@@ -60,7 +73,7 @@ impl Function for Rotate {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, random};
+    use super::super::testing::{check, check_wide, random};
     use super::*;
 
     fn theirs(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
@@ -84,6 +97,14 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn the_libtorch_path_gives_the_same() {
+        tch::manual_seed(3);
+        let angles = random(&[20, 8]) * 3.0;
+        let (cos, sin) = (angles.cos(), angles.sin());
+        check_wide(&[random(&[20, 3, 16])], &|inputs| rotate(&inputs[0], &cos, &sin));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::may_record;
 use crate::{
+    device::is_native,
     kernels::elementwise::gate::SwiGlu as Kernel,
     torch::{
         function::{Function, apply},
@@ -13,9 +14,12 @@ use tch::Tensor;
 /// `silu(gate) * up`, element by element: both of one shape, which is the result's.
 ///
 /// # Panics
-/// If the shapes differ, or a tensor is not f32 on the CPU.
+/// If the shapes differ, or the tensors differ in device or type.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     assert_eq!(gate.size(), up.size(), "gate and up of one shape");
+    if !is_native(gate) {
+        return gate.silu() * up;
+    }
     let (gate, up) = (gate.contiguous(), up.contiguous());
     if !may_record(&[&gate, &up]) {
         return SwiGlu.forward(&[gate, up]);
@@ -47,7 +51,7 @@ impl Function for SwiGlu {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, random};
+    use super::super::testing::{check, check_wide, random};
     use super::*;
 
     #[test]
@@ -60,6 +64,13 @@ mod tests {
                 check(&inputs, &|inputs| swiglu(&inputs[0], &inputs[1]), &theirs);
             }
         }
+    }
+
+    #[test]
+    fn the_libtorch_path_gives_the_same() {
+        tch::manual_seed(3);
+        let inputs = [random(&[37, 70]) * 5.0, random(&[37, 70])];
+        check_wide(&inputs, &|inputs| swiglu(&inputs[0], &inputs[1]));
     }
 
     #[test]

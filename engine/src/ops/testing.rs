@@ -31,6 +31,26 @@ pub(super) fn check(inputs: &[Tensor], ours: Operation<'_>, theirs: Operation<'_
     assert!(!plain.requires_grad() && plain.equal(&ours(&our_leaves)));
 }
 
+/// Asserts that an operation's kernels, in f32, and its libtorch path, in f64, agree on values and
+/// gradients, twice with the gradients added up.
+pub(super) fn check_wide(inputs: &[Tensor], operation: Operation<'_>) {
+    let leaves = |kind: Kind| -> Vec<Tensor> {
+        inputs.iter().map(|x| x.to_kind(kind).copy().set_requires_grad(true)).collect()
+    };
+    let (native, wide) = (leaves(Kind::Float), leaves(Kind::Double));
+    let gradient = random(&operation(inputs).size());
+    for _ in 0..2 {
+        let (got, want) = (operation(&wide), operation(&native));
+        assert_eq!(got.kind(), Kind::Double);
+        assert_same(&got, &want, "output");
+        backward(&got, &gradient.to_kind(Kind::Double)).unwrap();
+        backward(&want, &gradient).unwrap();
+    }
+    for (got, want) in wide.iter().zip(&native) {
+        assert_same(&got.grad(), &want.grad(), "gradient");
+    }
+}
+
 fn assert_same(got: &Tensor, want: &Tensor, what: &str) {
     assert_eq!(got.size(), want.size(), "{what}");
     let error = (got - want).abs().max().double_value(&[]);

@@ -1,11 +1,13 @@
-//! What tch does not bind: the fused optimizer, backward with given
-//! gradients, and tensors as slices.
+//! What tch does not bind: the fused optimizer, backward with given gradients, flash attention,
+//! memory of a tensor that goes and comes, and tensors as slices.
 
 pub mod autograd;
+pub mod flash;
 pub mod function;
 pub mod memory;
 pub mod optim;
 pub mod slices;
+pub mod storage;
 
 use std::ffi::{CStr, c_char, c_void};
 
@@ -33,6 +35,15 @@ unsafe extern "C" {
         output: *mut *mut torch_sys::C_tensor,
     ) -> *mut c_char;
     fn op_recording() -> bool;
+    fn op_flash_attention(
+        inputs: *const RawTensor,
+        longest: *const i64,
+        window_left: i64,
+        output: *mut *mut torch_sys::C_tensor,
+    ) -> *mut c_char;
+    fn op_give_back(tensor: RawTensor) -> *mut c_char;
+    fn op_take(tensor: RawTensor) -> *mut c_char;
+    fn op_empty_cache() -> *mut c_char;
     fn op_set_grad(tensor: RawTensor, gradient: RawTensor) -> *mut c_char;
     fn op_total_norm(tensors: *const RawTensor, count: i64, norm: *mut f64) -> *mut c_char;
     fn op_copy_each(to: *const RawTensor, from: *const RawTensor, count: i64) -> *mut c_char;

@@ -1,5 +1,6 @@
 // What tch 0.24 does not bind. Every function returns nullptr, or an error message that the caller
 // frees with op_free.
+#include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/torch.h>
 
@@ -138,9 +139,52 @@ char *op_backward(at::Tensor *const *outputs, at::Tensor *const *gradients, int6
 // Whether operations on this thread are recorded for a backward pass.
 bool op_recording() { return at::GradMode::is_enabled(); }
 
+// Frees the memory of the tensor's storage, under all of its handles.
+char *op_give_back(at::Tensor *tensor) {
+  return guarded([&] {
+    auto *storage = tensor->storage().unsafeGetStorageImpl();
+    TORCH_CHECK(storage->allocator() != nullptr, "the tensor's memory is not the allocator's");
+    storage->set_data_ptr_noswap(at::DataPtr(nullptr, storage->device()));
+  });
+}
+
+// Takes as much memory again.
+char *op_take(at::Tensor *tensor) {
+  return guarded([&] {
+    auto *storage = tensor->storage().unsafeGetStorageImpl();
+    storage->set_data_ptr_noswap(storage->allocator()->allocate(storage->nbytes()));
+  });
+}
+
+// What the allocator of CUDA memory holds free goes back to the device.
+char *op_empty_cache() {
+  return guarded([] { c10::getDeviceAllocator(c10::DeviceType::CUDA)->emptyCache(); });
+}
+
 // Makes `gradient` the accumulated gradient of the leaf `tensor`.
 char *op_set_grad(at::Tensor *tensor, at::Tensor *gradient) {
   return guarded([&] { tensor->mutable_grad() = *gradient; });
+}
+
+// Causal flash attention over sequences of different lengths: `inputs` are q, k, v and where the
+// rows and the keys of each sequence begin; `longest` is most rows and most keys of one. A row sees
+// `window_left` positions before its own, or all if that is negative. The rows of a sequence are its
+// last positions: the kernel's causal mask is aligned at the lower right.
+char *op_flash_attention(at::Tensor *const *inputs, const int64_t *longest, int64_t window_left,
+                         at::Tensor **output) {
+  return guarded([&] {
+    const auto given = list(inputs, 5);
+    std::optional<int64_t> left, right;
+    if (window_left >= 0) {
+      left = window_left;
+      right = 0;
+    }
+    auto answer = at::_flash_attention_forward(
+        given[0].contiguous(), given[1].contiguous(), given[2].contiguous(), given[3], given[4],
+        longest[0], longest[1], /*dropout_p=*/0.0, /*is_causal=*/true,
+        /*return_debug_mask=*/false, /*scale=*/std::nullopt, left, right);
+    *output = new at::Tensor(std::get<0>(answer));
+  });
 }
 
 // L2 norm of all tensors together. On a device it is waited for once, not for each tensor.

@@ -12,8 +12,8 @@ mod validate;
 
 pub use engine_kind::EngineKind;
 pub use sections::{
-    ControlPlane, Correction, Engine, Eval, Key, Mode, Model, OnUpdate, Output, Plugin,
-    RemoteOptions, Rollout, Schedule, ServeDtype, Server, Train,
+    ControlPlane, Correction, DeviceName, Dtype, Engine, Eval, Key, Mode, Model, OnUpdate, Output,
+    Plugin, RemoteOptions, Rollout, Schedule, ServeDtype, Server, Train,
 };
 
 use serde::Serialize;

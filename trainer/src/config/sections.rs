@@ -2,8 +2,14 @@
 
 use crate::advantage::Advantage;
 pub use crate::correction::Correction;
+use onpolicy_engine::device::{Placement, PlacementError};
 pub use onpolicy_engine::{
-    chat::ToolFormat, engine::OnUpdate, http::access::Key, remote::RemoteOptions, weights::ServeDtype,
+    chat::ToolFormat,
+    device::{DeviceName, Dtype},
+    engine::OnUpdate,
+    http::access::Key,
+    remote::RemoteOptions,
+    weights::ServeDtype,
 };
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
@@ -18,20 +24,21 @@ pub struct Model {
     pub path: String,
     /// Name that clients use for the model; made from `path` if not given.
     pub name: Option<String>,
-    /// Where the tensors live. Only `cpu` in this version.
-    #[serde(default = "default_device")]
-    pub device: String,
-    /// Type of the weights. Only `f32` in this version.
-    #[serde(default = "default_dtype")]
-    pub dtype: String,
+    /// Where the tensors live, those of the engine and of the trainer.
+    #[serde(default)]
+    pub device: DeviceName,
+    /// Type of the weights; f32 on the CPU and bf16 on a CUDA device if not given.
+    pub dtype: Option<Dtype>,
 }
 
-fn default_device() -> String {
-    "cpu".into()
-}
-
-fn default_dtype() -> String {
-    "f32".into()
+impl Model {
+    /// Where the tensors live on this machine, and in which type.
+    ///
+    /// # Errors
+    /// There is no such device; the message says what to do.
+    pub fn placement(&self) -> Result<Placement, PlacementError> {
+        Placement::resolve(self.device, self.dtype)
+    }
 }
 
 /// `[engine]`: the inference engine.

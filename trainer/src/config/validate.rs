@@ -1,8 +1,8 @@
 //! Ranges, and rules between keys.
 
 use super::{
-    Config, ConfigError, Correction, Engine, Eval, Model, Output, Rollout, Schedule, Server, Train,
-    sections::TIS_CAP,
+    Config, ConfigError, Correction, DeviceName, Dtype, Engine, Eval, Model, Output, Rollout,
+    Schedule, ServeDtype, Server, Train, sections::TIS_CAP,
 };
 use serde_json::Value;
 use std::{collections::HashSet, fmt::Display};
@@ -37,6 +37,7 @@ impl Config {
 
     /// Rules between sections.
     fn sizes_fit(&self) -> Checked {
+        self.copies_are_native()?;
         let (rollout, engine) = (&self.rollout, &self.engine);
         let most = engine.max_num_seqs;
         rule("rollout.group_size", rollout.group_size, rollout.group_size <= most, || {
@@ -55,17 +56,24 @@ impl Config {
     }
 }
 
+impl Config {
+    /// Copies in a narrow type are made of f32 weights on the CPU.
+    fn copies_are_native(&self) -> Checked {
+        let (served, model) = (self.engine.serve_dtype, &self.model);
+        let native = model.device == DeviceName::Cpu && model.dtype.is_none_or(|d| d == Dtype::F32);
+        let ok = served == ServeDtype::F32 || native;
+        rule("engine.serve_dtype", quoted(&served.to_string()), ok, || {
+            "makes copies of f32 weights on the CPU; with another model.device or model.dtype \
+             leave it \"f32\": the weights are served as they are"
+                .into()
+        })
+    }
+}
+
 impl Model {
     fn validate(&self) -> Checked {
         not_empty("model.path", &self.path)?;
-        self.name.as_deref().map_or(Ok(()), |name| not_empty("model.name", name))?;
-        let device = &self.device;
-        rule("model.device", quoted(device), device == "cpu", || match device.as_str() {
-            "cuda" => "this version runs on the CPU only; set \"cpu\"".into(),
-            _ => "must be \"cpu\"".into(),
-        })?;
-        let f32_only = || "this version computes in f32 only; set \"f32\"".into();
-        rule("model.dtype", quoted(&self.dtype), self.dtype == "f32", f32_only)
+        self.name.as_deref().map_or(Ok(()), |name| not_empty("model.name", name))
     }
 }
 

@@ -1,14 +1,18 @@
 //! A directory: Hugging Face's files, or one GGUF.
 
 use super::{Checkpoint, LoadError, Source, gguf, safetensors};
-use crate::model::config::ModelConfig;
+use crate::{device::Placement, model::config::ModelConfig};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Loads the model in `dir`.
-pub(super) fn load(dir: &Path, name: String) -> Result<Checkpoint, LoadError> {
+pub(super) fn load(
+    dir: &Path,
+    name: String,
+    placement: Placement,
+) -> Result<Checkpoint, LoadError> {
     let Some(source) = source(dir)? else {
-        return gguf::load(&only_gguf(dir)?, name);
+        return gguf::load(&only_gguf(dir)?, name, placement);
     };
     let parse = |file: &str, text: &str| -> Result<Value, LoadError> {
         serde_json::from_str(text).map_err(|e| LoadError::corrupt(&dir.join(file), e.to_string()))
@@ -17,7 +21,7 @@ pub(super) fn load(dir: &Path, name: String) -> Result<Checkpoint, LoadError> {
     let generation = generation.map(|text| parse("generation_config.json", text)).transpose()?;
     let config = ModelConfig::from_hf(&parse("config.json", &source.config)?, generation.as_ref())?;
     let tokenizer = source.chat_tokenizer()?;
-    let tensors = safetensors::load(dir, &config)?;
+    let tensors = safetensors::load(dir, &config, placement)?;
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
 }
 

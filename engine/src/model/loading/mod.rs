@@ -22,7 +22,7 @@ pub use describe::{Description, describe};
 pub use error::LoadError;
 pub use replacement::load_weights;
 
-use crate::{chat::ChatTokenizer, model::config::ModelConfig};
+use crate::{chat::ChatTokenizer, device::Placement, model::config::ModelConfig};
 use std::path::Path;
 
 /// A model in memory.
@@ -32,7 +32,8 @@ pub struct Checkpoint {
     pub name: String,
     /// Its shape.
     pub config: ModelConfig,
-    /// f32, contiguous, on the CPU; exactly [`ModelConfig::tensor_shapes`], in that order.
+    /// Contiguous, of one type and on one device; exactly [`ModelConfig::tensor_shapes`], in that
+    /// order.
     pub tensors: Vec<(String, tch::Tensor)>,
     /// Its tokenizer and chat template.
     pub tokenizer: ChatTokenizer,
@@ -84,18 +85,28 @@ impl Source {
     }
 }
 
-/// Loads a model: a directory (of Hugging Face's form, or holding one `.gguf` file), a `.gguf`
-/// file, or a hub id such as `org/name`. Whatever exists as a path is never looked for on the hub.
+/// Loads a model, in f32 on the CPU: a directory (of Hugging Face's form, or holding one `.gguf`
+/// file), a `.gguf` file, or a hub id such as `org/name`. Whatever exists as a path is never looked
+/// for on the hub.
 ///
 /// # Errors
 /// The model cannot be found, read, or run by this engine; the message says what to do.
 pub fn load(spec: &str) -> Result<Checkpoint, LoadError> {
+    load_to(spec, Placement::NATIVE)
+}
+
+/// As [`load`], to another device or in another type. In main memory there is one copy of the
+/// weights, in that type, and on a way to a device the tensors that are under way.
+///
+/// # Errors
+/// As [`load`]; or f16 does not hold a number, or the device the weights.
+pub fn load_to(spec: &str, placement: Placement) -> Result<Checkpoint, LoadError> {
     let path = Path::new(spec);
     if path.exists() {
-        return load_path(path, local_name(path));
+        return load_path(path, local_name(path), placement);
     }
     match hub::ModelId::parse(spec) {
-        Some(id) => load_path(&id.fetch(&hub::Hub::from_env())?, id.to_string()),
+        Some(id) => load_path(&id.fetch(&hub::Hub::from_env())?, id.to_string(), placement),
         None => Err(not_found(spec)),
     }
 }
@@ -107,12 +118,12 @@ fn not_found(spec: &str) -> LoadError {
     }
 }
 
-fn load_path(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
+fn load_path(path: &Path, name: String, placement: Placement) -> Result<Checkpoint, LoadError> {
     if path.is_dir() {
-        return directory::load(path, name);
+        return directory::load(path, name, placement);
     }
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-        return gguf::load(path, name);
+        return gguf::load(path, name, placement);
     }
     Err(LoadError::unsupported(
         "model file",

@@ -1,7 +1,7 @@
 //! Tensors of a directory, in one safetensors file or many.
 
 use super::{LoadError, tensors};
-use crate::model::config::ModelConfig;
+use crate::{device::Placement, model::config::ModelConfig};
 use ::safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 use std::{
@@ -45,18 +45,22 @@ impl Files {
         Ok(Self { shards, shard_of })
     }
 
-    fn read(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
+    fn read(&self, name: &str, shape: (&[i64], Kind)) -> Result<Tensor, LoadError> {
         self.shards[self.shard_of[name]].read(name, shape)
     }
 }
 
 /// Reads the tensors of `config` from the safetensors in `dir`.
-pub(super) fn load(dir: &Path, config: &ModelConfig) -> Result<Vec<(String, Tensor)>, LoadError> {
+pub(super) fn load(
+    dir: &Path,
+    config: &ModelConfig,
+    placement: Placement,
+) -> Result<Vec<(String, Tensor)>, LoadError> {
     let files = Files::open(dir, config)?;
-    tensors::read_all(config, &|name, shape| files.read(name, shape))
+    tensors::read_all(config, placement, &|name, shape| files.read(name, (shape, placement.kind)))
 }
 
-/// As [`load`], on the calling thread alone: an engine goes on with the kernels' threads. All
+/// As [`load`], in f32, on the calling thread alone: an engine goes on with the kernels' threads. All
 /// shapes are checked before anything is read.
 pub(super) fn load_one_by_one(
     dir: &Path,
@@ -68,7 +72,10 @@ pub(super) fn load_one_by_one(
         let info = files.shards[files.shard_of[name]].header.info(name);
         info.map_or(Ok(()), |info| tensors::check_shape(name, &info.shape, shape))?;
     }
-    let read = |(name, shape): (String, Vec<i64>)| Ok((name.clone(), files.read(&name, &shape)?));
+    let read = |(name, shape): (String, Vec<i64>)| {
+        let tensor = files.read(&name, (&shape, Kind::Float))?;
+        Ok((name, tensor))
+    };
     wanted.into_iter().map(read).collect()
 }
 
@@ -134,8 +141,8 @@ impl Shard {
         Ok(Self { path, file, data, header })
     }
 
-    /// One tensor in f32.
-    fn read(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
+    /// One tensor of this shape, in this type.
+    fn read(&self, name: &str, (shape, wanted): (&[i64], Kind)) -> Result<Tensor, LoadError> {
         let missing = || LoadError::tensor(name, "is missing from the checkpoint");
         let info = self.header.info(name).ok_or_else(missing)?;
         tensors::check_shape(name, &info.shape, shape)?;
@@ -150,7 +157,7 @@ impl Shard {
         };
         let size = kind.elt_size_in_bytes();
         let begin = self.data + info.data_offsets.0 as u64;
-        tensors::assemble(name, shape, &|start, count| {
+        tensors::assemble(name, (shape, wanted), &|start, count| {
             let mut bytes = vec![0; count * size];
             self.file
                 .read_exact_at(&mut bytes, begin + (start * size) as u64)

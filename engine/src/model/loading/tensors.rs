@@ -1,16 +1,17 @@
 //! What every format needs: names checked against the configuration, tensors read in parallel.
 
 use super::LoadError;
-use crate::{kernels::parallel, model::config::ModelConfig};
+use crate::{device::Placement, kernels::parallel, model::config::ModelConfig};
 use std::{collections::BTreeSet, sync::Mutex};
 use tch::{Device, Kind, Tensor};
 
-/// Reads one tensor of this name and shape, f32 and contiguous; called on several threads.
+/// Reads one tensor of this name and shape, contiguous, on the CPU; called on several threads.
 type ReadOne<'a> = dyn Fn(&str, &[i64]) -> Result<Tensor, LoadError> + Sync + 'a;
 
-/// Reads every tensor of `config`, in the order of its `tensor_shapes`.
+/// Reads every tensor of `config`, in the order of its `tensor_shapes`, and brings it to its place.
 pub(super) fn read_all(
     config: &ModelConfig,
+    placement: Placement,
     read: &ReadOne,
 ) -> Result<Vec<(String, Tensor)>, LoadError> {
     let wanted = config.tensor_shapes();
@@ -18,7 +19,7 @@ pub(super) fn read_all(
     parallel::for_each(wanted.len(), &|i| {
         let (name, shape) = &wanted[i];
         if let Ok(mut slot) = slots[i].lock() {
-            *slot = Some(read(name, shape));
+            *slot = Some(read(name, shape).and_then(|tensor| place(name, &tensor, placement)));
         }
     });
     let unread = |name: &str| Err(LoadError::tensor(name, "was not read"));
@@ -29,20 +30,35 @@ pub(super) fn read_all(
     results.collect()
 }
 
+/// The tensor on the device, in the type that it will have.
+///
+/// # Errors
+/// f16 does not hold a number of it, or the device has no memory left.
+fn place(name: &str, tensor: &Tensor, placement: Placement) -> Result<Tensor, LoadError> {
+    let placed = tensor.f_to_kind(placement.kind).and_then(|t| t.f_to_device(placement.device));
+    let placed = placed.map_err(torch_error(name))?;
+    if placement.kind == Kind::Half && placed.isfinite().all().int64_value(&[]) == 0 {
+        let reason = "holds a number beyond 65504, the largest that f16 has; set model.dtype to \
+                      \"bf16\" or \"f32\"";
+        return Err(LoadError::tensor(name, reason));
+    }
+    Ok(placed)
+}
+
 /// Elements that are read at a time, a multiple of every block size of a quantised format. Small
 /// enough to stay in the cache until they are copied to their place, and for torch to copy them on
 /// the thread that asks for it.
 const CHUNK: usize = 1 << 14;
 
-/// Makes one f32 tensor out of chunks, so that nothing else of its size is ever allocated.
+/// Makes one tensor of type `kind` out of chunks, so that nothing else of its size is ever allocated.
 /// `chunk(start, count)` gives `count` elements from element `start` on, in any floating type.
 pub(super) fn assemble(
     name: &str,
-    shape: &[i64],
+    (shape, kind): (&[i64], Kind),
     chunk: &dyn Fn(usize, usize) -> Result<Tensor, LoadError>,
 ) -> Result<Tensor, LoadError> {
     let torch_error = torch_error(name);
-    let whole = Tensor::f_empty(shape, (Kind::Float, Device::Cpu)).map_err(&torch_error)?;
+    let whole = Tensor::f_empty(shape, (kind, Device::Cpu)).map_err(&torch_error)?;
     let flat = whole.f_view([-1]).map_err(&torch_error)?;
     let total = whole.numel();
     for start in (0..total).step_by(CHUNK) {

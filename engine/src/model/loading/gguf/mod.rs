@@ -10,19 +10,23 @@ mod values;
 mod weights;
 
 use super::{Checkpoint, LoadError, Source};
-use crate::model::config::ModelConfig;
+use crate::{device::Placement, model::config::ModelConfig};
 use header::Header;
 use std::{fs::File, path::Path};
 
 /// Loads the model in a GGUF file.
-pub(super) fn load(path: &Path, name: String) -> Result<Checkpoint, LoadError> {
+pub(super) fn load(
+    path: &Path,
+    name: String,
+    placement: Placement,
+) -> Result<Checkpoint, LoadError> {
     let file = File::open(path).map_err(LoadError::io(path))?;
     let header = Header::read(&file, path)?;
     let weights = weights::Weights { path, file: &file, header: &header };
     let config = config::model_config(&header, &weights)?;
     let source = source(&header, &config)?;
     let tokenizer = source.chat_tokenizer()?;
-    let tensors = weights.load(&config)?;
+    let tensors = weights.load(&config, placement)?;
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
 }
 

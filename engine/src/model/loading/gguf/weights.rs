@@ -5,13 +5,16 @@ use super::{
     header::{Header, TensorInfo},
     names,
 };
-use crate::model::config::{Architecture, ModelConfig};
+use crate::{
+    device::Placement,
+    model::config::{Architecture, ModelConfig},
+};
 use candle_core::{
     CpuStorage, Device, Storage,
     quantized::{GgmlDType, ggml_file::qtensor_from_ggml},
 };
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Factors on rotary frequencies; read with the configuration.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -25,12 +28,16 @@ pub(super) struct Weights<'a> {
 
 impl Weights<'_> {
     /// Every tensor of `config`.
-    pub fn load(&self, config: &ModelConfig) -> Result<Vec<(String, Tensor)>, LoadError> {
+    pub fn load(
+        &self,
+        config: &ModelConfig,
+        placement: Placement,
+    ) -> Result<Vec<(String, Tensor)>, LoadError> {
         let own = self.header.tensors.keys().filter(|name| *name != ROPE_FACTORS);
         let present: Vec<String> =
             own.map(|name| names::from_gguf(name).unwrap_or_else(|| name.clone())).collect();
         tensors::check_names(config, present.iter().map(String::as_str))?;
-        tensors::read_all(config, &|name, shape| self.read(config, name, shape))
+        tensors::read_all(config, placement, &|name, shape| self.read(config, name, shape))
     }
 
     /// One tensor under Hugging Face's name.
@@ -49,7 +56,7 @@ impl Weights<'_> {
     /// A whole tensor in f32.
     pub fn dequantise(&self, name: &str, info: &TensorInfo) -> Result<Tensor, LoadError> {
         let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
-        tensors::assemble(name, &shape, &|start, count| {
+        tensors::assemble(name, (&shape, Kind::Float), &|start, count| {
             let values = self.dequantise_chunk(info, start, count)?;
             to_torch(&values).map_err(tensors::torch_error(name))
         })

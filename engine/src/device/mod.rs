@@ -1,0 +1,57 @@
+//! Where tensors live, and the decoder's and sampler's work on them in libtorch's own operations.
+//!
+//! Tensors of f32 on the CPU are *native*: the kernels of this crate compute with them. All others,
+//! on a CUDA device or in a narrow type, take the libtorch path, which runs on any device.
+//!
+//! # Layout
+//! - [`placement`]: device and type of a model's tensors, out of a configuration.
+//! - [`varlen`]: causal attention of rows that belong to sequences of different lengths.
+//! - [`attention`]: attention over pages. [`plan`]: which rows of a step read which pages.
+//! - [`pages`]: the pages of all layers.
+//! - [`stats`]: log-prob, entropy and baseline of rows of logits. [`sampling`]: draws from them.
+
+pub mod attention;
+pub mod pages;
+pub mod placement;
+pub mod plan;
+pub mod sampling;
+pub mod stats;
+pub mod varlen;
+
+pub use placement::{DeviceName, Dtype, Placement, PlacementError};
+
+use tch::{Device, Kind, Tensor};
+
+/// Whether the kernels of this crate compute with such a tensor: f32 on the CPU.
+pub fn is_native(tensor: &Tensor) -> bool {
+    Placement::of(tensor).is_native()
+}
+
+/// The type that sums over numbers of type `kind` are made in.
+pub fn wide(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// Numbers from the host, on `device`. Does not wait for what the device is doing.
+pub(crate) fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
+    let host = Tensor::from_slice(values);
+    if device == Device::Cpu { host } else { host.to_device_(device, T::KIND, true, false) }
+}
+
+/// The bytes of a tensor, row by row, little-endian, as safetensors stores them. Waits for the
+/// device.
+pub(crate) fn bytes(tensor: &Tensor) -> Vec<u8> {
+    const { assert!(cfg!(target_endian = "little")) };
+    let host = tensor.to_device(Device::Cpu).contiguous();
+    let mut bytes = vec![0; host.numel() * host.kind().elt_size_in_bytes()];
+    host.copy_data_u8(&mut bytes, host.numel());
+    bytes
+}
+
+/// The elements of a tensor as f32, row by row, on the host. Waits for the device.
+pub(crate) fn download(tensor: &Tensor) -> Vec<f32> {
+    let host = tensor.to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
+    let mut values = vec![0.0; host.numel()];
+    host.copy_data(&mut values, host.numel());
+    values
+}

@@ -1,0 +1,76 @@
+//! The tensors that a step of the engine is described by, brought to the device in two copies.
+
+use super::{
+    attention::{Paged, PagedPlan, attend, write_kv},
+    upload,
+    varlen::{Varlen, varlen_attention},
+};
+use crate::kernels::attention::Span;
+use tch::{Device, Tensor};
+
+/// The rows of a step, as the host gathers them; one for each token.
+#[derive(Debug, Default)]
+pub struct StepRows<'a> {
+    /// Token of each row.
+    pub tokens: Vec<i64>,
+    /// Position of each row in its sequence.
+    pub positions: Vec<i64>,
+    /// Slot of each row: block times block size plus offset.
+    pub slots: Vec<u32>,
+    /// Rows, first position and block table of each sequence, in the order of the rows.
+    pub spans: Vec<Span<'a>>,
+    /// Rows that tokens are drawn from.
+    pub sampled: Vec<i64>,
+}
+
+/// The same on a device.
+#[derive(Debug)]
+pub struct StepPlan {
+    /// i64 `[N]`
+    pub tokens: Tensor,
+    /// i64 `[N]`
+    pub positions: Tensor,
+    /// i64 `[rows that are drawn from]`
+    pub sampled: Tensor,
+    /// Which rows read and write which pages.
+    pub paged: PagedPlan,
+    /// The sequences, if all of them begin in this step: then their pages need not be read.
+    prompts: Option<Varlen>,
+}
+
+impl StepPlan {
+    /// Brings the rows to `device`.
+    pub fn new(rows: &StepRows<'_>, device: Device) -> Self {
+        let slots = rows.slots.iter().map(|&slot| i64::from(slot));
+        let numbers = rows.tokens.iter().chain(&rows.positions).copied().chain(slots);
+        let numbers: Vec<i64> = numbers.chain(rows.sampled.iter().copied()).collect();
+        let (count, numbers) = (rows.tokens.len() as i64, upload(&numbers, device));
+        let [tokens, positions, slots] = [0, 1, 2].map(|i| numbers.narrow(0, i * count, count));
+        let begins = rows.spans.iter().all(|span| span.first_position == 0);
+        let prompts = || Varlen::of_prompts(rows.spans.iter().map(|s| s.rows.clone()), device);
+        Self {
+            tokens,
+            positions,
+            sampled: numbers.narrow(0, 3 * count, rows.sampled.len() as i64),
+            paged: PagedPlan::new(&rows.spans, slots, device),
+            prompts: begins.then(prompts),
+        }
+    }
+
+    /// Writes K and V of one layer to their slots, and attends with scale `1 / sqrt(head_dim)`: `q`
+    /// `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]`; `[N, heads * head_dim]`.
+    pub fn attend(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        (k_pages, v_pages): (&Tensor, &Tensor),
+        window: Option<usize>,
+    ) -> Tensor {
+        write_kv(k, v, k_pages, v_pages, &self.paged);
+        if let Some(prompts) = &self.prompts {
+            return varlen_attention([q, k, v], prompts, window);
+        }
+        let (_, _, head_dim) = q.size3().expect("q has three axes");
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        attend(&Paged { q, k_pages, v_pages, plan: &self.paged, scale, window })
+    }
+}
