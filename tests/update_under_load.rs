@@ -136,7 +136,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
 
     let dir = tempfile::tempdir().expect("a folder");
     save_weights(&served.weights, &dir.path().join("model.safetensors")).expect("saved");
-    save_source(&served.source, dir.path()).expect("saved");
+    save_source(&served.source, &served.weights, dir.path()).expect("saved");
     let fresh = common::serve(dir.path(), &[]);
     for (prompt, after) in prompts.iter().zip(&after) {
         assert_eq!(&greedy_over_http(&fresh.url, prompt), after);

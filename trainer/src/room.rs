@@ -2,11 +2,12 @@
 //! sufficed.
 
 use crate::error::TrainError;
-use onpolicy_engine::torch::{TorchError, memory::trim};
+use onpolicy_engine::torch::{TorchError, memory::trim, storage::empty_cache};
 use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
 };
+use tch::Device;
 
 /// Rows of one forward and backward pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,7 +58,7 @@ impl Room {
                 Err(error) => error,
             };
             self.failures += 1;
-            trim();
+            give_back();
             let rows = self.rows.min(span.most);
             let half = (rows / 2).max(span.least);
             if half >= rows {
@@ -67,6 +68,13 @@ impl Room {
             tracing::warn!(rows, half, %error, "memory does not suffice; going on with smaller passes");
         }
     }
+}
+
+/// Gives what the allocators hold free back, so that what is asked for next finds whole pieces.
+fn give_back() {
+    trim();
+    // Should that fail, the next pass will say so.
+    let _ = empty_cache(Device::cuda_if_available());
 }
 
 fn too_long(rows: usize, error: &TorchError) -> TrainError {
@@ -108,7 +116,7 @@ fn is_out_of_memory(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind, Tensor};
+    use tch::{Kind, Tensor};
 
     const SPAN: Span = Span { least: 10, most: 100 };
 
