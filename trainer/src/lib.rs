@@ -6,6 +6,7 @@
 //! - [`builtins`]: the plug-ins that come with the crate: [`tasks`], [`verifiers`], [`entropy`].
 //! - [`served`]: a model that is loaded, served, and ready to be trained. [`engines`]: by which
 //!   engine. [`transfer`]: new weights for one that has its own.
+//! - [`memory_plan`]: what a run takes.
 //! - [`run`]: a run from start to end. [`train`]: one step from top to bottom.
 //! - [`rollout`]: problems become groups of samples. [`queue`]: those of the next steps.
 //! - [`reward`]: samples become rewards.
