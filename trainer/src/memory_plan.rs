@@ -35,7 +35,7 @@ pub struct Subject<'a> {
     pub prompts: &'a [usize],
     /// Where the tensors live.
     pub placement: Placement,
-    /// What the process holds of that memory beside the weights and the optimizer's tensors.
+    /// What the process holds of that memory beside the parts of the plan.
     pub others: usize,
     /// Bytes of the memory; none if that is not known.
     pub memory: Option<usize>,
@@ -68,33 +68,26 @@ pub struct KvPlan {
     pub blocks: usize,
     /// Blocks that the samples of one step fill.
     pub needed: usize,
+    /// Further blocks for which the memory has room; 0 if it is not known.
+    pub left: usize,
 }
 
 impl MemoryPlan {
-    /// The plan for `of`. Pages of a device are those of `engine.kv_memory_mb`, or all that its
-    /// memory has left.
+    /// The plan for `of`.
     pub fn new(of: &Subject<'_>) -> Self {
         let mut parts = if of.placement.is_native() { of.native() } else { of.libtorch() };
-        parts.retain(|part| part.bytes > 0);
-        let mut plan =
-            Self { placement: of.placement.to_string(), parts, kv: of.kv(), memory: of.memory };
-        let native = of.config.engine.kind() == EngineKind::Native;
-        let device = of.placement.device.is_cuda();
-        if native && device && of.config.engine.kv_memory_mb.is_none() {
-            plan.kv.blocks = plan.left() / plan.kv.block_bytes;
-        }
-        let pages = match of.placement.is_native() {
+        let mut kv = of.kv();
+        let pages = match (of.config.engine.kind(), of.placement.is_native()) {
+            (EngineKind::Native, false) => kv.blocks,
             // They come from the system as they are written.
-            true => plan.kv.blocks.min(plan.kv.needed),
-            false => plan.kv.blocks,
+            (EngineKind::Native, true) => kv.blocks.min(kv.needed),
+            _ => 0,
         };
-        let bytes = if native { pages * plan.kv.block_bytes } else { 0 };
-        let place =
-            plan.parts.iter().position(|part| part.name == REST).unwrap_or(plan.parts.len());
-        if bytes > 0 {
-            plan.parts.insert(place, Part { name: "KV pages", bytes });
-        }
-        plan
+        parts.insert(parts.len() - 1, Part { name: "KV pages", bytes: pages * kv.block_bytes });
+        parts.retain(|part| part.bytes > 0);
+        let plan = Self { placement: of.placement.to_string(), parts, kv, memory: of.memory };
+        kv.left = plan.left() / kv.block_bytes;
+        Self { kv, ..plan }
     }
 
     /// The parts.
@@ -117,32 +110,29 @@ impl MemoryPlan {
         self.total() as f64 / MIB
     }
 
-    /// What the memory has left, some slack apart; 0 if it is too small or not known.
+    /// Bytes that the memory has left, some slack apart; 0 if it is too small or not known.
     fn left(&self) -> usize {
         let memory = self.memory.unwrap_or(0);
         let usable = memory - (memory as f64 * SLACK) as usize;
         usable.saturating_sub(self.total())
     }
 
-    /// Whether the run fits into the memory, with pages for a step's samples, or at least for one
-    /// after the other.
+    /// Whether the run fits into the memory.
     ///
     /// # Errors
     /// It does not; the message says how much is missing and what can be done.
     pub fn check(&self) -> Result<(), TrainError> {
         let Some(memory) = self.memory else { return Ok(()) };
         let missing = self.total().saturating_sub(memory);
-        if missing == 0 && self.kv.blocks > 0 {
+        if missing == 0 {
             return Ok(());
         }
-        let what = match missing {
-            0 => "no memory is left for K and V".to_string(),
-            bytes => format!("{:.0} MiB are missing", bytes as f64 / MIB),
-        };
         Err(TrainError::Refused(format!(
-            "the run does not fit into {:.0} MiB: {what}. Set train.activation_checkpointing = \
-             true, lower train.micro_batch_tokens or engine.kv_memory_mb, or take a smaller model",
-            memory as f64 / MIB
+            "the run does not fit into {:.0} MiB: {:.0} MiB are missing. Set \
+             train.activation_checkpointing = true, lower train.micro_batch_tokens or \
+             engine.kv_memory_mb, or take a smaller model",
+            memory as f64 / MIB,
+            missing as f64 / MIB
         )))
     }
 }
@@ -223,7 +213,7 @@ impl Subject<'_> {
         let block_bytes = KvCache::block_bytes(self.model) / size_of::<f32>() * element;
         let pool = self.config.engine.kv_memory_mb.map_or(HOST_KV, |mb| mb << 20);
         let needed = sizes::kv_blocks(&self.config.rollout, self.prompts);
-        KvPlan { block_bytes, blocks: pool / block_bytes, needed }
+        KvPlan { block_bytes, blocks: pool / block_bytes, needed, left: 0 }
     }
 }
 
@@ -242,10 +232,12 @@ impl fmt::Display for MemoryPlan {
         let Some(memory) = self.memory else { return Ok(()) };
         write!(
             f,
-            " of {:.0} MiB; {} blocks of {BLOCK_SIZE} tokens for K and V, {} for a step",
+            " of {:.0} MiB; {} blocks of {BLOCK_SIZE} tokens for K and V, {} for a step, room for {} \
+             more",
             memory as f64 / MIB,
             self.kv.blocks,
-            self.kv.needed
+            self.kv.needed,
+            self.kv.left
         )
     }
 }
@@ -263,13 +255,14 @@ impl fmt::Display for Table<'_> {
         if let Some(memory) = plan.memory {
             line("memory", memory)?;
         }
-        let KvPlan { blocks, needed, block_bytes } = plan.kv;
+        let KvPlan { blocks, needed, block_bytes, left } = plan.kv;
         writeln!(
             f,
             "K and V: {blocks} blocks of {BLOCK_SIZE} tokens ({} tokens, {:.2} MiB a block); the \
-             samples of a step fill {needed}",
+             samples of a step fill {needed}; {left} more ({:.0} MiB) are left",
             blocks * BLOCK_SIZE,
-            block_bytes as f64 / MIB
+            block_bytes as f64 / MIB,
+            (left * block_bytes) as f64 / MIB
         )
     }
 }

@@ -81,9 +81,11 @@ fn gradients_are_those_of_the_native_path() {
             let (narrow, narrow_sums) = gradient(model, Kind::BFloat16, &groups, activations);
             let off = relative(&narrow, &want);
             println!("{model}: bf16 gradient off by {off:e}, {narrow_sums:?}");
-            assert!(off < 0.1, "{model}, bf16: {off:e}");
+            // Ratios are moved across the bounds of clipping, too.
+            assert!(off < 0.25, "{model}, bf16: {off:e}");
             assert_eq!(narrow_sums.tokens, sums.tokens);
-            assert!((narrow_sums.objective / sums.objective - 1.0).abs() < 0.05, "{model}, bf16");
+            let off = (narrow_sums.objective - sums.objective) / sums.tokens as f64;
+            assert!(off.abs() < 0.02, "{model}, bf16: a token's objective is off by {off}");
         }
     }
 }
@@ -144,7 +146,7 @@ fn twenty_steps_learn() {
         println!("{flags:?}: reward {first} to {last}");
         assert!(last > first + 0.1, "{flags:?}: reward {first} to {last}");
         for step in &steps {
-            assert!(step.mismatch_mean < 0.02, "step {}: {}", step.step, step.mismatch_mean);
+            assert!(step.mismatch_mean < 0.05, "step {}: {}", step.step, step.mismatch_mean);
             assert!(step.grad_norm.is_finite() && step.memory_retries == 0);
         }
     }

@@ -65,8 +65,8 @@ fn train(flags: &[&str], failures: usize) -> Outcome {
 }
 
 fn distance(one: &[Tensor], other: &[Tensor]) -> f64 {
-    let off = one.iter().zip(other).map(|(a, b)| (a - b).abs().max().double_value(&[]));
-    off.fold(0.0, f64::max)
+    let off = one.iter().zip(other).map(|(a, b)| (a - b).square().sum(Kind::Double));
+    off.map(|square| square.double_value(&[])).sum::<f64>().sqrt()
 }
 
 #[test]
@@ -83,9 +83,10 @@ fn a_failed_pass_is_run_again_in_smaller_ones() {
         let rows = column(&halved, |s| s.micro_batch_tokens);
         assert_eq!((rows[0], rows[1]), (512, rows[2]), "the smaller number stays");
         assert!((20..=128).contains(&rows[1]), "{rows:?}");
-        // Sums in another order, and AdamW in between; what a lost micro-batch does is 1e-3.
+        // Sums in another order, and AdamW in between. A lost micro-batch moves most of the 60,000
+        // weights by a good part of 1e-3: 0.1 in all.
         let off = distance(&whole.weights, &halved.weights);
-        assert!(off < 5e-5, "{off:e}");
+        assert!(off < 5e-3, "{off:e}");
         for (whole, halved) in whole.steps.iter().zip(&halved.steps) {
             assert!((whole.grad_norm / halved.grad_norm - 1.0).abs() < 1e-3, "step {}", whole.step);
             assert_eq!(whole.completion_tokens, halved.completion_tokens);

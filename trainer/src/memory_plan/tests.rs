@@ -73,18 +73,22 @@ fn narrow_weights_have_masters() {
 }
 
 #[test]
-fn pages_of_a_device_are_what_is_left() {
+fn what_is_left_is_told_in_blocks() {
     let model = qwen();
-    let whole = plan(&model, BF16, Some(80), &[]);
+    let plan_of = |flags: &[&str]| plan(&model, BF16, Some(80), flags);
+    let usual = plan_of(&[]);
     // K and V, 24 layers, 2 heads of 64, 16 tokens, 2 bytes.
-    assert_eq!(whole.kv().block_bytes, 2 * 24 * 2 * 64 * 16 * 2);
-    let (total, memory) = (whole.total() as f64, (80usize << 30) as f64);
-    assert!((0.94..=0.951).contains(&(total / memory)), "{}", total / memory);
-    assert!(whole.kv().blocks > 100 * whole.kv().needed);
-    assert!(whole.check().is_ok());
-    let given = plan(&model, BF16, Some(80), &["engine.kv_memory_mb=192"]);
+    let kv = usual.kv();
+    assert_eq!(kv.block_bytes, 2 * 24 * 2 * 64 * 16 * 2);
+    assert_eq!(bytes(&usual, "KV pages"), kv.blocks * kv.block_bytes);
+    let filled = usual.total() + kv.left * kv.block_bytes;
+    let (filled, memory) = (filled as f64, (80usize << 30) as f64);
+    assert!((0.949..=0.951).contains(&(filled / memory)), "{}", filled / memory);
+    assert!(kv.left > 100 * kv.needed && usual.check().is_ok());
+    let given = plan_of(&["engine.kv_memory_mb=192"]);
     assert_eq!((given.kv().blocks, bytes(&given, "KV pages")), (1024, 192 << 20));
-    assert_eq!(bytes(&given, "activations"), bytes(&whole, "activations"));
+    assert_eq!(bytes(&given, "activations"), bytes(&usual, "activations"));
+    assert_eq!(plan(&model, BF16, None, &[]).kv().left, 0);
 }
 
 #[test]
@@ -95,5 +99,5 @@ fn what_does_not_fit_is_refused_with_numbers() {
     assert!(error.contains("MiB are missing") && error.contains("checkpointing"), "{error}");
     let text = Table(&small).to_string();
     assert!(text.contains("weights") && text.contains("942 MiB"), "{text}");
-    assert!(text.contains("0 blocks of 16 tokens"), "{text}");
+    assert!(text.contains("fill 216; 0 more"), "{text}");
 }
