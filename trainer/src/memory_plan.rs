@@ -209,8 +209,7 @@ impl Subject<'_> {
     }
 
     fn kv(&self) -> KvPlan {
-        let element = self.placement.element_bytes();
-        let block_bytes = KvCache::block_bytes(self.model) / size_of::<f32>() * element;
+        let block_bytes = KvCache::block_bytes_in(self.model, self.placement);
         let pool = self.config.engine.kv_memory_mb.map_or(HOST_KV, |mb| mb << 20);
         let needed = sizes::kv_blocks(&self.config.rollout, self.prompts);
         KvPlan { block_bytes, blocks: pool / block_bytes, needed, left: 0 }
