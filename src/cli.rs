@@ -23,6 +23,8 @@ pub enum Command {
     Serve(Serve),
     /// Measure Avg@K and Pass@K on held-out problems
     Eval(Eval),
+    /// Say how much memory a run will need, part by part, without loading the model
+    Plan(Plan),
     /// Draw the curves of a run, or several runs in one picture
     Plot(Plot),
     /// Measure rollouts, training and updates beside what the machine can do
@@ -204,6 +206,29 @@ impl Eval {
             ("eval.problems", self.problems.map(|n| n.to_string())),
             ("eval.samples", self.samples.map(|n| n.to_string())),
         ])
+    }
+}
+
+/// `onpolicy plan`.
+#[derive(Debug, Args)]
+pub struct Plan {
+    #[command(flatten)]
+    source: Source,
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub prompt_tokens: usize,
+    /// Memory to plan for, in GiB; if not given, that of this machine or its device
+    #[arg(long, value_name = "GIB")]
+    pub memory_gb: Option<f64>,
+    /// Print the plan as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Plan {
+    /// The configuration of the run.
+    pub fn config(&self) -> Result<Config, ConfigError> {
+        self.source.load(&[])
     }
 }
 

@@ -114,7 +114,7 @@ fn directories(root: &Path) -> [PathBuf; 2] {
         let dir = root.join(name);
         fs::create_dir(&dir).expect("a directory");
         save_weights(&weights, &dir.join("model.safetensors")).expect("saved");
-        save_source(&checkpoint.source, &dir).expect("saved");
+        save_source(&checkpoint.source, &weights, &dir).expect("saved");
         let (_, norm) = weights.iter().find(|(name, _)| *name == "model.norm.weight").expect("it");
         let _ = norm.narrow(0, 0, 200).g_mul_scalar_(-1.0);
         dir

@@ -87,7 +87,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
 
     let settings =
         OptimizerSettings { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
-    let mut optimizer = Optimizer::new(&served.weights, settings);
+    let mut optimizer = Optimizer::new(&served.weights, settings).expect("an optimizer");
     let (stop, ended) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mixed = std::sync::Mutex::new(BTreeSet::new());
     let optimizer = std::thread::scope(|scope| {
@@ -136,7 +136,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
 
     let dir = tempfile::tempdir().expect("a folder");
     save_weights(&served.weights, &dir.path().join("model.safetensors")).expect("saved");
-    save_source(&served.source, dir.path()).expect("saved");
+    save_source(&served.source, &served.weights, dir.path()).expect("saved");
     let fresh = common::serve(dir.path(), &[]);
     for (prompt, after) in prompts.iter().zip(&after) {
         assert_eq!(&greedy_over_http(&fresh.url, prompt), after);

@@ -4,9 +4,9 @@
 //! operations), weights and KV read. Norms, activations, sampling and statistics are not.
 
 use super::{roofline::Work, workload::Workload};
-use onpolicy_engine::model::config::ModelConfig;
+use onpolicy_engine::{device::Placement, model::config::ModelConfig};
 
-/// Bytes of an f32.
+/// Bytes of an f32, the type of gradients, moments and masters.
 const F32: f64 = 4.0;
 
 /// The costs of one model.
@@ -26,6 +26,8 @@ pub struct Costs {
     windows: Vec<Option<usize>>,
     /// Bytes of the copies that the engine multiplies with in the weights' place; 0 where none.
     copies: f64,
+    /// Bytes of a weight, and of a number of K and V.
+    element: f64,
 }
 
 /// One forward and backward pass of the trainer.
@@ -53,7 +55,13 @@ impl Costs {
             kv_width,
             windows: model.layer_window.clone(),
             copies: 0.0,
+            element: F32,
         }
+    }
+
+    /// The same where weights, K and V are of the type of `placement`.
+    pub fn placed(self, placement: Placement) -> Self {
+        Self { element: placement.element_bytes() as f64, ..self }
     }
 
     /// The same where the engine serves copies of so many bytes in place of layers and head.
@@ -79,12 +87,12 @@ impl Costs {
 
     /// Bytes of the K and V that a row reads.
     fn kv_bytes(&self, context: usize) -> f64 {
-        F32 * self.kv_width * self.seen(context)
+        self.element * self.kv_width * self.seen(context)
     }
 
     /// Bytes of the weights that a pass reads: layers and head.
     fn weight_bytes(&self) -> f64 {
-        F32 * (self.layers + self.head)
+        self.element * (self.layers + self.head)
     }
 
     /// As [`Costs::weight_bytes`], of a pass of the engine.
@@ -95,9 +103,8 @@ impl Costs {
     /// A rollout: prefill, then one step for every further token of all samples together. `shared`:
     /// a group's prompt is computed once, and its KV read once a step.
     pub fn rollout(&self, workload: &Workload, shared: bool) -> Work {
-        let Workload { prompts, samples, prompt_tokens, new_tokens, .. } = *workload;
-        let all = (prompts * samples) as f64;
-        let prompts = if shared { prompts as f64 } else { all };
+        let Workload { prompts, samples, prompt_tokens, .. } = *workload;
+        let prompts = if shared { prompts } else { prompts * samples } as f64;
         let mut work = Work::default();
         let rows = prompt_tokens as f64;
         let attention: f64 = (1..=prompt_tokens).map(|context| self.attention_flop(context)).sum();
@@ -105,6 +112,15 @@ impl Costs {
             prompts * (2.0 * self.layers * rows + attention + 2.0 * self.head),
             self.served_bytes(),
         );
+        work.then(&self.decode(workload, shared))
+    }
+
+    /// The steps of a rollout after its prefill.
+    pub fn decode(&self, workload: &Workload, shared: bool) -> Work {
+        let Workload { prompts, samples, prompt_tokens, new_tokens, .. } = *workload;
+        let all = (prompts * samples) as f64;
+        let prompts = if shared { prompts as f64 } else { all };
+        let mut work = Work::default();
         for new in 1..new_tokens {
             let attention = self.attention_flop(prompt_tokens + new);
             let of_prompt = self.kv_bytes(prompt_tokens + new) - self.kv_bytes(new);
@@ -130,17 +146,25 @@ impl Costs {
         work
     }
 
-    /// An AdamW step: weights, gradients and two moments are read, all but the gradients written.
+    /// An AdamW step: weights, gradients and two moments are read, all but the gradients written;
+    /// narrow weights are written from f32 masters, which are read for it.
     pub fn optimizer(&self) -> Work {
+        let narrow = if self.element < F32 { F32 + self.element } else { 0.0 };
         let mut work = Work::default();
-        work.add(0.0, 7.0 * F32 * self.parameters);
+        work.add(0.0, (7.0 * F32 + narrow) * self.parameters);
         work
+    }
+
+    /// Bytes of all weights.
+    pub fn served_weights(&self) -> f64 {
+        self.element * self.parameters
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::roofline::Rates;
     use serde_json::json;
 
     fn smollm2() -> Costs {
@@ -165,6 +189,20 @@ mod tests {
         assert_ne!(copies.rollout(&one, true), plain.rollout(&one, true));
         let pass = [Pass { positions: vec![0], targets: 1 }];
         assert_eq!(copies.training(&pass), plain.training(&pass));
+    }
+
+    #[test]
+    fn narrow_weights_are_half_the_bytes() {
+        let wide = smollm2();
+        let kind = tch::Kind::BFloat16;
+        let narrow = smollm2().placed(Placement { kind, ..Placement::NATIVE });
+        assert_eq!(narrow.weight_bytes() * 2.0, wide.weight_bytes());
+        assert_eq!(narrow.kv_bytes(7) * 2.0, wide.kv_bytes(7));
+        assert_eq!(narrow.served_weights(), 2.0 * 134_515_008.0);
+        // Gradients, moments and masters: 28 bytes; masters again, and the weights: 6.
+        let rates = Rates { ours_gflops: 1.0, libtorch_gflops: 1.0, read_gbs: 1.0 };
+        let gbytes = |costs: &Costs| rates.need(&costs.optimizer()).gbytes;
+        assert!((gbytes(&narrow) / gbytes(&wide) - 34.0 / 28.0).abs() < 1e-9);
     }
 
     #[test]

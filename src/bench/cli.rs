@@ -1,6 +1,8 @@
 //! The command line of `onpolicy bench`.
 
-use super::{modes, plot, report::Report, rollout, step, train, update};
+use super::{
+    check, decode, modes, plot, report::Report, rollout, shapes::Shape, step, train, update,
+};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -14,6 +16,8 @@ needs for the same work at the rates that were measured in the same run.
   onpolicy bench train --model PATH --no-sharing --json train.json
   onpolicy bench step --model PATH
   onpolicy bench update --model PATH --samples 16
+  onpolicy bench decode --model PATH --random qwen2.5-1.5b --device cuda --batch 1,16,64
+  onpolicy bench check --golden tests/golden/tiny --device cuda
   onpolicy bench plot train.json step.json --out picture.png";
 
 /// `onpolicy bench`.
@@ -36,6 +40,10 @@ pub enum Which {
     Step(step::Arguments),
     /// The weight swap while samples stream
     Update(update::Arguments),
+    /// Prefill, and decode steps of batches of several sizes
+    Decode(decode::Arguments),
+    /// Whether a device computes what it should: log-probs, updates, learning
+    Check(check::Arguments),
     /// Draw results as bars
     Plot(plot::Arguments),
     /// Online rollouts against batch training: whole runs in each train.mode, in turn
@@ -48,6 +56,16 @@ pub struct Common {
     /// A Hugging Face directory, a GGUF file, or a hub id
     #[arg(short, long, value_name = "PATH")]
     pub model: String,
+    /// Where the tensors live: cpu, cuda, auto (model.device)
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Type of the weights: f32, bf16, f16 (model.dtype)
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<String>,
+    /// Random weights of another shape: qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b, tiny, or a path to a
+    /// config.json; of the model the tokenizer is taken alone
+    #[arg(long, value_name = "SHAPE", value_parser = Shape::parse)]
+    pub random: Option<Shape>,
     /// Seed of prompts, samples and weights' changes
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -72,6 +90,11 @@ pub struct Common {
 }
 
 impl Common {
+    /// Keys of the configuration that say where the tensors live.
+    pub fn placement(&self) -> Vec<String> {
+        placement(self.device.as_deref(), self.dtype.as_deref())
+    }
+
     /// Prints the report, and writes the files that were asked for.
     ///
     /// # Errors
@@ -92,6 +115,12 @@ impl Common {
             None => Ok(()),
         }
     }
+}
+
+/// `model.device` and `model.dtype` as `section.key=value`, where they are given.
+pub fn placement(device: Option<&str>, dtype: Option<&str>) -> Vec<String> {
+    let keys = [("device", device), ("dtype", dtype)].into_iter();
+    keys.filter_map(|(key, value)| Some(format!("model.{key}={:?}", value?))).collect()
 }
 
 /// A whole number that is not 0.

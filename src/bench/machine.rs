@@ -12,11 +12,17 @@ pub struct Machine {
     pub cores: usize,
     /// Memory, in MiB.
     pub memory_mib: u64,
+    /// The first GPU that the driver tells of.
+    #[serde(default)]
+    pub gpu: Option<String>,
     /// Kernel of the operating system.
     pub kernel: String,
     /// Mean number of runnable processes over the last minute, when the benchmark began.
     pub load: f64,
 }
+
+/// Where NVIDIA's driver tells of its devices.
+const GPUS: &str = "/proc/driver/nvidia/gpus";
 
 /// Versions of what ran.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -38,6 +44,7 @@ impl Machine {
             cpu: field(&read("/proc/cpuinfo"), "model name").unwrap_or_default().to_string(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             memory_mib: kib(&read("/proc/meminfo"), "MemTotal").unwrap_or(0) >> 10,
+            gpu: gpu(Path::new(GPUS)),
             kernel: read("/proc/sys/kernel/osrelease").trim().to_string(),
             load: load.split_whitespace().next().and_then(|text| text.parse().ok()).unwrap_or(0.0),
         }
@@ -71,6 +78,13 @@ pub fn peak_mib() -> Option<f64> {
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let line = text.lines().find(|line| line.starts_with(name))?;
     Some(line.split_once(':')?.1.trim())
+}
+
+/// Model of the first device in the driver's folder.
+fn gpu(folder: &Path) -> Option<String> {
+    let first = fs::read_dir(folder).ok()?.flatten().next()?;
+    let text = fs::read_to_string(first.path().join("information")).ok()?;
+    field(&text, "Model").map(str::to_string)
 }
 
 fn kib(text: &str, name: &str) -> Option<u64> {
@@ -107,6 +121,17 @@ mod tests {
                       #define TORCH_VERSION_PATCH 0\n";
         assert_eq!(version(header).as_deref(), Some("2.11.0"));
         assert_eq!(version("nothing"), None);
+    }
+
+    #[test]
+    fn reads_what_the_driver_writes() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert_eq!(gpu(folder.path()), None);
+        let device = folder.path().join("0000:01:00.0");
+        fs::create_dir(&device).expect("a folder");
+        let text = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 255\n";
+        fs::write(device.join("information"), text).expect("written");
+        assert_eq!(gpu(folder.path()).as_deref(), Some("NVIDIA H100 80GB HBM3"));
     }
 
     #[test]

@@ -9,13 +9,18 @@
 //! - `rollout`: new tokens a second; `client`: over HTTP; `compare`: which servers to race;
 //!   `phases`: where the time went.
 //! - `train`: forward and backward passes. `step`: a whole GRPO step.
+//! - `decode`: prefill and decode steps by size of the batch. `shapes`: random weights in the shapes
+//!   of known models.
 //! - `update`: the weight swap under load; `stream`: that load.
+//! - `check`: whether a device computes what it should.
 //! - `modes`: `bench loop`: online rollouts against batch training.
 
 mod arithmetic;
+mod check;
 mod cli;
 mod client;
 mod compare;
+mod decode;
 mod machine;
 mod modes;
 mod phases;
@@ -24,6 +29,7 @@ mod report;
 mod rollout;
 mod roofline;
 mod session;
+mod shapes;
 mod step;
 mod stream;
 mod table;
@@ -43,6 +49,8 @@ pub fn run(arguments: &Bench) -> Result<(), anyhow::Error> {
         cli::Which::Train(arguments) => train::run(arguments),
         cli::Which::Step(arguments) => step::run(arguments),
         cli::Which::Update(arguments) => update::run(arguments),
+        cli::Which::Decode(arguments) => decode::run(arguments),
+        cli::Which::Check(arguments) => check::run(arguments),
         cli::Which::Plot(arguments) => plot::run(arguments),
         cli::Which::Loop(arguments) => modes::run(arguments),
     }

@@ -126,7 +126,7 @@ fn train(
     // The configuration has room for 63 bits.
     config.train.seed = round.seed >> 1;
     config.train.steps = if round.counts { arguments.steps as u64 } else { 1 };
-    let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
+    let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train))?;
     let parts = parts(&config, |plugins| plugins)?;
     let trainer = Trainer::new(config.clone(), parts, served, optimizer, (0, VecDeque::new()));
     let mut runner = Runner { session, config, trainer, seconds: 0.0, samples: 0 };

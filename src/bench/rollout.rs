@@ -296,7 +296,7 @@ fn forget_prefixes(engine: &EngineHandle) -> Result<(), anyhow::Error> {
 }
 
 /// Seconds of one rollout without HTTP.
-fn in_process(
+pub(super) fn in_process(
     engine: &EngineHandle,
     workload: &Workload,
     prompts: &[Prompt],

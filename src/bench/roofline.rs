@@ -1,23 +1,27 @@
 //! What the machine can do at most, measured, and the time that some work needs at those rates.
 
 use onpolicy_engine::{
-    kernels::matmul, kernels::parallel, torch::slices::floats, weights::Weights,
+    device::Placement, kernels::matmul, kernels::parallel, torch::slices::floats, weights::Weights,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     hint::black_box,
     time::{Duration, Instant},
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Cuda, Device, Kind, Tensor};
 
 /// Matrix products that are timed, `[m, n, k]`: `[m, k]` times `[n, k]` transposed.
 const SHAPES: [[usize; 3]; 2] = [[2048, 1536, 576], [2048, 2048, 2048]];
+/// The same of a CUDA device, `m`, `n` and `k` alike.
+const DEVICE_SHAPE: i64 = 8192;
 /// How long each product, and reading, is repeated.
 const TIME: Duration = Duration::from_millis(400);
 /// Numbers that must be read so that they come from memory: 256 MB, more than the caches hold.
 const COLD: usize = 64 << 20;
 /// Numbers that one thread reads at a time.
 const PIECE: usize = 1 << 18;
+/// Numbers that are read from a device's memory: 4 GB.
+const DEVICE_COLD: i64 = 1 << 30;
 
 /// What the machine did at best, on the threads that the benchmark runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -33,7 +37,14 @@ pub struct Rates {
 impl Rates {
     /// Measures them; takes about two seconds. The weights are what is read, so that no memory is
     /// taken for it; a model that fits the caches is read from a buffer instead.
+    ///
+    /// Where the weights are not f32 in main memory it is libtorch that computes, in their type and
+    /// on their device, and reads a buffer.
     pub fn measure(weights: &Weights) -> Self {
+        let placement = weights.iter().next().map(|(_, tensor)| Placement::of(tensor));
+        if let Some(placement) = placement.filter(|placement| !placement.is_native()) {
+            return of_libtorch(placement);
+        }
         let [ours, libtorch] = matrix_products();
         Self { ours_gflops: ours, libtorch_gflops: libtorch, read_gbs: reading(weights) }
     }
@@ -112,6 +123,37 @@ pub struct Need {
     pub memory_seconds: f64,
     /// The roofline: of each phase the longer of the two, summed up.
     pub seconds: f64,
+}
+
+/// Rates of libtorch's operations in a type and on a device.
+fn of_libtorch(Placement { device, kind }: Placement) -> Rates {
+    let (size, numbers) = match device.is_cuda() {
+        true => (DEVICE_SHAPE, DEVICE_COLD),
+        false => (SHAPES[0][2] as i64, COLD as i64),
+    };
+    let random = || Tensor::randn([size, size], (Kind::Float, device)).to_kind(kind);
+    let (a, b) = (random(), random());
+    let product = shortest(|| {
+        let _ = a.mm(&b);
+        wait(device);
+    });
+    let buffer = Tensor::ones([numbers], (Kind::Float, device));
+    let read = shortest(|| {
+        let _ = buffer.sum(Kind::Float);
+        wait(device);
+    });
+    Rates {
+        ours_gflops: 0.0,
+        libtorch_gflops: 2e-9 * (size as f64).powi(3) / product,
+        read_gbs: numbers as f64 * size_of::<f32>() as f64 / 1e9 / read,
+    }
+}
+
+/// Waits until a device has done what it was asked to.
+fn wait(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
 }
 
 /// Best GFLOP/s of our kernels and of libtorch's.
@@ -205,6 +247,10 @@ mod tests {
             Weights::new(vec![("w".into(), Tensor::ones([8], (Kind::Float, Device::Cpu)))]);
         let rates = Rates::measure(&weights);
         assert!(rates.ours_gflops > 1.0 && rates.libtorch_gflops > 1.0 && rates.read_gbs > 0.5);
+        let narrow =
+            Weights::new(vec![("w".into(), Tensor::ones([8], (Kind::BFloat16, Device::Cpu)))]);
+        let narrow = Rates::measure(&narrow);
+        assert!(narrow.ours_gflops == 0.0 && narrow.gflops() > 0.5 && narrow.read_gbs > 0.5);
         let better = rates.or_better(Rates { ours_gflops: 1e9, ..Rates::default() });
         assert_eq!((better.gflops(), better.read_gbs), (1e9, rates.read_gbs));
     }

@@ -9,8 +9,9 @@ use super::{
 };
 use anyhow::Context;
 use onpolicy_engine::{
+    device::Placement,
     engine::EngineHandle,
-    model::loading::{Checkpoint, load},
+    model::loading::{Checkpoint, load_to},
     sampler::stream_of,
 };
 use onpolicy_trainer::{config::Config, served::Served};
@@ -54,20 +55,24 @@ impl Session {
         if let Some(threads) = common.threads {
             tch::set_num_threads(i32::try_from(threads)?);
         }
-        let machine = Machine::here();
-        eprintln!("loading {} ...", common.model);
-        let mut checkpoint = load(&common.model)?;
         let mut keys = vec![
             format!("model.path={:?}", common.model),
             format!("train.seed={}", common.seed),
             "server.port=0".to_string(),
         ];
+        keys.extend(common.placement());
+        // Before the other keys are known that those of the command line may depend on.
+        let of_model = common.set.iter().filter(|key| key.starts_with("model.")).cloned();
+        let of_model: Vec<String> = keys.iter().cloned().chain(of_model).collect();
+        let placement = Config::parse("", &of_model)?.model.placement()?;
+        let machine = Machine::here();
+        let mut checkpoint = model(common, placement)?;
         keys.extend(prepare(&mut checkpoint)?);
         keys.extend_from_slice(&common.set);
         let config = Config::parse("", &keys)?;
-        let costs = Costs::new(&checkpoint.config);
+        let costs = Costs::new(&checkpoint.config).placed(placement);
         let model = ModelFacts {
-            name: checkpoint.name.clone(),
+            name: format!("{} ({placement})", checkpoint.name),
             parameters: checkpoint.config.parameter_count(),
             gflop_per_token: costs.flop_per_token() / 1e9,
         };
@@ -118,6 +123,20 @@ impl Session {
             rates: self.rates,
             lines,
             notes,
+        }
+    }
+}
+
+/// The model that is measured.
+fn model(common: &Common, placement: Placement) -> Result<Checkpoint, anyhow::Error> {
+    match &common.random {
+        Some(shape) => {
+            eprintln!("making random weights ...");
+            shape.random(&common.model, placement)
+        }
+        None => {
+            eprintln!("loading {} ...", common.model);
+            Ok(load_to(&common.model, placement)?)
         }
     }
 }

@@ -14,6 +14,7 @@ use onpolicy_engine::model::loading::Checkpoint;
 use onpolicy_plugin_api::{Attempt, Score, Verifier};
 use onpolicy_trainer::{
     batch::{TrainGroup, TrainSample},
+    memory_plan::{MemoryPlan, Subject},
     metrics::{Seconds, StepMetrics},
     optimizer::{Optimizer, OptimizerSettings},
     run,
@@ -72,6 +73,7 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
     let works = works(&session, arguments, &last);
     let mut lines = lines(&mut session, &group, &times, &works);
     lines.extend(memory);
+    lines.push(planned(&session, arguments, &last, &group));
     Ok(session.report("step", lines, Vec::new()))
 }
 
@@ -107,7 +109,7 @@ fn trainer(session: &Session) -> Result<Trainer, anyhow::Error> {
     let (served, config) = (&session.served, &session.config);
     let mut parts = run::parts(config, |plugins| plugins)?;
     parts.verifier = Box::new(EverySecond);
-    let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
+    let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train))?;
     Ok(Trainer::new(config.clone(), parts, served, optimizer, (0, VecDeque::new())))
 }
 
@@ -121,6 +123,20 @@ fn check(arguments: &Arguments, metrics: &StepMetrics) -> Result<(), anyhow::Err
         arguments.prompts
     );
     Ok(())
+}
+
+/// What was planned of the memory, libraries apart.
+fn planned(session: &Session, arguments: &Arguments, last: &StepMetrics, group: &str) -> Line {
+    let prompts = vec![last.prompt_tokens.div_ceil(arguments.prompts); arguments.prompts];
+    let plan = MemoryPlan::new(&Subject {
+        model: session.served.model(),
+        config: &session.config,
+        prompts: &prompts,
+        placement: session.served.placement(),
+        others: 0,
+        memory: None,
+    });
+    Line::values(group, "memory planned", "MiB", vec![plan.total_mb()])
 }
 
 /// What rollout, training and update take.

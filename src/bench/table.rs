@@ -49,7 +49,8 @@ impl Report {
         )?;
         writeln!(
             f,
-            "{}, {} cores, {} MiB, Linux {}, load {:.2}; {} threads; onpolicy {}, torch {}, rustc {}",
+            "{}{}, {} cores, {} MiB, Linux {}, load {:.2}; {} threads; onpolicy {}, torch {}, rustc {}",
+            machine.gpu.as_ref().map(|gpu| format!("{gpu}; ")).unwrap_or_default(),
             machine.cpu,
             machine.cores,
             machine.memory_mib,

@@ -62,7 +62,7 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
         ])
     })?;
     let mut optimizer =
-        Optimizer::new(&session.served.weights, OptimizerSettings::new(&session.config.train));
+        Optimizer::new(&session.served.weights, OptimizerSettings::new(&session.config.train))?;
     let mut runs = Vec::new();
     for round in session.rounds() {
         let run;
@@ -72,7 +72,8 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
         }
     }
     let elsewhere = |((_, tensor), served): ((&str, &Tensor), &usize)| {
-        (tensor.data_ptr() as usize != *served).then(|| tensor.numel() * size_of::<f32>())
+        let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
+        (tensor.data_ptr() as usize != *served).then_some(bytes)
     };
     let weights = session.served.weights.iter().zip(&loaded);
     let copied: Vec<usize> = weights.filter_map(elsewhere).collect();
@@ -138,7 +139,7 @@ fn gradients(session: &Session, seed: u64) -> Result<f64, anyhow::Error> {
     tch::manual_seed((seed >> 1).cast_signed());
     let mut squares = 0.0;
     for (_, weight) in session.served.weights.iter() {
-        let gradient: Tensor = weight.detach().randn_like() * 1e-3;
+        let gradient: Tensor = weight.detach().to_kind(tch::Kind::Float).randn_like() * 1e-3;
         squares += gradient.norm().double_value(&[]).powi(2);
         set_grad(weight, &gradient)?;
     }
@@ -180,8 +181,11 @@ fn lines(session: &mut Session, group: &str, runs: &[Run], copied: usize) -> Vec
         Line::times(group, name, Unit::Milliseconds, &column(of), None)
     };
     let alone = column(|run| run.alone);
+    let gb = session.costs.served_weights() / 1e9;
+    let per_gb = alone.iter().map(|seconds| 1e3 * seconds / gb).collect();
     vec![
         Line::times(group, "optimizer, no load", Unit::Milliseconds, &alone, Some(need)),
+        Line::values(group, "the same, of served weights", "ms/GB", per_gb),
         time("optimizer, under load", |run| run.written),
         time("update, as its caller waits", |run| run.waited),
         time("decode step", |run| run.decode),

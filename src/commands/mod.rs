@@ -1,6 +1,7 @@
 //! One function for each command.
 
 mod eval;
+mod plan;
 mod plot;
 mod serve;
 mod train;
@@ -27,6 +28,7 @@ pub fn run(
         Command::Train(arguments) => train::run(&arguments, plugins),
         Command::Serve(arguments) => serve::run(&arguments, plugins),
         Command::Eval(arguments) => eval::run(&arguments, plugins),
+        Command::Plan(arguments) => plan::run(&arguments),
         Command::Plot(arguments) => plot::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
     }

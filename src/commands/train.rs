@@ -24,6 +24,7 @@ pub fn run(
     describe(&config, &run, server.as_ref())?;
     let plan = run.memory_plan()?;
     eprintln!("{plan}");
+    plan.check()?;
 
     let stop: &'static AtomicBool = Box::leak(Box::default());
     server::stop_on_signal(stop, "finishing the step and saving a checkpoint")?;

@@ -172,7 +172,7 @@ fn matrix_rate() -> f64 {
 fn optimizer(weights: &onpolicy_engine::weights::Weights) {
     let settings =
         OptimizerSettings { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
-    let mut optimizer = Optimizer::new(weights, settings);
+    let mut optimizer = Optimizer::new(weights, settings).expect("an optimizer");
     let round = |_| {
         timed(|| {
             let norm = optimizer.grad_norm().expect("a norm");

@@ -1,5 +1,6 @@
 //! Scored groups become a training batch, and the batch becomes packs.
 
+use crate::room::Span;
 use onpolicy_engine::{collect::Sample, model::attention::Pack};
 use onpolicy_plugin_api::{TokenBatch, TokenGate};
 
@@ -62,6 +63,9 @@ pub struct TrainBatch {
     advantage: Vec<f32>,
     sample: Vec<usize>,
     keep: Vec<bool>,
+    /// The trainer's own log-probs before the batch's first update; NaN, or empty, where they are
+    /// not known.
+    own_logprob: Vec<f32>,
 }
 
 impl TrainBatch {
@@ -102,6 +106,26 @@ impl TrainBatch {
         &self.keep
     }
 
+    /// Notes log-probs of the tokens of `micro` under the trainer before the batch's first update.
+    /// Packs that are made from now on carry them.
+    pub fn note_own_logprobs(&mut self, micro: &MicroBatch, logprobs: impl Iterator<Item = f32>) {
+        self.own_logprob.resize(self.logprob.len(), f32::NAN);
+        for (&token, logprob) in micro.tokens.iter().zip(logprobs) {
+            self.own_logprob[token] = logprob;
+        }
+    }
+
+    /// Rows of the longest sample and of all groups, each with its prompt; only what teaches counts.
+    pub fn span(&self) -> Span {
+        let mut span = Span { least: 1, most: 0 };
+        for group in self.groups.iter().filter(|group| group.teaches) {
+            let tails = || group.samples.iter().map(|sample| sample.tokens.len() - 1);
+            span.least = span.least.max(group.prompt.len() + tails().max().unwrap_or(0));
+            span.most += group.prompt.len() + tails().sum::<usize>();
+        }
+        span
+    }
+
     /// Number of groups.
     pub fn groups(&self) -> &[TrainGroup] {
         &self.groups
@@ -122,21 +146,32 @@ impl TrainBatch {
         mini_batches.filter(|mini_batch| !mini_batch.micro_batches.is_empty()).collect()
     }
 
-    /// About `count` samples, the first few of each group that teaches, as one pack.
-    pub fn probe(&self, count: usize) -> MicroBatch {
-        let mut probe = MicroBatch::default();
+    /// About `count` samples, the first few of each group that teaches, in packs of about
+    /// `max_rows` rows.
+    pub fn probe(&self, count: usize, max_rows: usize) -> Vec<MicroBatch> {
+        let mut packs = vec![MicroBatch::default()];
         let teaching = self.groups.iter().filter(|group| group.teaches).count();
         let per_group = count.div_ceil(teaching.max(1));
         let (mut token, mut taken) = (0, 0);
         for group in &self.groups {
-            let samples = &group.samples[..per_group.min(group.samples.len())];
-            if taken < count && group.teaches {
-                probe.push(self, &group.prompt, samples, &mut token.clone());
-                taken += samples.len();
+            let chosen = if taken < count && group.teaches { per_group } else { 0 };
+            let mut samples = &group.samples[..chosen.min(group.samples.len())];
+            let mut next = token;
+            while !samples.is_empty() {
+                let open = packs.last_mut().expect("one at least");
+                let mut fit = fitting(group.prompt.len(), samples, max_rows, open.pack.len());
+                if fit == 0 && !open.pack.is_empty() {
+                    packs.push(MicroBatch::default());
+                    continue;
+                }
+                fit = fit.max(1);
+                open.push(self, &group.prompt, &samples[..fit], &mut next);
+                taken += fit;
+                samples = &samples[fit..];
             }
             token += group.tokens();
         }
-        probe
+        packs
     }
 
     fn packs(
@@ -199,10 +234,12 @@ pub struct MicroBatch {
     pub rows: Vec<i64>,
     /// The tokens.
     pub targets: Vec<u32>,
+    /// Where each token stands in the batch.
+    pub tokens: Vec<usize>,
     /// Log-prob of each token when it was drawn.
     pub old_logprob: Vec<f32>,
-    /// Log-prob of each token under the trainer before the batch's first update, if they were
-    /// computed; the first update's own forward pass gives them anyway.
+    /// Log-prob of each token under the trainer before the batch's first update; empty, or NaN,
+    /// where they were not computed: the first update's own forward pass gives them anyway.
     pub own_logprob: Vec<f32>,
     /// Entropy at each token when it was drawn.
     pub old_entropy: Vec<f32>,
@@ -234,6 +271,10 @@ impl MicroBatch {
             self.old_entropy.extend_from_slice(&batch.entropy[tokens.clone()]);
             self.advantage.extend_from_slice(&batch.advantage[tokens.clone()]);
             self.keep.extend_from_slice(&batch.keep[tokens.clone()]);
+            if !batch.own_logprob.is_empty() {
+                self.own_logprob.extend_from_slice(&batch.own_logprob[tokens.clone()]);
+            }
+            self.tokens.extend(tokens.clone());
             *token = tokens.end;
         }
     }
@@ -253,98 +294,4 @@ fn kept(keep: &[bool]) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    struct DropEvery(usize);
-
-    impl TokenGate for DropEvery {
-        fn keep(&self, batch: &TokenBatch<'_>) -> Vec<bool> {
-            (0..batch.len()).map(|token| token % self.0 != 0).collect()
-        }
-    }
-
-    fn sample(tokens: &[u32], advantage: f32) -> TrainSample {
-        let column = |scale: f32| tokens.iter().map(|&t| t as f32 * scale).collect();
-        TrainSample {
-            tokens: tokens.to_vec(),
-            logprob: column(-0.125),
-            entropy: column(0.25),
-            baseline: column(0.5),
-            advantage,
-        }
-    }
-
-    fn batch() -> TrainBatch {
-        let groups = vec![
-            TrainGroup {
-                prompt: vec![1, 2, 3],
-                samples: vec![sample(&[10, 11, 12], 1.0), sample(&[13], -1.0)],
-                teaches: true,
-            },
-            TrainGroup {
-                prompt: vec![6],
-                samples: vec![sample(&[30, 31, 32, 33], 0.0)],
-                teaches: false,
-            },
-            TrainGroup { prompt: vec![4, 5], samples: vec![sample(&[20, 21], 0.5)], teaches: true },
-        ];
-        TrainBatch::new(groups, &DropEvery(3))
-    }
-
-    #[test]
-    fn a_prompt_stands_once_and_every_token_knows_its_row() {
-        let mini_batch = &batch().mini_batches(1, 100)[0];
-        assert_eq!(mini_batch.micro_batches.len(), 1);
-        let micro = &mini_batch.micro_batches[0];
-        // Rows: 1 2 3 | 10 11 | (13 needs none) || 4 5 | 20
-        assert_eq!(micro.pack.len(), 8);
-        assert_eq!(micro.targets, [10, 11, 12, 13, 20, 21]);
-        assert_eq!(micro.rows, [2, 3, 4, 2, 6, 7]);
-        assert_eq!(micro.advantage, [1.0, 1.0, 1.0, -1.0, 0.5, 0.5]);
-        assert_eq!(micro.keep, [false, true, true, false, true, false]);
-        assert_eq!(micro.old_logprob[3], -1.625);
-        assert_eq!(Vec::<i64>::try_from(micro.pack.positions()).unwrap(), [0, 1, 2, 3, 4, 0, 1, 2]);
-        // Three of these and three of the group that teaches nothing.
-        assert_eq!(mini_batch.kept, 6);
-    }
-
-    #[test]
-    fn packs_respect_the_row_limit_and_lose_no_token() {
-        for max_rows in 1..10 {
-            let parts = batch().mini_batches(1, max_rows);
-            let micros = &parts[0].micro_batches;
-            let tokens: Vec<u32> = micros.iter().flat_map(|m| m.targets.clone()).collect();
-            assert_eq!(tokens, [10, 11, 12, 13, 20, 21], "max_rows {max_rows}");
-            let keep: Vec<bool> = micros.iter().flat_map(|m| m.keep.clone()).collect();
-            assert_eq!(keep, [false, true, true, false, true, false], "max_rows {max_rows}");
-            for micro in micros {
-                assert!(micro.pack.len() <= max_rows.max(5), "max_rows {max_rows}");
-            }
-        }
-        let packs = |max_rows| batch().mini_batches(1, max_rows)[0].micro_batches.len();
-        assert_eq!(packs(5), 2);
-        // The first group alone is too large: it is cut between its samples.
-        assert_eq!(packs(4), 3);
-    }
-
-    #[test]
-    fn a_probe_takes_samples_of_every_group() {
-        assert_eq!(batch().probe(2).targets, [10, 11, 12, 20, 21]);
-        assert_eq!(batch().probe(2).old_entropy[3], 5.0);
-        assert_eq!(batch().probe(4).targets, [10, 11, 12, 13, 20, 21]);
-        assert_eq!(batch().probe(1).targets, [10, 11, 12]);
-    }
-
-    #[test]
-    fn mini_batches_hold_whole_groups() {
-        let parts = batch().mini_batches(2, 100);
-        assert_eq!(parts.len(), 2);
-        assert_eq!(parts[1].micro_batches[0].targets, [20, 21]);
-        assert_eq!(parts[1].micro_batches[0].keep, [true, false]);
-        assert_eq!((parts[0].kept, parts[1].kept), (2, 4));
-        // The group that teaches nothing makes no mini-batch of its own.
-        assert_eq!(batch().mini_batches(3, 100).len(), 2);
-        assert_eq!(batch().mini_batches(7, 100).len(), 2);
-    }
-}
+mod tests;

@@ -6,7 +6,9 @@
 //! renamed when whole, so a killed run never leaves half a checkpoint.
 
 use crate::{error::TrainError, optimizer::Optimizer, queue::Drawn};
-use onpolicy_engine::{model::loading::Source, torch::slices::bytes, weights::Weights};
+use onpolicy_engine::{
+    device::Placement, model::loading::Source, torch::slices::bytes, weights::Weights,
+};
 use safetensors::{Dtype, View};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -15,7 +17,7 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
 };
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 const PREFIX: &str = "checkpoint-";
 const ROLLOUTS: &str = "rollouts.json";
@@ -61,7 +63,7 @@ impl Snapshot<'_> {
         let trainer = partial.join("trainer");
         fs::create_dir_all(&trainer).map_err(|e| TrainError::file(&trainer, e))?;
         save_weights(self.weights, &partial.join("model.safetensors"))?;
-        save_source(self.source, &partial)?;
+        save_source(self.source, self.weights, &partial)?;
         self.optimizer.save(&trainer.join("optimizer.safetensors"))?;
         let state = serde_json::to_vec_pretty(&self.state);
         let state = state.map_err(|e| TrainError::file(&trainer, e))?;
@@ -133,51 +135,81 @@ fn all(run: &Path) -> Vec<PathBuf> {
     found.into_iter().map(|(_, path)| path).collect()
 }
 
-/// A tensor as safetensors wants to see it.
-struct Stored<'a>(&'a Tensor, Vec<usize>);
+/// A tensor as safetensors wants to see it, in its own type.
+struct Stored<'a> {
+    tensor: &'a Tensor,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
 
-impl View for Stored<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.1
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        bytes(self.0).into()
-    }
-
-    fn data_len(&self) -> usize {
-        bytes(self.0).len()
+impl<'a> Stored<'a> {
+    fn new(tensor: &'a Tensor) -> Self {
+        let shape = tensor.size().iter().map(|&axis| axis as usize).collect();
+        Self { tensor, dtype: stored_type(tensor.kind()).0, shape }
     }
 }
 
-/// Writes the weights to a safetensors file, in f32.
+impl View for Stored<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        if Placement::of(self.tensor).is_native() {
+            return bytes(self.tensor).into();
+        }
+        // One tensor at a time comes from its device.
+        let mut data = vec![0; self.data_len()];
+        self.tensor.copy_data_u8(&mut data, self.tensor.numel());
+        data.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
+    }
+}
+
+/// A type of tensors in safetensors, and in a model's `config.json`.
+fn stored_type(kind: Kind) -> (Dtype, &'static str) {
+    match kind {
+        Kind::Float => (Dtype::F32, "float32"),
+        Kind::BFloat16 => (Dtype::BF16, "bfloat16"),
+        Kind::Half => (Dtype::F16, "float16"),
+        Kind::Double => (Dtype::F64, "float64"),
+        other => unreachable!("weights are of a floating type, not {other:?}"),
+    }
+}
+
+/// Writes the weights to a safetensors file, in their own type.
 ///
 /// # Errors
 /// What the file system refuses.
 pub fn save_weights(weights: &Weights, path: &Path) -> Result<(), TrainError> {
-    let stored = weights.iter().map(|(name, tensor)| {
-        let shape = tensor.size().iter().map(|&axis| axis as usize).collect();
-        (name, Stored(tensor, shape))
-    });
+    let stored = weights.iter().map(|(name, tensor)| (name, Stored::new(tensor)));
     // transformers asks for the format; it names who wrote the names and layouts.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     safetensors::serialize_to_file(stored, Some(metadata), path)
         .map_err(|e| TrainError::file(path, e))
 }
 
-/// Writes the files beside the weights: configuration, tokenizer, chat template.
+/// Writes the files beside `weights`: configuration, tokenizer, chat template.
 ///
 /// # Errors
 /// What the file system refuses.
-pub fn save_source(source: &Source, dir: &Path) -> Result<(), TrainError> {
+pub fn save_source(source: &Source, weights: &Weights, dir: &Path) -> Result<(), TrainError> {
+    let kind = weights.iter().next().map_or(Kind::Float, |(_, tensor)| tensor.kind());
+    let dtype = stored_type(kind).1;
     for (file, text) in source.files() {
         let path = dir.join(file);
         match file {
-            "config.json" => write(&path, &as_f32(text).map_err(|e| TrainError::file(&path, e))?)?,
+            "config.json" => {
+                let text = with_type(text, dtype).map_err(|e| TrainError::file(&path, e))?;
+                write(&path, &text)?;
+            }
             _ => write(&path, text.as_bytes())?,
         }
     }
@@ -185,10 +217,10 @@ pub fn save_source(source: &Source, dir: &Path) -> Result<(), TrainError> {
 }
 
 /// A model's `config.json` that says what type the weights are stored in here.
-fn as_f32(config: &str) -> Result<Vec<u8>, serde_json::Error> {
+fn with_type(config: &str, dtype: &str) -> Result<Vec<u8>, serde_json::Error> {
     let mut config: serde_json::Map<String, serde_json::Value> = serde_json::from_str(config)?;
     let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-    config.insert(key.into(), "float32".into());
+    config.insert(key.into(), dtype.into());
     serde_json::to_vec_pretty(&config)
 }
 
@@ -200,4 +232,36 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
 fn sync(path: &Path) -> Result<(), TrainError> {
     let file = File::open(path).map_err(|e| TrainError::file(path, e))?;
     file.sync_all().map_err(|e| TrainError::file(path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use onpolicy_engine::model::loading::load_to;
+
+    #[test]
+    fn narrow_weights_are_stored_as_they_are() {
+        let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/tiny/llama-tied");
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("model.safetensors");
+        for (kind, dtype, name) in
+            [(Kind::BFloat16, Dtype::BF16, "bfloat16"), (Kind::Half, Dtype::F16, "float16")]
+        {
+            let placement = Placement { kind, ..Placement::NATIVE };
+            let model = load_to(tiny, placement).expect("a golden checkpoint");
+            let weights = Weights::new(model.tensors);
+            save_weights(&weights, &file).expect("saved");
+            save_source(&model.source, &weights, dir.path()).expect("saved");
+            let bytes = fs::read(&file).expect("the file");
+            let stored = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+            assert!(stored.tensors().iter().all(|(_, view)| view.dtype() == dtype));
+            let config = fs::read_to_string(dir.path().join("config.json")).expect("the file");
+            let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+            assert!(config["torch_dtype"] == name || config["dtype"] == name, "{config}");
+            let again = load_to(&dir.path().to_string_lossy(), placement).expect("it loads");
+            for ((name, saved), (_, loaded)) in weights.iter().zip(&again.tensors) {
+                assert!(saved.equal(loaded), "{name}");
+            }
+        }
+    }
 }

@@ -1,22 +1,15 @@
-//! The policy-gradient loss: PPO's clipped objective per token, and its gradient through the head.
+//! The policy-gradient loss: PPO's clipped objective per token, and its gradient through the model.
 
 use crate::{
     batch::MicroBatch,
     config::Config,
     correction::{Correction, Mismatch, truncated_weight},
+    head::Head,
 };
 use onpolicy_engine::{
-    logits::{batch_stats, logprob_gradient},
     model::{attention::Attention, checkpointing::Checkpoints, decoder::Decoder},
-    ops::{
-        embedding::accumulate_embedding_gradient,
-        linear::{accumulate_weight_gradient, input_gradient, linear},
-    },
-    torch::{
-        TorchError,
-        autograd::backward,
-        slices::{floats, floats_mut},
-    },
+    ops::embedding::accumulate_embedding_gradient,
+    torch::{TorchError, autograd::backward},
 };
 use onpolicy_plugin_api::TokenStats;
 use tch::Tensor;
@@ -204,14 +197,13 @@ fn head_gradient(
     let head = Head::new(decoder, settings.temperature);
     for start in (0..micro.targets.len()).step_by(HEAD_ROWS) {
         let len = HEAD_ROWS.min(micro.targets.len() - start);
-        let chunk = hidden.narrow(0, start as i64, len as i64);
-        let mut gradient = by_hidden.narrow(0, start as i64, len as i64);
+        let targets = &micro.targets[start..start + len];
+        let [chunk, mut gradient] =
+            [&hidden, &by_hidden].map(|all| all.narrow(0, start as i64, len as i64));
         tch::no_grad(|| {
-            let (mut logits, stats) = head.forward(&chunk, &micro.targets[start..start + len]);
+            let (logits, stats) = head.forward(&chunk, targets);
             let slopes = token_slopes(micro, start, &stats, settings, sums);
-            head.backward(&mut logits, &micro.targets[start..start + len], &slopes);
-            gradient.copy_(&input_gradient(&logits, &head.weight));
-            accumulate_weight_gradient(&head.leaf, &logits, &chunk);
+            gradient.copy_(&head.backward(logits, (targets, &slopes), &chunk));
         });
     }
     by_hidden
@@ -220,7 +212,8 @@ fn head_gradient(
 /// Statistics of every response token of `micro` under the weights as they are now.
 pub fn token_stats(decoder: &Decoder, micro: &MicroBatch, temperature: f32) -> Vec<TokenStats> {
     tch::no_grad(|| {
-        let hidden = predicting_rows(decoder, micro, decoder.embed(&micro.pack.tokens()));
+        let tokens = micro.pack.tokens();
+        let hidden = predicting_rows(decoder, micro, decoder.embed(&tokens));
         let head = Head::new(decoder, temperature);
         let chunks = micro.targets.chunks(HEAD_ROWS).enumerate();
         let stats = chunks.flat_map(|(number, targets)| {
@@ -239,38 +232,7 @@ fn predicting_rows(decoder: &Decoder, micro: &MicroBatch, embedded: Tensor) -> T
 }
 
 fn predicting(hidden: &Tensor, micro: &MicroBatch) -> Tensor {
-    hidden.index_select(0, &Tensor::from_slice(&micro.rows))
-}
-
-/// The output head, `[vocab, hidden]`, at a temperature.
-struct Head {
-    /// Collects the gradient.
-    leaf: Tensor,
-    /// The same storage without a graph.
-    weight: Tensor,
-    vocab: usize,
-    inverse_temperature: f32,
-}
-
-impl Head {
-    fn new(decoder: &Decoder, temperature: f32) -> Self {
-        let leaf = decoder.head().shallow_clone();
-        let weight = leaf.detach();
-        let vocab = leaf.size()[0] as usize;
-        Self { leaf, weight, vocab, inverse_temperature: 1.0 / temperature }
-    }
-
-    fn forward(&self, hidden: &Tensor, targets: &[u32]) -> (Tensor, Vec<TokenStats>) {
-        let logits = linear(hidden, &self.weight, None);
-        let stats = batch_stats(floats(&logits), self.vocab, targets, self.inverse_temperature);
-        (logits, stats)
-    }
-
-    /// Turns logits into the loss's gradient by them.
-    fn backward(&self, logits: &mut Tensor, targets: &[u32], slopes: &[f32]) {
-        let temperature = self.inverse_temperature;
-        logprob_gradient(floats_mut(logits), self.vocab, targets, slopes, temperature);
-    }
+    hidden.index_select(0, &Tensor::from_slice(&micro.rows).to_device(hidden.device()))
 }
 
 /// Derivative of the loss by each token's log-prob, for tokens `start..` of `micro`.
@@ -285,7 +247,7 @@ fn token_slopes(
     let slope = |(offset, stats): (usize, &TokenStats)| {
         let token = start + offset;
         let engine = micro.old_logprob[token];
-        let own = micro.own_logprob.get(token).copied();
+        let own = micro.own_logprob.get(token).copied().filter(|known| !known.is_nan());
         if let Some(before) = own.or(settings.first.then_some(stats.logprob)) {
             sums.mismatch.push(before - engine);
         }

@@ -1,154 +1,270 @@
-//! How much memory a run will need, part by part, before it has taken it.
+//! How much memory a run will need, part by part, before it has taken it, and how much of a given
+//! memory that leaves for K and V.
+
+mod sizes;
 
 use crate::{
-    config::{Config, EngineKind, Rollout},
+    config::{Config, EngineKind, Mode},
+    error::TrainError,
     loss::HEAD_ROWS,
 };
 use onpolicy_engine::{
-    block_manager::{BLOCK_SIZE, blocks_for},
-    kv_cache::KvCache,
-    model::config::ModelConfig,
+    block_manager::BLOCK_SIZE, device::Placement, kv_cache::KvCache, model::config::ModelConfig,
 };
+use serde::Serialize;
 use std::fmt;
 
 const MIB: f64 = (1u64 << 20) as f64;
+/// KV pages in main memory, if no other number is given.
+pub const HOST_KV: usize = 1 << 30;
+/// What the driver, libtorch and its libraries take of a device.
+const CONTEXT: usize = 1 << 30;
+/// Share of a device that is left to the allocator, whose pieces do not fit without gaps.
+const SLACK: f64 = 0.05;
+/// Tensors of `[rows, vocabulary]` in f32 that statistics and gradients hold at once.
+const WIDE_LOGITS: usize = 8;
+
+/// What a plan is made for.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject<'a> {
+    /// The model's shape.
+    pub model: &'a ModelConfig,
+    /// The run.
+    pub config: &'a Config,
+    /// Tokens of each prompt of a step.
+    pub prompts: &'a [usize],
+    /// Where the tensors live.
+    pub placement: Placement,
+    /// What the process holds of that memory beside the parts of the plan.
+    pub others: usize,
+    /// Bytes of the memory; none if that is not known.
+    pub memory: Option<usize>,
+}
 
 /// The parts of a run's memory that live at the same time, in bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
-    parts: Vec<(&'static str, usize)>,
+    placement: String,
+    parts: Vec<Part>,
+    kv: KvPlan,
+    memory: Option<usize>,
+}
+
+/// One part.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Part {
+    /// What it is.
+    pub name: &'static str,
+    /// How much, in bytes.
+    pub bytes: usize,
+}
+
+/// The pages of K and V.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct KvPlan {
+    /// Bytes of a block of 16 tokens, over all layers.
+    pub block_bytes: usize,
+    /// Blocks of the pool.
+    pub blocks: usize,
+    /// Blocks that the samples of one step fill.
+    pub needed: usize,
+    /// Further blocks for which the memory has room; 0 if it is not known.
+    pub left: usize,
 }
 
 impl MemoryPlan {
-    /// The plan for steps whose prompts have `prompts` tokens each. `resident` is what the process
-    /// holds now, with the weights loaded, the optimizer made and nothing run yet.
-    pub fn new(model: &ModelConfig, config: &Config, prompts: &[usize], resident: usize) -> Self {
-        let float = size_of::<f32>();
-        let weights = model.parameter_count() * float;
-        let rows = pack_rows(config, prompts);
-        let kept = match config.train.activation_checkpointing {
-            true => model.num_layers * model.hidden_size + layer_floats(model),
-            false => model.num_layers * layer_floats(model),
+    /// The plan for `of`.
+    pub fn new(of: &Subject<'_>) -> Self {
+        let mut parts = if of.placement.is_native() { of.native() } else { of.libtorch() };
+        let mut kv = of.kv();
+        let pages = match (of.config.engine.kind(), of.placement.is_native()) {
+            (EngineKind::Native, false) => kv.blocks,
+            // They come from the system as they are written.
+            (EngineKind::Native, true) => kv.blocks.min(kv.needed),
+            _ => 0,
         };
-        let block = KvCache::block_bytes(model);
-        let native = config.engine.kind() == EngineKind::Native;
-        let pool = (config.engine.kv_memory_mb << 20) / block * block;
-        let pages = if native { pool.min(kv_blocks(&config.rollout, prompts) * block) } else { 0 };
-        // Two versions lie there, and a third while it is written.
-        let underway = if native { 0 } else { 3 * weights };
-        let parts = vec![
-            ("weights", weights),
-            ("gradients", weights),
-            ("AdamW moments", 2 * weights),
-            ("activations", rows * kept * float),
-            ("their gradients", rows * gradient_floats(model) * float),
-            ("output head", HEAD_ROWS * (model.vocab_size + 2 * model.hidden_size) * float),
-            ("KV pages", pages),
-            ("weights on their way", underway),
-            ("libraries and the rest", resident.saturating_sub(4 * weights)),
-        ];
-        Self { parts: parts.into_iter().filter(|(_, bytes)| *bytes > 0).collect() }
+        parts.insert(parts.len() - 1, Part { name: "KV pages", bytes: pages * kv.block_bytes });
+        parts.retain(|part| part.bytes > 0);
+        let plan = Self { placement: of.placement.to_string(), parts, kv, memory: of.memory };
+        kv.left = plan.left() / kv.block_bytes;
+        Self { kv, ..plan }
+    }
+
+    /// The parts.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// The pages of K and V.
+    pub fn kv(&self) -> KvPlan {
+        self.kv
     }
 
     /// All parts together, in bytes.
     pub fn total(&self) -> usize {
-        self.parts.iter().map(|(_, bytes)| bytes).sum()
+        self.parts.iter().map(|part| part.bytes).sum()
     }
 
     /// All parts together, in MiB.
     pub fn total_mb(&self) -> f64 {
         self.total() as f64 / MIB
     }
+
+    /// Bytes that the memory has left, some slack apart; 0 if it is too small or not known.
+    fn left(&self) -> usize {
+        let memory = self.memory.unwrap_or(0);
+        let usable = memory - (memory as f64 * SLACK) as usize;
+        usable.saturating_sub(self.total())
+    }
+
+    /// Whether the run fits into the memory.
+    ///
+    /// # Errors
+    /// It does not; the message says how much is missing and what can be done.
+    pub fn check(&self) -> Result<(), TrainError> {
+        let Some(memory) = self.memory else { return Ok(()) };
+        let missing = self.total().saturating_sub(memory);
+        if missing == 0 {
+            return Ok(());
+        }
+        Err(TrainError::Refused(format!(
+            "the run does not fit into {:.0} MiB: {:.0} MiB are missing. Set \
+             train.activation_checkpointing = true, lower train.micro_batch_tokens or \
+             engine.kv_memory_mb, or take a smaller model",
+            memory as f64 / MIB,
+            missing as f64 / MIB
+        )))
+    }
+}
+
+/// The part that is neither weights nor made of them.
+const REST: &str = "libraries and the rest";
+
+impl Subject<'_> {
+    /// Kernels of our own over f32 in main memory.
+    fn native(&self) -> Vec<Part> {
+        let (model, float) = (self.model, size_of::<f32>());
+        let weights = model.parameter_count() * float;
+        let rows = sizes::pack_rows(self.config, self.prompts);
+        let kept = match self.config.train.activation_checkpointing {
+            true => model.num_layers * model.hidden_size + sizes::layer_floats(model),
+            false => model.num_layers * sizes::layer_floats(model),
+        };
+        parts(&[
+            ("weights", weights),
+            ("gradients", weights),
+            ("AdamW moments", 2 * weights),
+            ("activations", rows * kept * float),
+            ("their gradients", rows * sizes::gradient_numbers(model) * float),
+            ("output head", HEAD_ROWS * (model.vocab_size + 2 * model.hidden_size) * float),
+            ("weights on their way", self.underway(weights)),
+            (REST, self.others),
+        ])
+    }
+
+    /// libtorch's operations, on any device.
+    fn libtorch(&self) -> Vec<Part> {
+        let (model, float) = (self.model, size_of::<f32>());
+        let element = self.placement.element_bytes();
+        let numbers = model.parameter_count();
+        let rows = sizes::pack_rows(self.config, self.prompts);
+        let keys = sizes::pack_keys(self.config, self.prompts, rows);
+        let (of_row, of_key) = sizes::layer_bytes(model, element);
+        let layer = rows * of_row + keys * of_key;
+        let kept = match self.config.train.activation_checkpointing {
+            true => model.num_layers * rows * model.hidden_size * element + layer,
+            false => model.num_layers * layer,
+        };
+        let by_layer = rows * sizes::gradient_numbers(model) * element;
+        let context = if self.placement.device.is_cuda() { CONTEXT } else { 0 };
+        parts(&[
+            ("weights", numbers * element),
+            ("f32 masters", if element < float { numbers * float } else { 0 }),
+            ("gradients", numbers * float.max(element)),
+            ("AdamW moments", 2 * numbers * float.max(element)),
+            ("activations", kept),
+            ("their gradients", by_layer + sizes::largest_tensor(model) * element),
+            ("logits", self.logits()),
+            ("weights on their way", self.underway(numbers * element)),
+            (REST, self.others.max(context)),
+        ])
+    }
+
+    /// Logits of the trainer's head and of the engine's draws, which share memory unless they are
+    /// made at the same time.
+    fn logits(&self) -> usize {
+        let Config { rollout, engine, train, .. } = self.config;
+        let of = |rows: usize| rows * self.model.vocab_size * size_of::<f32>() * WIDE_LOGITS;
+        let drawn = (self.prompts.len() * rollout.group_size).min(engine.max_num_seqs);
+        match train.mode {
+            Mode::Overlapped => of(HEAD_ROWS) + of(drawn),
+            Mode::Online | Mode::Batch => of(HEAD_ROWS).max(of(drawn)),
+        }
+    }
+
+    /// Two versions lie there, and a third while it is written.
+    fn underway(&self, weights: usize) -> usize {
+        let native = self.config.engine.kind() == EngineKind::Native;
+        if native { 0 } else { 3 * weights }
+    }
+
+    fn kv(&self) -> KvPlan {
+        let block_bytes = KvCache::block_bytes_in(self.model, self.placement);
+        let pool = self.config.engine.kv_memory_mb.map_or(HOST_KV, |mb| mb << 20);
+        let needed = sizes::kv_blocks(&self.config.rollout, self.prompts);
+        KvPlan { block_bytes, blocks: pool / block_bytes, needed, left: 0 }
+    }
+}
+
+fn parts(named: &[(&'static str, usize)]) -> Vec<Part> {
+    named.iter().map(|&(name, bytes)| Part { name, bytes }).collect()
 }
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "memory planned: {:.0} MiB (", self.total_mb())?;
-        for (index, (name, bytes)) in self.parts.iter().enumerate() {
+        for (index, Part { name, bytes }) in self.parts.iter().enumerate() {
             let comma = if index > 0 { ", " } else { "" };
             write!(f, "{comma}{name} {:.0}", *bytes as f64 / MIB)?;
         }
-        write!(f, ")")
+        write!(f, ")")?;
+        let Some(memory) = self.memory else { return Ok(()) };
+        write!(
+            f,
+            " of {:.0} MiB; {} blocks of {BLOCK_SIZE} tokens for K and V, {} for a step, room for {} \
+             more",
+            memory as f64 / MIB,
+            self.kv.blocks,
+            self.kv.needed,
+            self.kv.left
+        )
     }
 }
 
-/// Rows of the largest pack.
-fn pack_rows(config: &Config, prompts: &[usize]) -> usize {
-    let rollout = &config.rollout;
-    let tails = rollout.max_new_tokens - 1;
-    let all: usize = prompts.iter().map(|prompt| prompt + rollout.group_size * tails).sum();
-    let longest = prompts.iter().max().map_or(0, |prompt| prompt + tails);
-    all.min(config.train.micro_batch_tokens.max(longest))
-}
+/// The plan as a table, one part a line.
+pub struct Table<'a>(pub &'a MemoryPlan);
 
-/// Floats that one layer keeps of a row: what its norms, linear layers, attention and gate read
-/// again in the backward pass.
-fn layer_floats(model: &ModelConfig) -> usize {
-    let (q, kv) = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim);
-    let normed_heads = if model.qk_norm { q + kv } else { 0 };
-    // The inputs and outputs of both norms; q, k, v, the output of attention and a sum for every
-    // head; gate, up and their product.
-    4 * model.hidden_size
-        + normed_heads
-        + 2 * (q + kv)
-        + model.num_heads
-        + 3 * model.intermediate_size
-}
-
-/// Floats of a row that the backward pass of one layer holds at once, at most: the gradients by
-/// gate, up and their product, and some of the layer's width.
-fn gradient_floats(model: &ModelConfig) -> usize {
-    3 * model.intermediate_size + 4 * model.hidden_size
-}
-
-/// Blocks of the KV pool that the samples of one step fill.
-fn kv_blocks(rollout: &Rollout, prompts: &[usize]) -> usize {
-    let group = |&prompt: &usize| {
-        let own = blocks_for(prompt + rollout.max_new_tokens) - prompt / BLOCK_SIZE;
-        blocks_for(prompt) + rollout.group_size * own
-    };
-    prompts.iter().map(group).sum()
+impl fmt::Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plan = self.0;
+        let mut line =
+            |name: &str, bytes: usize| writeln!(f, "  {name:<24} {:>10.0} MiB", bytes as f64 / MIB);
+        plan.parts.iter().try_for_each(|part| line(part.name, part.bytes))?;
+        line("together", plan.total())?;
+        if let Some(memory) = plan.memory {
+            line("memory", memory)?;
+        }
+        let KvPlan { blocks, needed, block_bytes, left } = plan.kv;
+        writeln!(
+            f,
+            "K and V: {blocks} blocks of {BLOCK_SIZE} tokens ({} tokens, {:.2} MiB a block); the \
+             samples of a step fill {needed}; {left} more ({:.0} MiB) are left",
+            blocks * BLOCK_SIZE,
+            block_bytes as f64 / MIB,
+            (left * block_bytes) as f64 / MIB
+        )
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config(flags: &[&str]) -> Config {
-        let flags: Vec<String> =
-            ["model.path=x"].iter().chain(flags).map(ToString::to_string).collect();
-        Config::parse("", &flags).expect("a configuration")
-    }
-
-    #[test]
-    fn rows_of_the_largest_pack() {
-        let rows = |flags: &[&str], prompts: &[usize]| pack_rows(&config(flags), prompts);
-        let new = "rollout.max_new_tokens=64";
-        assert_eq!(rows(&[new], &[41; 8]), 512);
-        assert_eq!(rows(&[new, "rollout.group_size=2"], &[41]), 41 + 2 * 63);
-        assert_eq!(rows(&[new, "train.micro_batch_tokens=64"], &[41, 30]), 104);
-    }
-
-    #[test]
-    fn blocks_of_a_step() {
-        let rollout = |new, n| Rollout { max_new_tokens: new, group_size: n, ..Rollout::default() };
-        // 3 blocks of the prompt, two of them full; 7 blocks hold 105 tokens.
-        assert_eq!(kv_blocks(&rollout(64, 8), &[41]), 3 + 8 * 5);
-        assert_eq!(kv_blocks(&rollout(16, 2), &[32, 32]), 2 * (2 + 2));
-    }
-
-    #[test]
-    fn checkpointing_is_planned_for() {
-        let text = std::fs::read_to_string(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/golden/tiny/llama-tied/config.json"
-        ));
-        let json = serde_json::from_str(&text.expect("the file")).expect("JSON");
-        let model = ModelConfig::from_hf(&json, None).expect("a model");
-        let total = |flags: &[&str]| MemoryPlan::new(&model, &config(flags), &[41; 8], 0).total();
-        let (kept, recomputed) = (total(&[]), total(&["train.activation_checkpointing=true"]));
-        let layers = model.num_layers;
-        let saved = (layers - 1) * layer_floats(&model) - layers * model.hidden_size;
-        assert_eq!(kept - recomputed, 512 * 4 * saved);
-    }
-}
+mod tests;

@@ -1,16 +1,17 @@
-//! AdamW over the served tensors themselves.
+//! AdamW over the served tensors themselves, or over f32 copies of those that are narrower, from
+//! which it writes them in place.
 
 use crate::config::Train;
 use onpolicy_engine::{
     torch::{
         TorchError,
         autograd::set_grad,
-        optim::{AdamW, AdamWState, adamw, total_norm},
+        optim::{AdamW, AdamWState, adamw, copy_each, total_norm},
     },
     weights::Weights,
 };
 use std::path::Path;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Settings that stay the same over a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,11 +38,15 @@ impl OptimizerSettings {
     }
 }
 
-/// The optimizer: handles to the policy's tensors, and their moments.
+/// The optimizer: handles to the policy's tensors, and their moments. Gradients are the tensors'
+/// `grad`, in f32 where the tensor is narrower; backward passes add to them.
 pub struct Optimizer {
     settings: OptimizerSettings,
     names: Vec<String>,
+    /// The served tensors.
     params: Vec<Tensor>,
+    /// What AdamW works on: an f32 copy of a parameter that is narrower, else the parameter itself.
+    masters: Vec<Tensor>,
     first: Vec<Tensor>,
     second: Vec<Tensor>,
     steps: Vec<Tensor>,
@@ -52,21 +57,26 @@ impl Optimizer {
     /// An optimizer without history over trainable handles (see [`Weights::share_trainable`]).
     /// Weights without a gradient get one of zeros: made during a backward pass, gradients would
     /// lie between its activations and keep their memory from being used again as a whole.
-    pub fn new(weights: &Weights, settings: OptimizerSettings) -> Self {
-        for (_, weight) in weights.iter().filter(|(_, weight)| !weight.grad().defined()) {
-            let zeros = weight.detach().zeros_like();
-            set_grad(weight, &zeros).expect("a gradient shaped as its weight");
+    ///
+    /// # Errors
+    /// What libtorch refuses; memory that does not suffice is one reason.
+    pub fn new(weights: &Weights, settings: OptimizerSettings) -> Result<Self, TorchError> {
+        for (_, weight) in weights.iter() {
+            prepare_gradient(weight)?;
         }
-        let zeros = || weights.iter().map(|(_, t)| t.detach().zeros_like()).collect();
-        Self {
+        let each = |make: fn(&Tensor) -> Result<Tensor, TorchError>| -> Result<Vec<_>, _> {
+            weights.iter().map(|(_, weight)| make(&weight.detach())).collect()
+        };
+        Ok(Self {
             settings,
             names: weights.iter().map(|(name, _)| name.to_string()).collect(),
             params: weights.iter().map(|(_, t)| t.shallow_clone()).collect(),
-            first: zeros(),
-            second: zeros(),
-            steps: weights.iter().map(|_| Tensor::from(0f32)).collect(),
+            masters: each(master)?,
+            first: each(zeros)?,
+            second: each(zeros)?,
+            steps: each(|weight| told(Tensor::f_zeros([0i64; 0], (Kind::Float, weight.device()))))?,
             taken: 0,
-        }
+        })
     }
 
     /// Steps taken so far.
@@ -103,8 +113,8 @@ impl Optimizer {
         let pick = |tensors: &[Tensor]| -> Vec<Tensor> {
             updated.iter().map(|&index| tensors[index].shallow_clone()).collect()
         };
-        let (params, steps) = (pick(&self.params), pick(&self.steps));
-        let grads: Vec<Tensor> = params.iter().map(Tensor::grad).collect();
+        let (params, steps) = (pick(&self.masters), pick(&self.steps));
+        let grads: Vec<Tensor> = updated.iter().map(|&index| self.params[index].grad()).collect();
         tch::no_grad(|| {
             for step in &steps {
                 let _ = step.shallow_clone().g_add_scalar_(1.0);
@@ -115,8 +125,23 @@ impl Optimizer {
             let state = AdamWState { params, grads: &grads, first, second: &second, steps: &steps };
             adamw(settings, &state)
         })?;
+        self.write_served()?;
         self.zero_grad();
         Ok(())
+    }
+
+    /// Rounds the f32 copies into the tensors that are served.
+    fn write_served(&self) -> Result<(), TorchError> {
+        let narrow: Vec<(Tensor, Tensor)> = self.narrow().collect();
+        let (served, masters): (Vec<Tensor>, Vec<Tensor>) = narrow.into_iter().unzip();
+        if served.is_empty() { Ok(()) } else { copy_each(&served, &masters) }
+    }
+
+    /// Served tensors that are narrower than f32, each with its f32 copy.
+    fn narrow(&self) -> impl Iterator<Item = (Tensor, Tensor)> {
+        let pairs = self.params.iter().zip(&self.masters);
+        let pairs = pairs.filter(|(param, _)| is_narrow(param));
+        pairs.map(|(param, master)| (param.detach(), master.shallow_clone()))
     }
 
     fn adamw(&self, lr: f64, grad_norm: f64) -> AdamW {
@@ -131,40 +156,103 @@ impl Optimizer {
         self.params.iter_mut().for_each(Tensor::zero_grad);
     }
 
-    /// Writes moments and step counts to a safetensors file.
+    /// Bytes that it holds beside the served tensors: gradients, moments and f32 copies.
+    pub fn bytes(&self) -> usize {
+        let of = |tensors: &[Tensor]| -> usize { tensors.iter().map(bytes).sum() };
+        let copies: usize = self.narrow().map(|(_, master)| bytes(&master)).sum();
+        let gradients: usize = self.gradients().map(|gradient| bytes(&gradient)).sum();
+        of(&self.first) + of(&self.second) + copies + gradients
+    }
+
+    /// Writes moments, step counts and f32 copies to a safetensors file.
     ///
     /// # Errors
     /// What libtorch or the file system refuses.
     pub fn save(&self, path: &Path) -> Result<(), TorchError> {
-        let columns = [("first", &self.first), ("second", &self.second), ("steps", &self.steps)];
-        let named = columns.iter().flat_map(|(column, tensors)| {
-            let names = self.names.iter().map(move |name| format!("{column}.{name}"));
-            names.zip(tensors.iter())
-        });
-        let named: Vec<(String, &Tensor)> = named.collect();
+        let mut named: Vec<(String, &Tensor)> = Vec::new();
+        for (column, tensors) in self.columns() {
+            named.extend(tensors.into_iter().map(|(name, t)| (format!("{column}.{name}"), t)));
+        }
         Tensor::write_safetensors(&named, path).map_err(|e| TorchError(e.to_string()))
     }
 
-    /// Reads what [`Optimizer::save`] wrote; `taken` is the number of steps behind it.
+    /// Reads what [`Optimizer::save`] wrote; `taken` is the number of steps behind it. Narrow
+    /// weights are written from their f32 copies.
     ///
     /// # Errors
-    /// A file that is damaged, or of another model.
+    /// A file that is damaged, or of another model, or of a run with another `model.dtype`.
     pub fn load(&mut self, path: &Path, taken: u64) -> Result<(), TorchError> {
         let stored = Tensor::read_safetensors(path).map_err(|e| TorchError(e.to_string()))?;
         let stored: std::collections::HashMap<String, Tensor> = stored.into_iter().collect();
-        let columns =
-            [("first", &mut self.first), ("second", &mut self.second), ("steps", &mut self.steps)];
-        for (column, tensors) in columns {
-            for (name, tensor) in self.names.iter().zip(tensors) {
+        for (column, tensors) in self.columns() {
+            for (name, tensor) in tensors {
                 let key = format!("{column}.{name}");
                 let value = stored.get(&key).filter(|value| value.size() == tensor.size());
                 let value = value.ok_or_else(|| {
-                    TorchError(format!("{}: '{key}' is missing or misshapen", path.display()))
+                    let hint = match column {
+                        MASTER => "; is it of a run with another model.dtype?",
+                        _ => "",
+                    };
+                    TorchError(format!("{}: '{key}' is missing or misshapen{hint}", path.display()))
                 })?;
-                tensor.copy_(value);
+                tensor.shallow_clone().copy_(value);
             }
         }
         self.taken = taken;
-        Ok(())
+        self.write_served()
     }
+
+    /// What a file of the optimizer holds: columns of named tensors.
+    fn columns(&self) -> [(&'static str, Vec<(&str, &Tensor)>); 4] {
+        let names = || self.names.iter().map(String::as_str);
+        let masters = names().zip(&self.masters).zip(&self.params);
+        let masters = masters.filter(|(_, param)| is_narrow(param)).map(|(master, _)| master);
+        [
+            ("first", names().zip(&self.first).collect()),
+            ("second", names().zip(&self.second).collect()),
+            ("steps", names().zip(&self.steps).collect()),
+            (MASTER, masters.collect()),
+        ]
+    }
+}
+
+/// The column of f32 copies in a file.
+const MASTER: &str = "master";
+
+fn is_narrow(tensor: &Tensor) -> bool {
+    matches!(tensor.kind(), Kind::BFloat16 | Kind::Half)
+}
+
+/// The type of a tensor's gradient and moments: its own, f32 at least.
+fn wide(tensor: &Tensor) -> Kind {
+    if is_narrow(tensor) { Kind::Float } else { tensor.kind() }
+}
+
+fn bytes(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
+}
+
+/// What AdamW works on for this weight.
+fn master(weight: &Tensor) -> Result<Tensor, TorchError> {
+    // Where the type stays it is the tensor itself.
+    told(weight.f_to_kind(wide(weight)))
+}
+
+/// Zeros shaped as the weight, on its device.
+fn zeros(weight: &Tensor) -> Result<Tensor, TorchError> {
+    told(Tensor::f_zeros(weight.size(), (wide(weight), weight.device())))
+}
+
+/// Sees to it that the weight has a gradient, which is not narrow.
+fn prepare_gradient(weight: &Tensor) -> Result<(), TorchError> {
+    let gradient = weight.grad();
+    match gradient.defined() {
+        true if !is_narrow(&gradient) => Ok(()),
+        true => set_grad(weight, &told(gradient.f_to_kind(wide(weight)))?),
+        false => set_grad(weight, &zeros(&weight.detach())?),
+    }
+}
+
+fn told<T>(result: Result<T, tch::TchError>) -> Result<T, TorchError> {
+    result.map_err(|error| TorchError(error.to_string()))
 }

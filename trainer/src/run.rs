@@ -7,7 +7,7 @@ use crate::{
     engines,
     error::TrainError,
     eval::{EvalReport, EvalSettings, evaluate},
-    memory_plan::MemoryPlan,
+    memory_plan::{HOST_KV, MemoryPlan, Subject},
     metrics::{MetricsLog, StepMetrics, Summary, log, memory},
     optimizer::{Optimizer, OptimizerSettings},
     plot,
@@ -17,7 +17,12 @@ use crate::{
     train::{Parts, Progress, Trainer},
     transfer::Transfer,
 };
-use onpolicy_engine::{chat::Chat, device::Placement, model::loading::load_to, sampler::stream_of};
+use onpolicy_engine::{
+    chat::{Chat, ChatTokenizer},
+    device::Placement,
+    model::loading::load_to,
+    sampler::stream_of,
+};
 use onpolicy_plugin_api::{Plugins, Problem};
 use std::{
     collections::VecDeque,
@@ -27,6 +32,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
 };
+use tch::Device;
 
 /// Completions that are written down for each problem, before and after.
 const SAMPLES_PER_PROBLEM: usize = 2;
@@ -111,7 +117,7 @@ impl Run {
         if let Some(native) = served.native() {
             native.train_weights();
         }
-        let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train));
+        let mut optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train))?;
         let (mut step, mut seconds, mut drawn) = (0, 0.0, VecDeque::new());
         if let Some((checkpoint, state)) = &resumed {
             optimizer.load(&checkpoint::optimizer_file(checkpoint), state.optimizer_steps)?;
@@ -148,16 +154,23 @@ impl Run {
     /// # Errors
     /// A problem that makes no prompt.
     pub fn memory_plan(&self) -> Result<MemoryPlan, TrainError> {
-        let Served { tokenizer, .. } = &self.served;
-        let count = self.config.rollout.prompts_per_step as u64;
-        let first = self.steps_done() * count;
-        let prompt = |index| {
-            let problem = self.trainer.parts().task.train(index);
-            tokenizer.encode_chat(&Chat::from_messages(&problem.messages)).map(|ids| ids.len())
+        let Served { tokenizer, weights, .. } = &self.served;
+        let prompts =
+            prompt_lengths(&self.config, self.trainer.parts(), tokenizer, self.steps_done())?;
+        let placement = self.served.placement();
+        let others = match placement.device {
+            Device::Cpu => {
+                let resident = (memory::resident_mb().unwrap_or(0.0) * 1024.0 * 1024.0) as usize;
+                let pool = self.config.engine.kv_memory_mb.map_or(HOST_KV, |mb| mb << 20);
+                // Native pages come as they are written.
+                let pages = if placement.is_native() { 0 } else { pool };
+                let own = weights.bytes() + self.trainer.optimizer()?.bytes();
+                resident.saturating_sub(own + pages)
+            }
+            _ => 0,
         };
-        let prompts = (first..first + count).map(prompt).collect::<Result<Vec<_>, _>>()?;
-        let resident = (memory::resident_mb().unwrap_or(0.0) * 1024.0 * 1024.0) as usize;
-        Ok(MemoryPlan::new(self.served.model(), &self.config, &prompts, resident))
+        let (model, config, prompts) = (self.served.model(), &self.config, &prompts[..]);
+        Ok(MemoryPlan::new(&Subject { model, config, prompts, placement, others, memory: None }))
     }
 
     /// Trains to the last step, or until `stop` is set (then the step in progress is finished and
@@ -253,6 +266,21 @@ impl Run {
         let settings = RolloutSettings { group_size: SAMPLES_PER_PROBLEM, ..rollout };
         samples::write(&self.dir.join(file), &self.served, &problems, &settings)
     }
+}
+
+/// Tokens of each prompt of the step after `step`.
+fn prompt_lengths(
+    config: &Config,
+    parts: &Parts,
+    tokenizer: &ChatTokenizer,
+    step: u64,
+) -> Result<Vec<usize>, TrainError> {
+    let count = config.rollout.prompts_per_step as u64;
+    let prompt = |index| {
+        let problem = parts.task.train(index);
+        tokenizer.encode_chat(&Chat::from_messages(&problem.messages)).map(|ids| ids.len())
+    };
+    Ok((step * count..(step + 1) * count).map(prompt).collect::<Result<Vec<_>, _>>()?)
 }
 
 /// Sees to it that the engine serves the trainer's weights, under this version.

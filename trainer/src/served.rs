@@ -5,6 +5,7 @@ use crate::{
     config::{Config, EngineKind},
     engines::{self, Vocabulary},
     error::TrainError,
+    memory_plan::HOST_KV,
 };
 use onpolicy_engine::{
     chat::ChatTokenizer,
@@ -93,7 +94,8 @@ impl Served {
     /// # Errors
     /// A model that cannot be loaded, or an engine that does not fit.
     pub fn start(path: &str, config: &Config) -> Result<Self, TrainError> {
-        Self::over(load_to(path, config.model.placement()?)?, config, None)
+        let checkpoint = load_to(path, config.model.placement()?)?;
+        Self::over(checkpoint, config, None)
     }
 
     /// Starts an engine over, or beside, a model that is loaded already. `plugin` is the engine
@@ -172,6 +174,11 @@ impl Served {
         &self.config
     }
 
+    /// Where the tensors live.
+    pub fn placement(&self) -> Placement {
+        self.weights.iter().next().map_or(Placement::NATIVE, |(_, tensor)| Placement::of(tensor))
+    }
+
     /// A decoder for the trainer, over the trainable handles.
     pub fn decoder(&self) -> Decoder {
         Decoder::new(&self.config, &self.weights)
@@ -194,7 +201,7 @@ fn check_placement(checkpoint: &Checkpoint, config: &Config) -> Result<(), Train
 fn engine_config(config: &Config) -> EngineConfig {
     let engine = &config.engine;
     EngineConfig {
-        kv_memory: engine.kv_memory_mb << 20,
+        kv_memory: engine.kv_memory_mb.map_or(HOST_KV, |mb| mb << 20),
         max_num_seqs: engine.max_num_seqs,
         max_batched_tokens: engine.max_batched_tokens,
         max_model_len: engine.max_model_len,

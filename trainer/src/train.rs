@@ -1,20 +1,22 @@
 //! A whole training step from top to bottom: problems, rollouts, rewards, advantages, gate, loss,
 //! update, metrics.
 
+mod report;
+
 use crate::{
     batch::{MiniBatch, TrainBatch, TrainGroup, TrainSample},
     clock::Clock,
     config::{Config, Mode},
     correction::Correction,
-    entropy::EntropyReport,
     error::TrainError,
     loss::{Activations, LossSettings, LossSums, accumulate_gradient_with, token_stats},
-    metrics::{Seconds, Staleness, StepMetrics, memory},
+    metrics::{Seconds, StepMetrics},
     optimizer::Optimizer,
     own_stats,
     queue::{Drawn, RolloutQueue},
     reward::{Scored, score},
-    rollout::{Rollout, RolloutSettings},
+    rollout::RolloutSettings,
+    room::Room,
     schedule::learning_rate,
     served::Served,
     transfer::Transfer,
@@ -22,7 +24,8 @@ use crate::{
 use onpolicy_engine::{
     engine::EngineHandle, in_place::update_in_place, model::decoder::Decoder, sampler::stream_of,
 };
-use onpolicy_plugin_api::{Engine, TaskSource, TokenGate, Verifier};
+use onpolicy_plugin_api::{Engine, TaskSource, TokenGate, TokenStats, Verifier};
+use report::Report;
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 /// Samples whose tokens are looked at again after the update, to measure the change of entropy.
@@ -62,6 +65,8 @@ pub struct Trainer {
     queue: RolloutQueue,
     decoder: Decoder,
     optimizer: Option<Optimizer>,
+    /// How much goes through the decoder at a time.
+    room: Room,
     step: u64,
     /// Steps whose rollouts have been asked for.
     asked: u64,
@@ -81,6 +86,7 @@ impl Trainer {
     ) -> Self {
         let (engine, tokenizer) = (served.engine.clone(), served.tokenizer.clone());
         let queue = RolloutQueue::new(&config, engine.clone(), tokenizer, drawn);
+        let room = Room::new(config.train.micro_batch_tokens);
         Self {
             config,
             parts,
@@ -91,6 +97,7 @@ impl Trainer {
             queue,
             decoder: served.decoder(),
             optimizer: Some(optimizer),
+            room,
             step,
             settled: 0.0,
         }
@@ -156,20 +163,22 @@ impl Trainer {
 
         progress(Progress::Phase("train"));
         let version = self.engine.weight_version();
-        let batch = TrainBatch::new(self.train_groups(&groups), self.parts.gate.as_ref());
-        let update = self.learn(&batch, progress)?;
+        let groups_of_it = self.train_groups(&groups)?;
+        let mut batch = TrainBatch::new(groups_of_it, self.parts.gate.as_ref());
+        let update = self.learn(&mut batch, progress)?;
         let train = clock.lap() - update.seconds;
 
         progress(Progress::Phase("probe"));
-        let measured = self.measured_entropy_change(&batch, update.updates > 0);
+        let measured = self.measured_entropy_change(&batch, update.updates > 0)?;
         let probe = clock.lap();
 
         self.step += 1;
         let (update_seconds, total) = (update.seconds, clock.total());
         let seconds =
             Seconds { rollout, rollout_wait, reward, train, update: update_seconds, probe, total };
-        let report =
-            Report { groups: &groups, failed, batch: &batch, update: &update, measured, version };
+        let retries = self.room.take_failures();
+        let (groups, batch, update) = (&groups[..], &batch, &update);
+        let report = Report { groups, failed, batch, update, measured, version, retries };
         Ok(self.metrics(&report, seconds))
     }
 
@@ -205,39 +214,60 @@ impl Trainer {
     /// Adds up gradients and updates the weights, once for each mini-batch.
     fn learn(
         &mut self,
-        batch: &TrainBatch,
+        batch: &mut TrainBatch,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Update, TrainError> {
-        let train = &self.config.train;
-        let mut mini_batches =
-            batch.mini_batches(train.updates_per_batch, train.micro_batch_tokens);
-        let packs = mini_batches.iter().flat_map(|mini_batch| &mini_batch.micro_batches);
-        let rows = packs.map(|micro| micro.pack.len()).sum();
-        let mut update = Update { lr: learning_rate(train, self.step), ..Update::default() };
-        let activations = match train.activation_checkpointing {
-            true => Activations::Recomputed,
-            false => Activations::Kept,
-        };
-        let mut done = 0;
-        self.note_own_logprobs(&mut mini_batches);
-        for mini_batch in &mini_batches {
-            let settings = LossSettings::new(&self.config, mini_batch.kept, update.updates == 0);
-            for micro in &mini_batch.micro_batches {
-                let decoder = &self.decoder;
-                let sums = accumulate_gradient_with(decoder, micro, &settings, activations)?;
-                update.sums.add(&sums);
-                done += micro.pack.len();
-                progress(Progress::Rows(done, rows));
-            }
-            update.kept += mini_batch.kept;
+        let mut update =
+            Update { lr: learning_rate(&self.config.train, self.step), ..Update::default() };
+        self.note_own_logprobs(batch)?;
+        let parts = batch.mini_batches(self.config.train.updates_per_batch, self.room.rows()).len();
+        for part in 0..parts {
+            self.accumulate((batch, part), &mut update, progress)?;
             progress(Progress::Phase("update"));
             self.update(&mut update)?;
         }
         Ok(update)
     }
 
+    /// Adds up the gradient of one mini-batch, from its beginning where memory did not suffice.
+    fn accumulate(
+        &mut self,
+        (batch, part): (&TrainBatch, usize),
+        update: &mut Update,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), TrainError> {
+        let (config, decoder, parts) =
+            (&self.config, &self.decoder, self.config.train.updates_per_batch);
+        let optimizer = self.optimizer.as_mut().ok_or_else(lost)?;
+        let activations = match config.train.activation_checkpointing {
+            true => Activations::Recomputed,
+            false => Activations::Kept,
+        };
+        let mut begun = false;
+        let (sums, kept) = self.room.run(batch.span(), |rows| {
+            if std::mem::replace(&mut begun, true) {
+                optimizer.zero_grad();
+            }
+            let mini_batches = batch.mini_batches(parts, rows);
+            let all = mini_batches.iter().map(rows_of).sum();
+            let mut done = mini_batches[..part].iter().map(rows_of).sum();
+            let MiniBatch { micro_batches, kept } = &mini_batches[part];
+            let settings = LossSettings::new(config, *kept, update.updates == 0);
+            let mut sums = update.sums;
+            for micro in micro_batches {
+                sums.add(&accumulate_gradient_with(decoder, micro, &settings, activations)?);
+                done += micro.pack.len();
+                progress(Progress::Rows(done, all));
+            }
+            Ok((sums, *kept))
+        })?;
+        update.sums = sums;
+        update.kept += kept;
+        Ok(())
+    }
+
     /// All groups with their advantages, and statistics of all tokens.
-    fn train_groups(&self, groups: &[Scored]) -> Vec<TrainGroup> {
+    fn train_groups(&mut self, groups: &[Scored]) -> Result<Vec<TrainGroup>, TrainError> {
         let group = |scored: &Scored| {
             let advantages = self.config.train.advantage.of(&scored.rewards);
             let samples = scored.rollout.samples.iter().zip(advantages);
@@ -249,22 +279,29 @@ impl Trainer {
             }
         };
         let mut groups: Vec<TrainGroup> = groups.iter().map(group).collect();
-        let (rows, rollout) = (self.config.train.micro_batch_tokens, &self.config.rollout);
-        own_stats::complete(&self.decoder, &mut groups, rows, rollout.temperature as f32);
-        groups
+        let temperature = self.config.rollout.temperature as f32;
+        own_stats::complete(&self.decoder, &mut groups, &mut self.room, temperature)?;
+        Ok(groups)
     }
 
     /// Where importance is corrected for, the mini-batches after the first need the trainer's
     /// log-probs under the weights as they are now.
-    fn note_own_logprobs(&self, mini_batches: &mut [MiniBatch]) {
+    fn note_own_logprobs(&mut self, batch: &mut TrainBatch) -> Result<(), TrainError> {
         if self.config.train.correction == Correction::None {
-            return;
+            return Ok(());
         }
         let temperature = self.config.rollout.temperature as f32;
-        for micro in mini_batches.iter_mut().skip(1).flat_map(|batch| &mut batch.micro_batches) {
-            let stats = token_stats(&self.decoder, micro, temperature);
-            micro.own_logprob = stats.iter().map(|stats| stats.logprob).collect();
+        let (decoder, parts) = (&self.decoder, self.config.train.updates_per_batch);
+        let (stats, packs) = self.room.run(batch.span(), |rows| {
+            let later = batch.mini_batches(parts, rows).into_iter().skip(1);
+            let packs: Vec<_> = later.flat_map(|mini_batch| mini_batch.micro_batches).collect();
+            let stats = packs.iter().map(|micro| token_stats(decoder, micro, temperature));
+            Ok((stats.collect::<Vec<_>>(), packs))
+        })?;
+        for (micro, stats) in packs.iter().zip(stats) {
+            batch.note_own_logprobs(micro, stats.iter().map(|stats| stats.logprob));
         }
+        Ok(())
     }
 
     /// Lets the optimizer write the weights: the served ones between two steps of the engine, or
@@ -295,83 +332,32 @@ impl Trainer {
     }
 
     /// Mean entropy over the probe's tokens under the new weights, minus that when they were drawn.
-    fn measured_entropy_change(&self, batch: &TrainBatch, updated: bool) -> Option<f64> {
+    fn measured_entropy_change(
+        &mut self,
+        batch: &TrainBatch,
+        updated: bool,
+    ) -> Result<Option<f64>, TrainError> {
         if !updated {
-            return None;
+            return Ok(None);
         }
-        let probe = batch.probe(PROBE_SAMPLES);
-        let stats = token_stats(&self.decoder, &probe, self.config.rollout.temperature as f32);
-        let change = stats.iter().zip(&probe.old_entropy);
-        let sum: f64 = change.map(|(new, old)| f64::from(new.entropy) - f64::from(*old)).sum();
-        (!stats.is_empty()).then(|| sum / stats.len() as f64)
+        let (decoder, temperature) = (&self.decoder, self.config.rollout.temperature as f32);
+        let changes = self.room.run(batch.span(), |rows| {
+            let probe = batch.probe(PROBE_SAMPLES, rows).into_iter();
+            let changes = probe.flat_map(|micro| {
+                let stats = token_stats(decoder, &micro, temperature).into_iter();
+                let change =
+                    |(new, old): (TokenStats, f32)| f64::from(new.entropy) - f64::from(old);
+                stats.zip(micro.old_entropy).map(change)
+            });
+            Ok(changes.collect::<Vec<f64>>())
+        })?;
+        let sum: f64 = changes.iter().sum();
+        Ok((!changes.is_empty()).then(|| sum / changes.len() as f64))
     }
+}
 
-    fn refresh_seconds(&self) -> f64 {
-        let Some(native) = &self.native else { return 0.0 };
-        native.stats().map_or(f64::NAN, |stats| stats.refresh.as_secs_f64())
-    }
-
-    fn metrics(&self, report: &Report<'_>, seconds: Seconds) -> StepMetrics {
-        let rollouts: Vec<&Rollout> = report.groups.iter().map(|group| &group.rollout).collect();
-        let rewards: Vec<f64> = report
-            .groups
-            .iter()
-            .flat_map(|group| group.rewards.iter().map(|&reward| f64::from(reward)))
-            .collect();
-        let tokens: usize = rollouts.iter().map(|rollout| rollout.new_tokens()).sum();
-        let gate =
-            EntropyReport::new(&report.batch.tokens(), report.batch.keep(), None, report.update.lr);
-        let update = report.update;
-        let staleness = Staleness::of(&rollouts, report.version);
-        let samples: usize = rollouts.iter().map(|rollout| rollout.samples.len()).sum();
-        let truncated = rollouts
-            .iter()
-            .map(|rollout| (0..rollout.samples.len()).filter(|&i| rollout.truncated(i)).count())
-            .sum::<usize>();
-        let over_samples = |count: usize| count as f64 / samples.max(1) as f64;
-        let over_kept = |sum: f64| sum / update.kept.max(1) as f64;
-        let over_tokens = |sum: f64| sum / update.sums.tokens.max(1) as f64;
-        StepMetrics {
-            step: self.step,
-            weight_version: self.engine.weight_version(),
-            reward_mean: mean(&rewards),
-            reward_std: std(&rewards),
-            groups: rollouts.len() + report.failed,
-            groups_mixed: report.groups.iter().filter(|group| group.is_mixed()).count(),
-            groups_failed: report.failed,
-            samples,
-            prompt_tokens: rollouts.iter().map(|rollout| rollout.prompt.len()).sum(),
-            completion_tokens: tokens,
-            completion_len_mean: over_samples(tokens),
-            staleness_mean: staleness.mean,
-            staleness_max: staleness.max,
-            truncated_fraction: over_samples(truncated),
-            entropy: gate.entropy,
-            entropy_predicted: gate.predicted_change,
-            entropy_measured: report.measured,
-            score_mean: gate.score_mean,
-            score_std: gate.score_std,
-            score_gap_mean: gate.gap_mean,
-            dropped_fraction: gate.dropped,
-            dropped_positive: gate.dropped_positive,
-            dropped_negative: gate.dropped_negative,
-            loss: -over_kept(update.sums.objective),
-            clip_fraction: over_kept(update.sums.clipped as f64),
-            grad_norm: update.grad_norm,
-            lr: update.lr,
-            ratio_mean: over_tokens(update.sums.ratio),
-            ratio_max_deviation: update.sums.ratio_deviation,
-            approx_kl: over_tokens(update.sums.kl),
-            mismatch_mean: update.sums.mismatch.mean(),
-            mismatch_max: update.sums.mismatch.largest(),
-            mismatch_far: update.sums.mismatch.far(),
-            refresh_seconds: self.refresh_seconds(),
-            seconds,
-            tokens_per_second: tokens as f64 / seconds.rollout.max(1e-9),
-            peak_memory_mb: memory::peak_mb().unwrap_or(f64::NAN),
-            elapsed_seconds: 0.0,
-        }
-    }
+fn rows_of(mini_batch: &MiniBatch) -> usize {
+    mini_batch.micro_batches.iter().map(|micro| micro.pack.len()).sum()
 }
 
 fn lost() -> TrainError {
@@ -392,25 +378,4 @@ struct Update {
     updates: usize,
     /// Of the updates alone.
     seconds: f64,
-}
-
-/// What a step's metrics are made from.
-struct Report<'a> {
-    groups: &'a [Scored],
-    failed: usize,
-    batch: &'a TrainBatch,
-    update: &'a Update,
-    measured: Option<f64>,
-    /// Version of the weights before the updates.
-    version: u64,
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
-}
-
-/// Population standard deviation.
-fn std(values: &[f64]) -> f64 {
-    let mean = mean(values);
-    (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len().max(1) as f64).sqrt()
 }

@@ -71,7 +71,7 @@ impl Transfer {
         self.written.retain(|known| *known != dir);
         self.written.push_back(dir.clone());
         save_weights(&self.weights, &dir.join("model.safetensors"))?;
-        save_source(&self.source, &dir)?;
+        save_source(&self.source, &self.weights, &dir)?;
         self.engine.update_weights(WeightUpdate::Directory(dir), Some(version))?;
         let served = self.engine.weight_version();
         if served != version {

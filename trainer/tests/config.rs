@@ -27,7 +27,7 @@ fn refusal(flag: &str) -> String {
 fn defaults_are_those_of_the_quick_start() {
     let config = Config::parse(MINIMAL, &[]).unwrap();
     assert_eq!((config.model.device, config.model.dtype), (DeviceName::Cpu, None));
-    assert_eq!((config.engine.kv_memory_mb, config.engine.max_num_seqs), (1024, 256));
+    assert_eq!((config.engine.kv_memory_mb, config.engine.max_num_seqs), (None, 256));
     assert_eq!(config.engine.on_update, OnUpdate::Keep);
     assert_eq!((config.server.host.as_str(), config.server.port), ("127.0.0.1", 8000));
     let names = [&config.task, &config.verifier, &config.gate].map(|p| p.name.as_str());

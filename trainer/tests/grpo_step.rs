@@ -14,6 +14,7 @@ use onpolicy_trainer::{
 };
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use tch::Kind;
 
 fn golden(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(path)
@@ -99,11 +100,12 @@ fn mask(case: &Value) -> Vec<bool> {
     want
 }
 
-fn policy(case: &Value) -> (ModelConfig, Weights) {
+fn policy(case: &Value, kind: Kind) -> (ModelConfig, Weights) {
     let name = case["model"].as_str().expect("a name");
     let path = golden("tiny").join(name);
     let checkpoint = load(path.to_str().expect("UTF-8")).expect("a golden checkpoint loads");
-    (checkpoint.config, Weights::new(checkpoint.tensors))
+    let tensors = checkpoint.tensors.into_iter().map(|(name, t)| (name, t.to_kind(kind)));
+    (checkpoint.config, Weights::new(tensors.collect()))
 }
 
 #[track_caller]
@@ -115,9 +117,9 @@ fn assert_close(got: impl Iterator<Item = f32>, want: &[f32], tolerance: f32, wh
     }
 }
 
-fn check(case: &Value, max_rows: usize) {
-    let what = format!("{} gate {} rows {max_rows}", case["model"], case["gate"]);
-    let (config, policy) = policy(case);
+fn check(case: &Value, max_rows: usize, kind: Kind) {
+    let what = format!("{} gate {} rows {max_rows} {kind:?}", case["model"], case["gate"]);
+    let (config, policy) = policy(case, kind);
     let weights = policy.share_trainable();
     let decoder = Decoder::new(&config, &weights);
     let temperature = number(&case["temperature"]) as f32;
@@ -160,7 +162,7 @@ fn check(case: &Value, max_rows: usize) {
         weight_decay: number(&case["weight_decay"]),
         max_grad_norm: number(&case["max_grad_norm"]),
     };
-    let mut optimizer = Optimizer::new(&weights, settings);
+    let mut optimizer = Optimizer::new(&weights, settings).expect("an optimizer");
     let norm = optimizer.grad_norm().expect("a norm");
     let want = number(&case["grad_norm"]);
     assert!((norm - want).abs() <= 1e-3 * want, "{what}: norm {norm}, not {want}");
@@ -179,7 +181,9 @@ fn one_update_agrees_with_pytorch() {
     let golden: Value = serde_json::from_str(&text).expect("JSON");
     for case in golden["cases"].as_array().expect("cases") {
         for max_rows in [1000, 40, 12] {
-            check(case, max_rows);
+            check(case, max_rows, Kind::Float);
+            // The libtorch path, which f64 takes.
+            check(case, max_rows, Kind::Double);
         }
     }
 }

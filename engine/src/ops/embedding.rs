@@ -4,7 +4,7 @@ use crate::torch::{TorchError, autograd::set_grad};
 use tch::Tensor;
 
 /// Adds each row of `gradient` (`[N, hidden]`) to the `grad` of the leaf `embedding` at the row
-/// that `tokens` (`[N]`, i64) names, in the type of the embedding.
+/// that `tokens` (`[N]`, i64) names, in the type of that `grad`.
 ///
 /// # Errors
 /// Shapes that do not fit.
@@ -17,7 +17,8 @@ pub fn accumulate_embedding_gradient(
         set_grad(embedding, &embedding.detach().zeros_like())?;
     }
     let tokens = tokens.to_device(embedding.device());
-    let added = embedding.grad().f_index_add_(0, &tokens, &gradient.to_kind(embedding.kind()));
+    let mut sum = embedding.grad();
+    let added = sum.f_index_add_(0, &tokens, &gradient.to_kind(sum.kind()));
     added.map(|_| ()).map_err(|error| TorchError(error.to_string()))
 }
 

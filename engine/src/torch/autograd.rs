@@ -20,10 +20,11 @@ pub fn backward(output: &Tensor, gradient: &Tensor) -> Result<(), TorchError> {
     check(unsafe { op_backward(outputs.as_ptr(), gradients.as_ptr(), 1) })
 }
 
-/// Makes `gradient` the accumulated gradient of the leaf `tensor`, replacing any that it has.
+/// Makes `gradient` the accumulated gradient of the leaf `tensor`, replacing any that it has. It may
+/// be f32 where the tensor is narrower: backward passes add to it in place then, in f32.
 ///
 /// # Errors
-/// A gradient of another shape or type than the tensor.
+/// What libtorch refuses.
 pub fn set_grad(tensor: &Tensor, gradient: &Tensor) -> Result<(), TorchError> {
     // SAFETY: both are valid tensors; only the gradient slot of the first is written.
     check(unsafe { op_set_grad(tensor.as_ptr(), gradient.as_ptr()) })
@@ -47,6 +48,22 @@ mod tests {
         assert!(recording());
         assert!(!tch::no_grad(recording));
         assert!(recording());
+    }
+
+    #[test]
+    fn gradients_of_a_narrow_leaf_add_up_in_f32() {
+        let kinds = (tch::Kind::BFloat16, tch::Kind::Float);
+        let x = Tensor::from_slice(&[2f32]).to_kind(kinds.0).set_requires_grad(true);
+        set_grad(&x, &Tensor::from_slice(&[1f32])).unwrap();
+        let address = x.grad().data_ptr();
+        // 1 + 3 * 2^-9 has no bf16, and 1 + 2^-9 would be rounded down to 1 each time.
+        for _ in 0..3 {
+            let gradient = Tensor::from_slice(&[2f32.powi(-10)]).to_kind(kinds.0);
+            backward(&(&x * 2.0), &gradient).unwrap();
+        }
+        assert_eq!(x.grad().kind(), kinds.1);
+        assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [1.0 + 3.0 * 2f32.powi(-9)]);
+        assert_eq!(x.grad().data_ptr(), address);
     }
 
     #[test]

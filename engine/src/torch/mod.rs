@@ -50,6 +50,7 @@ unsafe extern "C" {
     fn op_empty_cache() -> *mut c_char;
     fn op_set_grad(tensor: RawTensor, gradient: RawTensor) -> *mut c_char;
     fn op_total_norm(tensors: *const RawTensor, count: i64, norm: *mut f64) -> *mut c_char;
+    fn op_copy_each(to: *const RawTensor, from: *const RawTensor, count: i64) -> *mut c_char;
     fn op_adamw(
         params: *const RawTensor,
         grads: *const RawTensor,

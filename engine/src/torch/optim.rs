@@ -1,6 +1,6 @@
 //! The fused optimizer of libtorch.
 
-use super::{TorchError, check, op_adamw, op_total_norm, pointers};
+use super::{TorchError, check, op_adamw, op_copy_each, op_total_norm, pointers};
 use tch::Tensor;
 
 /// Settings of one AdamW step.
@@ -19,7 +19,7 @@ pub struct AdamW {
 }
 
 /// Parameters and their state, index by index: parameter, gradient, first moment, second moment,
-/// and the number of steps taken (a scalar f32 tensor each).
+/// and the number of steps taken (a scalar f32 tensor each, on the parameter's device).
 #[derive(Debug)]
 pub struct AdamWState<'a> {
     /// Written in place.
@@ -65,6 +65,20 @@ pub fn adamw(settings: AdamW, state: &AdamWState<'_>) -> Result<(), TorchError> 
     })
 }
 
+/// Copies each tensor of `from` into that of `to`, rounding where the type is narrower. Addresses
+/// stay.
+///
+/// # Errors
+/// Lists of different lengths, or what libtorch refuses.
+pub fn copy_each(to: &[Tensor], from: &[Tensor]) -> Result<(), TorchError> {
+    if to.len() != from.len() {
+        return Err(TorchError("copy_each: the lists differ in length".into()));
+    }
+    let (to, from) = (pointers(to), pointers(from));
+    // SAFETY: two arrays of as many valid tensors.
+    check(unsafe { op_copy_each(to.as_ptr(), from.as_ptr(), to.len() as i64) })
+}
+
 /// L2 norm of all tensors taken together.
 ///
 /// # Errors
@@ -101,5 +115,18 @@ mod tests {
         assert!((params[0].double_value(&[0]) - (1.0 - 0.1 * 1.5)).abs() < 1e-6);
         assert!((first[0].double_value(&[0]) - 0.1 * 2.0).abs() < 1e-6);
         assert!((total_norm(&[tensor(3.0), tensor(4.0)]).unwrap() - 5.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn copies_round_to_the_nearest_bf16() {
+        let kind = tch::Kind::BFloat16;
+        let to = [Tensor::zeros([2], (kind, tch::Device::Cpu))];
+        let address = to[0].data_ptr();
+        // 1 + 2^-9 lies halfway below the next bf16 above 1; ties go to the even one.
+        copy_each(&to, &[Tensor::from_slice(&[1.0 + 2f32.powi(-9), -3.5])]).unwrap();
+        let copied = Vec::<f32>::try_from(to[0].to_kind(tch::Kind::Float)).unwrap();
+        assert_eq!(copied, [1.0, -3.5]);
+        assert_eq!(to[0].data_ptr(), address);
+        assert!(copy_each(&to, &[]).is_err());
     }
 }

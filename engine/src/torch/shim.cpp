@@ -187,12 +187,17 @@ char *op_flash_attention(at::Tensor *const *inputs, const int64_t *longest, int6
   });
 }
 
-// L2 norm of all tensors together.
+// L2 norm of all tensors together. On a device it is waited for once, not for each tensor.
 char *op_total_norm(at::Tensor *const *tensors, int64_t count, double *norm) {
   return guarded([&] {
     at::NoGradGuard no_grad;
+    auto parts = at::_foreach_norm(list(tensors, count), 2);
+    if (count > 0 && !parts[0].is_cpu()) {
+      *norm = at::stack(parts).to(at::kDouble).square().sum().sqrt().item<double>();
+      return;
+    }
     double sum = 0;
-    for (const auto &part : at::_foreach_norm(list(tensors, count), 2)) {
+    for (const auto &part : parts) {
       const double value = part.item<double>();
       sum += value * value;
     }
@@ -207,10 +212,20 @@ char *op_adamw(at::Tensor *const *params, at::Tensor *const *grads, at::Tensor *
                double beta1, double beta2, double eps, double weight_decay, double grad_scale) {
   return guarded([&] {
     at::NoGradGuard no_grad;
+    const auto device = count > 0 ? params[0]->device() : at::Device(at::kCPU);
+    const auto scale = at::TensorOptions().dtype(at::kFloat).device(device);
     at::_fused_adamw_(list(params, count), list(grads, count), list(first, count),
                       list(second, count), {}, list(steps, count), lr, beta1, beta2, weight_decay,
                       eps, /*amsgrad=*/false, /*maximize=*/false,
-                      at::scalar_tensor(grad_scale, at::kFloat), std::nullopt);
+                      at::scalar_tensor(grad_scale, scale), std::nullopt);
+  });
+}
+
+// Copies each tensor of `from` to that of `to`, in their types.
+char *op_copy_each(at::Tensor *const *to, at::Tensor *const *from, int64_t count) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_copy_(list(to, count), list(from, count));
   });
 }
 

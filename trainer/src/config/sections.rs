@@ -54,8 +54,8 @@ pub struct Engine {
     /// Where new weights are written for an engine with weights of its own. Without it: in memory
     /// (`/dev/shm`) if the system has that, else in the run folder.
     pub transfer_dir: Option<String>,
-    /// Memory for K and V, in MiB.
-    pub kv_memory_mb: usize,
+    /// Memory for K and V, in MiB; 1024 if not given.
+    pub kv_memory_mb: Option<usize>,
     /// Most samples that run at once.
     pub max_num_seqs: usize,
     /// Most tokens of one engine step.
@@ -90,7 +90,7 @@ impl Default for Engine {
             kind: "native".into(),
             urls: Vec::new(),
             transfer_dir: None,
-            kv_memory_mb: 1024,
+            kv_memory_mb: None,
             max_num_seqs: 256,
             max_batched_tokens: 2048,
             max_model_len: None,

@@ -80,7 +80,7 @@ impl Model {
 impl Engine {
     fn validate(&self) -> Checked {
         self.validate_kind()?;
-        between("engine.kv_memory_mb", self.kv_memory_mb, 1, MANY)?;
+        self.kv_memory_mb.map_or(Ok(()), |mb| between("engine.kv_memory_mb", mb, 1, MANY))?;
         between("engine.max_num_seqs", self.max_num_seqs, 1, MANY)?;
         between("engine.max_batched_tokens", self.max_batched_tokens, 1, MANY)?;
         between("engine.max_waiting", self.max_waiting, 1, MANY)?;

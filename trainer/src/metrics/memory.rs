@@ -11,6 +11,12 @@ pub fn resident_mb() -> Option<f64> {
     parse(&std::fs::read_to_string("/proc/self/status").ok()?, "VmRSS:")
 }
 
+/// Bytes of all main memory; `None` where the system does not say.
+pub fn total() -> Option<usize> {
+    let mib = parse(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")?;
+    Some((mib * 1024.0 * 1024.0) as usize)
+}
+
 fn parse(status: &str, name: &str) -> Option<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -33,5 +39,6 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn this_process_uses_memory() {
         assert!(peak_mb().is_some_and(|mb| mb > 1.0));
+        assert!(total().is_some_and(|bytes| bytes > 100 << 20));
     }
 }

@@ -126,6 +126,15 @@ pub struct StepMetrics {
     #[serde(deserialize_with = "number_or_nan")]
     pub refresh_seconds: f64,
 
+    /// Rows of a forward and backward pass, at most: `train.micro_batch_tokens`, or less after memory
+    /// has not sufficed.
+    #[serde(default)]
+    pub micro_batch_tokens: usize,
+    /// How often memory did not suffice for a pass in this step, which was run again in smaller
+    /// ones then.
+    #[serde(default)]
+    pub memory_retries: usize,
+
     /// Where the step's time went.
     pub seconds: Seconds,
     /// Generated tokens per second of the rollout.

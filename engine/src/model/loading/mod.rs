@@ -4,7 +4,7 @@
 //! - `directory`: Hugging Face's files: configuration, tokenizer, safetensors.
 //! - `safetensors`: tensors of one or many shards.
 //! - `gguf`: one file with everything; dequantised, and brought into Hugging Face's form.
-//! - `describe`: what can be said of a model without its weights.
+//! - `describe`: what can be said of a model without its weights. `shape`: its shape alone.
 //! - `hub`: a hub id becomes a directory.
 //! - `replacement`: weights alone, for a model that runs already.
 //! - `tensors`: what the two formats share: names checked, tensors read in parallel.
@@ -16,11 +16,13 @@ mod gguf;
 mod hub;
 mod replacement;
 mod safetensors;
+mod shape;
 mod tensors;
 
 pub use describe::{Description, describe};
 pub use error::LoadError;
 pub use replacement::load_weights;
+pub use shape::shape;
 
 use crate::{chat::ChatTokenizer, device::Placement, model::config::ModelConfig};
 use std::path::Path;

@@ -1,0 +1,84 @@
+//! The output head of a training pass: logits of some rows, the statistics of their tokens, and the
+//! gradient of their log-probs, which is known in closed form. Logits and all that follows from them
+//! are f32 where the weights are narrower.
+
+use onpolicy_engine::{
+    device::{is_native, stats},
+    logits,
+    model::decoder::Decoder,
+    ops::linear::{self, accumulate_weight_gradient, input_gradient},
+    torch::slices::{floats, floats_mut},
+};
+use onpolicy_plugin_api::TokenStats;
+use tch::{Device, Kind, Tensor};
+
+/// The output head, `[vocab, hidden]`, at a temperature.
+pub struct Head {
+    /// Collects the gradient.
+    leaf: Tensor,
+    /// The same storage without a graph.
+    weight: Tensor,
+    vocab: usize,
+    inverse_temperature: f32,
+}
+
+impl Head {
+    /// The head of `decoder`.
+    pub fn new(decoder: &Decoder, temperature: f32) -> Self {
+        let leaf = decoder.head().shallow_clone();
+        let weight = leaf.detach();
+        let vocab = leaf.size()[0] as usize;
+        Self { leaf, weight, vocab, inverse_temperature: 1.0 / temperature }
+    }
+
+    /// Logits of `hidden` (`[rows, hidden]`), and the statistics of the token `targets[i]` in row
+    /// `i`, which are all that leaves a device.
+    pub fn forward(&self, hidden: &Tensor, targets: &[u32]) -> (Tensor, Vec<TokenStats>) {
+        let rows = linear::logits(hidden, &self.weight);
+        let temperature = self.inverse_temperature;
+        let stats = match is_native(&rows) {
+            true => logits::batch_stats(floats(&rows), self.vocab, targets, temperature),
+            false => {
+                let ids = ids(targets, rows.device());
+                numbers(&stats::batch_stats(&rows, &ids, f64::from(temperature)))
+            }
+        };
+        (rows, stats)
+    }
+
+    /// Adds the gradient of `sum_i slopes[i] * ln p_i(targets[i])` to that of the weight, and
+    /// returns the gradient by `hidden`. `rows` are the logits of the forward pass.
+    pub fn backward(
+        &self,
+        mut rows: Tensor,
+        (targets, slopes): (&[u32], &[f32]),
+        hidden: &Tensor,
+    ) -> Tensor {
+        let temperature = self.inverse_temperature;
+        if is_native(&rows) {
+            let rows = floats_mut(&mut rows);
+            logits::logprob_gradient(rows, self.vocab, targets, slopes, temperature);
+        } else {
+            let ids = ids(targets, rows.device());
+            let slopes = Tensor::from_slice(slopes).to_device(rows.device()).to_kind(rows.kind());
+            stats::logprob_gradient(&mut rows, &ids, &slopes, f64::from(temperature));
+        }
+        let by_hidden = input_gradient(&rows, &self.weight);
+        accumulate_weight_gradient(&self.leaf, &rows, hidden);
+        by_hidden
+    }
+}
+
+/// Token ids, i64, on a device.
+fn ids(tokens: &[u32], device: Device) -> Tensor {
+    let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
+    Tensor::from_slice(&ids).to_device(device)
+}
+
+/// Rows of log-prob, entropy and baseline.
+fn numbers(rows: &Tensor) -> Vec<TokenStats> {
+    let rows = rows.to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
+    let stats =
+        |&[logprob, entropy, baseline]: &[f32; 3]| TokenStats { logprob, entropy, baseline };
+    floats(&rows).as_chunks::<3>().0.iter().map(stats).collect()
+}
