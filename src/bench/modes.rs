@@ -257,6 +257,9 @@ mod tests {
         let set = ["engine.kv_memory_mb=16", "eval.problems=8", "train.lr=1e-2", "gate.name=none"];
         let common = Common {
             model: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/tiny/llama-tied").into(),
+            device: None,
+            dtype: None,
+            random: None,
             seed: 1,
             warmup: 1,
             runs: 1,

@@ -1,8 +1,9 @@
 //! Device and type of a model's tensors.
 
+use crate::cuda;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use tch::{Cuda, Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Where a configuration wants the tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -80,10 +81,10 @@ impl Placement {
     /// # Errors
     /// `cuda` where there is no device.
     pub fn resolve(device: DeviceName, dtype: Option<Dtype>) -> Result<Self, PlacementError> {
-        let device = match (device, cuda()) {
-            (DeviceName::Cpu, _) | (DeviceName::Auto, Err(_)) => Device::Cpu,
-            (_, Ok(device)) => device,
-            (DeviceName::Cuda, Err(error)) => return Err(error),
+        let device = match device {
+            DeviceName::Cpu => Device::Cpu,
+            DeviceName::Cuda => cuda()?,
+            DeviceName::Auto => cuda().unwrap_or(Device::Cpu),
         };
         let usual = if device == Device::Cpu { Dtype::F32 } else { Dtype::Bf16 };
         Ok(Self { device, kind: dtype.unwrap_or(usual).kind() })
@@ -124,15 +125,14 @@ fn kind_name(kind: Kind) -> &'static str {
 
 /// The first CUDA device.
 fn cuda() -> Result<Device, PlacementError> {
-    if Cuda::is_available() {
-        return Ok(Device::Cuda(0));
-    }
-    Err(PlacementError(
-        "model.device = \"cuda\": no CUDA device is seen here. It takes an NVIDIA driver, and the \
-         libraries of torch 2.11.0+cu130: put the directory torch/lib of that installation into \
-         LD_LIBRARY_PATH. Or set \"cpu\", or \"auto\" to take what there is"
-            .into(),
-    ))
+    let refusal = |error| {
+        PlacementError(format!(
+            "model.device = \"cuda\": {error}. It takes an NVIDIA driver, and the libraries of torch \
+             2.11.0+cu130: put the directory torch/lib of that installation into LD_LIBRARY_PATH. Or \
+             set \"cpu\", or \"auto\" to take what there is"
+        ))
+    };
+    cuda::load().map(|()| Device::Cuda(0)).map_err(refusal)
 }
 
 #[cfg(test)]
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn cuda_is_refused_where_there_is_none() {
-        if Cuda::is_available() {
+        if cuda::is_available() {
             return;
         }
         let error = Placement::resolve(DeviceName::Cuda, None).unwrap_err().to_string();

@@ -5,7 +5,10 @@ use super::{
     upload,
     varlen::{Varlen, varlen_attention},
 };
-use crate::kernels::attention::Span;
+use crate::{
+    cuda::{attention as kernel, plan::Machine},
+    kernels::attention::Span,
+};
 use tch::{Device, Tensor};
 
 /// The rows of a step, as the host gathers them; one for each token.
@@ -33,17 +36,27 @@ pub struct StepPlan {
     /// i64 `[rows that are drawn from]`
     pub sampled: Tensor,
     /// Which rows read and write which pages.
-    pub paged: PagedPlan,
+    paged: Paging,
     /// The sequences, if all of them begin in this step: then their pages need not be read.
     prompts: Option<Varlen>,
 }
 
+/// The same, for what computes with it.
+#[derive(Debug)]
+enum Paging {
+    /// Kernels of our own, on a CUDA device.
+    Kernels(kernel::PagedPlan),
+    /// Tensor operations, anywhere.
+    Operations(PagedPlan),
+}
+
 impl StepPlan {
-    /// Brings the rows to `device`.
-    pub fn new(rows: &StepRows<'_>, device: Device) -> Self {
-        let slots = rows.slots.iter().map(|&slot| i64::from(slot));
-        let numbers = rows.tokens.iter().chain(&rows.positions).copied().chain(slots);
-        let numbers: Vec<i64> = numbers.chain(rows.sampled.iter().copied()).collect();
+    /// Brings the rows to `device`; attention is by kernels of our own if `machine` is given, which
+    /// says for what device and heads.
+    pub fn new(rows: &StepRows<'_>, device: Device, machine: Option<Machine>) -> Self {
+        let all_slots: Vec<i64> = rows.slots.iter().map(|&slot| i64::from(slot)).collect();
+        let numbers = rows.tokens.iter().chain(&rows.positions).chain(&all_slots);
+        let numbers: Vec<i64> = numbers.chain(&rows.sampled).copied().collect();
         let (count, numbers) = (rows.tokens.len() as i64, upload(&numbers, device));
         let [tokens, positions, slots] = [0, 1, 2].map(|i| numbers.narrow(0, i * count, count));
         let begins = rows.spans.iter().all(|span| span.first_position == 0);
@@ -52,25 +65,51 @@ impl StepPlan {
             tokens,
             positions,
             sampled: numbers.narrow(0, 3 * count, rows.sampled.len() as i64),
-            paged: PagedPlan::new(&rows.spans, slots, device),
+            paged: match machine {
+                Some(machine) => Paging::Kernels(kernel::PagedPlan::new(
+                    &rows.spans,
+                    &all_slots,
+                    machine,
+                    device,
+                )),
+                None => Paging::Operations(PagedPlan::new(&rows.spans, slots, device)),
+            },
             prompts: begins.then(prompts),
         }
     }
 
     /// Writes K and V of one layer to their slots, and attends with scale `1 / sqrt(head_dim)`: `q`
     /// `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]`; `[N, heads * head_dim]`.
+    ///
+    /// # Panics
+    /// What a kernel is refused for; `machine` vouched for the shapes.
     pub fn attend(
         &self,
         [q, k, v]: [&Tensor; 3],
         (k_pages, v_pages): (&Tensor, &Tensor),
         window: Option<usize>,
     ) -> Tensor {
-        write_kv(k, v, k_pages, v_pages, &self.paged);
+        match &self.paged {
+            Paging::Operations(plan) => write_kv(k, v, k_pages, v_pages, plan),
+            Paging::Kernels(plan) => {
+                let written = kernel::write_kv(k, v, k_pages, v_pages, plan);
+                written.unwrap_or_else(|error| panic!("{error}"));
+            }
+        }
         if let Some(prompts) = &self.prompts {
             return varlen_attention([q, k, v], prompts, window);
         }
         let (_, _, head_dim) = q.size3().expect("q has three axes");
         let scale = 1.0 / (head_dim as f64).sqrt();
-        attend(&Paged { q, k_pages, v_pages, plan: &self.paged, scale, window })
+        match &self.paged {
+            Paging::Operations(plan) => {
+                attend(&Paged { q, k_pages, v_pages, plan, scale, window })
+            }
+            Paging::Kernels(plan) => {
+                let q = &q.contiguous();
+                let paged = kernel::Paged { q, k_pages, v_pages, plan, scale, window };
+                kernel::attend(&paged).unwrap_or_else(|error| panic!("{error}"))
+            }
+        }
     }
 }

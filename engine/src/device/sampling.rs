@@ -3,6 +3,7 @@
 
 use super::{download, stats::RowSums, upload};
 use crate::{
+    cuda::{CudaError, sampling as kernel},
     kernels::disjoint,
     sampler::{
         Draw, Drawn, random_number, sample_row,
@@ -19,17 +20,23 @@ const BLOCK: i64 = 512;
 const ROWS: i64 = 128;
 
 /// As [`sampler::sample`](crate::sampler::sample), from `logits` (`[rows, vocab]`, f32 or f64) on any
-/// device: what comes back for most draws is four numbers each, all in one copy. Rows whose draws
+/// device, by kernels of our own on a CUDA one: what comes back for most draws is four numbers each, all in one copy. Rows whose draws
 /// look at all logits (penalties, biases, grammars, truncation, `top_logprobs`) come back whole.
 ///
 /// # Errors
 /// Per draw, as there.
 ///
 /// # Panics
-/// If a draw's row is not among the logits.
+/// If a draw's row is not among the logits, or a kernel cannot be launched.
 pub fn sample(logits: &Tensor, draws: &[Draw<'_>]) -> Vec<Result<Drawn, String>> {
     let (rows, vocab) = logits.size2().expect("logits have two axes");
     assert!(draws.iter().all(|draw| draw.row < rows as usize), "a draw's row is not among them");
+    if logits.device().is_cuda() {
+        match kernel::sample(logits, draws) {
+            Err(CudaError::Unsupported(_)) => {}
+            made => return made.unwrap_or_else(|error| panic!("{error}")),
+        }
+    }
     let mut drawn = draw_on_device(logits, draws);
     let rest: Vec<usize> = (0..draws.len()).filter(|&i| drawn[i].is_none()).collect();
     if !rest.is_empty() {

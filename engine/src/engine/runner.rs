@@ -2,8 +2,9 @@
 
 use crate::{
     block_manager::BLOCK_SIZE,
+    cuda::{attention::fits, plan::Machine},
     device::{
-        self, download,
+        self, Placement, download,
         pages::DevicePages,
         plan::{StepPlan, StepRows},
         sampling, stats,
@@ -41,6 +42,8 @@ pub struct Runner {
     decoder: Decoder,
     weights: Weights,
     pages: Pages,
+    /// For kernels of our own, where there are some for this device and model.
+    machine: Option<Machine>,
     eos_token_ids: Vec<u32>,
     copied_bytes: usize,
 }
@@ -72,6 +75,7 @@ impl Runner {
         (pages, num_blocks): (Option<DevicePages>, usize),
     ) -> Self {
         let mut decoder = Decoder::serving(config, weights, dtype);
+        let machine = machine(config, decoder.placement());
         let storages = || Storages::of(weights.iter().map(|(_, tensor)| tensor));
         Self {
             copied_bytes: decoder.copied_bytes(),
@@ -81,6 +85,7 @@ impl Runner {
                 Some(pages) => Pages::OnDevice(pages, storages()),
                 None => Pages::Native(KvCache::new(config, num_blocks)),
             },
+            machine,
             eos_token_ids: config.eos_token_ids.clone(),
         }
     }
@@ -194,7 +199,8 @@ impl Runner {
             }
             Pages::OnDevice(pages, _) => {
                 pages.copy(&step.copies);
-                let plan = StepPlan::new(&rows, self.decoder.placement().device);
+                let device = self.decoder.placement().device;
+                let plan = StepPlan::new(&rows, device, self.machine);
                 let attention = &mut Attention::OnDevice(DeviceBatch { pages, plan: &plan });
                 let hidden = self.decoder.hidden(&plan.tokens, &plan.positions, attention);
                 StepOutput { hidden, first_rows, sampled: plan.sampled }
@@ -299,6 +305,15 @@ fn gather<'a>(step: &Step, scheduler: &'a Scheduler) -> StepRows<'a> {
         rows.spans.push(Span { rows: rows_of_it, first_position: chunk.start, blocks });
     }
     rows
+}
+
+/// What kernels of our own have to know of a CUDA device; none where they are not for it, or not for
+/// the model's heads.
+fn machine(config: &ModelConfig, placement: Placement) -> Option<Machine> {
+    let (heads, kv_heads, head_dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
+    let fits = placement.device.is_cuda() && fits(placement.kind, heads, kv_heads, head_dim);
+    let machine = || Machine::of(placement.device, heads, kv_heads, head_dim).ok();
+    fits.then(machine).flatten()
 }
 
 /// The prompt tokens that the rows of `chunk` predict, and the position of the first of them.

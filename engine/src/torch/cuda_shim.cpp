@@ -121,11 +121,6 @@ char *op_reset_peak(int64_t index) {
   return guarded([&] { allocator().resetPeakStats(static_cast<c10::DeviceIndex>(index)); });
 }
 
-// Gives what the allocator holds free back to the driver.
-char *op_empty_device_cache() {
-  return guarded([&] { allocator().emptyCache(); });
-}
-
 char *op_graph_new(void **graph) {
   return guarded([&] {
     auto *make = named<void(void *, bool)>("_ZN2at4cuda9CUDAGraphC1Eb");

@@ -1,6 +1,6 @@
 //! The memory of a CUDA device, and what libtorch's allocator holds of it.
 
-use super::{TorchError, check, op_device_memory, op_empty_device_cache, op_reset_peak};
+use super::{TorchError, check, op_device_memory, op_reset_peak};
 
 /// Bytes of a device's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,15 +48,6 @@ pub fn reset_peak(index: usize) -> Result<(), TorchError> {
     check(unsafe { op_reset_peak(index as i64) })
 }
 
-/// Gives what the allocator holds unused back to the driver, of all devices. Waits for them.
-///
-/// # Errors
-/// As [`DeviceMemory::of`].
-pub fn empty_cache() -> Result<(), TorchError> {
-    // SAFETY: unused memory alone is given back.
-    check(unsafe { op_empty_device_cache() })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,11 +57,7 @@ mod tests {
         if crate::cuda::is_available() {
             return eprintln!("skipped: there is a device");
         }
-        let errors = [
-            DeviceMemory::of(0).unwrap_err(),
-            reset_peak(0).unwrap_err(),
-            empty_cache().unwrap_err(),
-        ];
+        let errors = [DeviceMemory::of(0).unwrap_err(), reset_peak(0).unwrap_err()];
         for error in errors {
             assert!(error.0.contains("CUDA"), "{error}");
         }

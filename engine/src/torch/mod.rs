@@ -75,7 +75,6 @@ unsafe extern "C" {
     fn op_synchronize(index: i64) -> *mut c_char;
     fn op_device_memory(index: i64, bytes: *mut i64) -> *mut c_char;
     fn op_reset_peak(index: i64) -> *mut c_char;
-    fn op_empty_device_cache() -> *mut c_char;
     fn op_graph_new(graph: *mut *mut c_void) -> *mut c_char;
     fn op_graph_begin(graph: *mut c_void, first: u64, second: u64) -> *mut c_char;
     fn op_graph_end(graph: *mut c_void) -> *mut c_char;

@@ -87,7 +87,7 @@ fn check(shapes: &[(usize, usize)], shared: usize, [heads, kv_heads]: [i64; 2]) 
             spans,
             sampled: Vec::new(),
         };
-        let plan = StepPlan::new(&rows, Device::Cpu);
+        let plan = StepPlan::new(&rows, Device::Cpu, None);
         let pages = old.each_ref().map(|pages| pages.to_kind(Kind::Double));
         // Block 0 belongs to nobody, and what lies behind a sequence's end to nobody either.
         pages.iter().for_each(|pages| drop(pages.get(0).fill_(f64::NAN)));

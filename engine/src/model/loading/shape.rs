@@ -28,8 +28,8 @@ fn of_path(path: &Path) -> Result<ModelConfig, LoadError> {
     let config = path.join("config.json");
     match path.is_dir() {
         true if config.exists() => of_text(&config),
-        true => Ok(gguf::describe(&directory::only_gguf(path)?)?.0),
-        false => Ok(gguf::describe(path)?.0),
+        true => gguf::shape(&directory::only_gguf(path)?),
+        false => gguf::shape(path),
     }
 }
 

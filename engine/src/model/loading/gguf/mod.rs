@@ -10,7 +10,7 @@ mod values;
 mod weights;
 
 use super::{Checkpoint, Description, LoadError, Source};
-use crate::device::Placement;
+use crate::{device::Placement, model::config::ModelConfig};
 use header::Header;
 use std::{fs::File, path::Path};
 use tokenizer::{Bounds, Vocabulary};
@@ -35,6 +35,13 @@ pub(super) fn load(
     let tokenizer = source.chat_tokenizer()?;
     let tensors = weights.load(&config, placement)?;
     Ok(Checkpoint { name, config, tensors, tokenizer, source })
+}
+
+/// Reads the model's shape.
+pub(super) fn shape(path: &Path) -> Result<ModelConfig, LoadError> {
+    let file = File::open(path).map_err(LoadError::io(path))?;
+    let header = Header::read(&file, path)?;
+    config::model_config(&header, &weights::Weights { path, file: &file, header: &header })
 }
 
 /// Reads everything but the tensors, of whatever architecture.
