@@ -247,6 +247,7 @@ impl EngineHandle {
         config.check_placement(placement)?;
         dtype.check(&model.weights).map_err(|why| EngineError::invalid("serve_dtype", why))?;
         let limits = config.scheduler(&model.config, placement)?;
+        let pages = device_pages(&model.config, limits.num_blocks, placement)?;
         let scheduler = Scheduler::new(limits.clone())?;
         let shared = Arc::new(Shared {
             version: Version::default(),
@@ -266,7 +267,6 @@ impl EngineHandle {
         let (commands, inbox) = mpsc::channel();
         let worker_shared = shared.clone();
         let blocks = limits.num_blocks;
-        let pages = device_pages(&model.config, blocks, placement)?;
         let model_config = model.config.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
