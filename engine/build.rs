@@ -1,9 +1,12 @@
-//! Compiles the C++ shim against the libtorch that torch-sys found.
+//! Compiles the C++ shims against the libtorch that torch-sys found.
 
 use std::{env, path::PathBuf};
 
 fn main() {
-    println!("cargo:rerun-if-changed=src/torch/shim.cpp");
+    let sources = ["src/torch/shim.cpp", "src/torch/cuda_shim.cpp"];
+    for source in sources {
+        println!("cargo:rerun-if-changed={source}");
+    }
     let lib = env::var("DEP_TCH_LIBTORCH_LIB")
         .expect("torch-sys did not say where libtorch is: run scripts/setup, or set LIBTORCH");
     let include = PathBuf::from(lib).parent().expect("libtorch's lib has a parent").join("include");
@@ -15,7 +18,7 @@ fn main() {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .file("src/torch/shim.cpp")
+        .files(sources)
         .compile("onpolicy_shim");
     println!("cargo:rustc-link-lib=gomp");
 }

@@ -14,6 +14,7 @@
 //! - [`ops`]: the decoder's operations, with gradients. [`kernels`]: what they and attention over
 //!   pages are computed with.
 //! - [`device`]: the same on other devices and in other types, in libtorch's operations.
+//! - [`cuda`]: the same on a GPU: kernels of our own, compiled while the program runs.
 //! - [`logits`]: logits to log-prob, entropy, discriminator, baseline.
 //! - [`grammar`]: what a sample's text must be, and which tokens may come next.
 //! - [`sampler`]: logits to the next token.
@@ -27,6 +28,7 @@
 pub mod block_manager;
 pub mod chat;
 pub mod collect;
+pub mod cuda;
 pub mod device;
 pub mod engine;
 pub mod grammar;

@@ -1,13 +1,17 @@
 //! What tch does not bind: the fused optimizer, backward with given gradients, flash attention,
-//! memory of a tensor that goes and comes, and tensors as slices.
+//! memory of a tensor that goes and comes, tensors as slices, and a CUDA device's streams, graphs and
+//! memory.
 
 pub mod autograd;
+pub mod device_memory;
 pub mod flash;
 pub mod function;
+pub mod graph;
 pub mod memory;
 pub mod optim;
 pub mod slices;
 pub mod storage;
+pub mod stream;
 
 use std::ffi::{CStr, c_char, c_void};
 
@@ -61,6 +65,23 @@ unsafe extern "C" {
         weight_decay: f64,
         grad_scale: f64,
     ) -> *mut c_char;
+}
+
+// CUDA, see cuda_shim.cpp.
+unsafe extern "C" {
+    fn op_stream(index: i64, handle: *mut *mut c_void) -> *mut c_char;
+    fn op_side_stream(index: i64, before: *mut i64) -> *mut c_char;
+    fn op_restore_stream(index: i64, before: i64) -> *mut c_char;
+    fn op_synchronize(index: i64) -> *mut c_char;
+    fn op_device_memory(index: i64, bytes: *mut i64) -> *mut c_char;
+    fn op_reset_peak(index: i64) -> *mut c_char;
+    fn op_empty_device_cache() -> *mut c_char;
+    fn op_graph_new(graph: *mut *mut c_void) -> *mut c_char;
+    fn op_graph_begin(graph: *mut c_void, first: u64, second: u64) -> *mut c_char;
+    fn op_graph_end(graph: *mut c_void) -> *mut c_char;
+    fn op_graph_pool(graph: *mut c_void, pool: *mut u64) -> *mut c_char;
+    fn op_graph_replay(graph: *mut c_void) -> *mut c_char;
+    fn op_graph_free(graph: *mut c_void) -> *mut c_char;
 }
 
 /// Turns the shim's answer into a result.

@@ -1,0 +1,262 @@
+//! A step's rows, block tables and tiles on the device: one tensor, sent at once.
+
+use crate::{
+    cuda::{
+        CudaError,
+        driver::{Attribute, Driver},
+        plan::{Machine, Sizes, Work},
+        source::ATTENDING_BLOCKS,
+    },
+    kernels::attention::Span,
+};
+use tch::{Device, Kind, Tensor};
+
+/// Numbers of a tile, as in attention.cu.
+const TILE: usize = 6;
+
+/// What a plan has room for, so that it can be filled again where it lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    /// Rows of the batch.
+    pub rows: usize,
+    /// Spans.
+    pub spans: usize,
+    /// Blocks of a span.
+    pub blocks: usize,
+    /// Tiles and pieces.
+    pub sizes: Sizes,
+}
+
+impl Capacity {
+    /// For any step of up to `rows` sequences with one row and up to `blocks` blocks each.
+    pub fn of_decode(rows: usize, blocks: usize, machine: &Machine) -> Self {
+        Self { rows, spans: rows, blocks, sizes: machine.most_of_decode(rows) }
+    }
+
+    /// Just what a step needs.
+    fn of(spans: &[Span], work: &Work) -> Self {
+        let blocks = spans.iter().map(|span| span.blocks.len()).max().unwrap_or(0);
+        Self { rows: work.pieces.len(), spans: spans.len(), blocks, sizes: work.sizes() }
+    }
+
+    fn holds(&self, other: &Self) -> bool {
+        let pairs = [
+            (self.rows, other.rows),
+            (self.spans, other.spans),
+            (self.blocks, other.blocks),
+            (self.sizes.tiles, other.sizes.tiles),
+            (self.sizes.tile_rows, other.sizes.tile_rows),
+            (self.sizes.pieces, other.sizes.pieces),
+        ];
+        pairs.iter().all(|(own, others)| own >= others)
+    }
+
+    /// Lengths of the plan's parts, in i32: slots (two each), block tables, spans and positions of
+    /// rows, where the pieces of rows begin, tiles, rows of tiles.
+    fn parts(&self) -> [usize; 7] {
+        let Sizes { tiles, tile_rows, .. } = self.sizes;
+        let table = self.spans * self.blocks;
+        [2 * self.rows, table, self.rows, self.rows, self.rows + 1, tiles * TILE, tile_rows]
+    }
+}
+
+impl Machine {
+    /// Of a device, for a model's heads.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn of(
+        device: Device,
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> Result<Self, CudaError> {
+        let group = heads / kv_heads;
+        let Device::Cuda(index) = device else {
+            return Ok(Self { group, kv_heads, blocks: 8 });
+        };
+        let driver = Driver::get()?;
+        let processors = driver.attribute(index, Attribute::Multiprocessors)? as usize;
+        let memory = driver.attribute(index, Attribute::SharedMemory)? as usize;
+        // The system takes a kilobyte of each block.
+        let fitting = memory / (super::shared_memory(head_dim) as usize + 1024);
+        let blocks = processors * fitting.clamp(1, ATTENDING_BLOCKS as usize);
+        Ok(Self { group, kv_heads, blocks })
+    }
+}
+
+/// One step's rows and blocks.
+#[derive(Debug)]
+pub struct PagedPlan {
+    /// `[spans, max_blocks]`, i32.
+    pub block_table: Tensor,
+    /// `[N]`, i32: the span of each row.
+    pub row_span: Tensor,
+    /// `[N]`, i32; -1 where a row is not in use.
+    pub row_position: Tensor,
+    /// `[N]`, i64: block times 16 plus offset; -1 where a row is not in use.
+    pub slots: Tensor,
+    row_pieces: Tensor,
+    tiles: Tensor,
+    tile_rows: Tensor,
+    /// All of the above.
+    whole: Tensor,
+    capacity: Capacity,
+    machine: Machine,
+    /// Rows in use may be fewer than there is room for.
+    refillable: bool,
+}
+
+impl PagedPlan {
+    /// A plan of just the step's size, on `device`. `slots` has one for each row.
+    ///
+    /// # Panics
+    /// If the spans do not cover as many rows as there are slots, in order, or a block table is too
+    /// short for its span.
+    pub fn new(spans: &[Span], slots: &[i64], machine: Machine, device: Device) -> Self {
+        let work = Work::new(spans, &machine);
+        let capacity = Capacity::of(spans, &work);
+        let whole = upload(&numbers(&capacity, spans, slots, &work), device);
+        Self::over(whole, capacity, machine, false)
+    }
+
+    /// A plan without rows, with room for some, on `device`: for graphs.
+    pub fn with_capacity(capacity: Capacity, machine: Machine, device: Device) -> Self {
+        let whole = upload(&numbers(&capacity, &[], &[], &Work::default()), device);
+        Self::over(whole, capacity, machine, true)
+    }
+
+    /// Overwrites the plan where it lies. Rows from the last span's on are not in use.
+    ///
+    /// # Errors
+    /// If there is no room for it.
+    ///
+    /// # Panics
+    /// As [`PagedPlan::new`].
+    pub fn refill(&mut self, spans: &[Span], slots: &[i64]) -> Result<(), CudaError> {
+        let work = Work::new(spans, &self.machine);
+        let needed = Capacity::of(spans, &work);
+        if !self.capacity.holds(&needed) {
+            let reason = format!("a plan with room for {:?}, not {needed:?}", self.capacity);
+            return Err(CudaError::Unsupported(reason));
+        }
+        let numbers = numbers(&self.capacity, spans, slots, &work);
+        self.whole.copy_(&upload(&numbers, self.whole.device()));
+        Ok(())
+    }
+
+    /// Over all of its numbers.
+    fn over(whole: Tensor, capacity: Capacity, machine: Machine, refillable: bool) -> Self {
+        let parts = capacity.parts();
+        let mut at = 0;
+        let [slots, table, row_span, row_position, row_pieces, tiles, tile_rows] =
+            parts.map(|len| {
+                at += len as i64;
+                whole.narrow(0, at - len as i64, len as i64)
+            });
+        let table_shape = [capacity.spans as i64, capacity.blocks as i64];
+        Self {
+            block_table: table.view(table_shape),
+            row_span,
+            row_position,
+            slots: slots.view_dtype(Kind::Int64),
+            row_pieces,
+            tiles,
+            tile_rows,
+            whole,
+            capacity,
+            machine,
+            refillable,
+        }
+    }
+
+    /// Rows that there is room for.
+    pub fn rows(&self) -> usize {
+        self.capacity.rows
+    }
+
+    /// Query heads per KV head that it was made for.
+    pub fn group(&self) -> usize {
+        self.machine.group
+    }
+
+    pub(super) fn has_unused_rows(&self) -> bool {
+        self.refillable
+    }
+
+    pub(super) fn sizes(&self) -> Sizes {
+        self.capacity.sizes
+    }
+
+    pub(super) fn row_pieces(&self) -> &Tensor {
+        &self.row_pieces
+    }
+
+    pub(super) fn tiles(&self) -> &Tensor {
+        &self.tiles
+    }
+
+    pub(super) fn tile_rows(&self) -> &Tensor {
+        &self.tile_rows
+    }
+}
+
+/// On the device, without waiting for what it does.
+fn upload(numbers: &[i32], device: Device) -> Tensor {
+    Tensor::from_slice(numbers).to_device_(device, Kind::Int, true, false)
+}
+
+/// All numbers of a plan, in the order of [`Capacity::parts`].
+fn numbers(capacity: &Capacity, spans: &[Span], slots: &[i64], work: &Work) -> Vec<i32> {
+    let int = |number: usize| i32::try_from(number).expect("a plan's numbers fit into 31 bits");
+    let parts = capacity.parts();
+    let mut numbers = Vec::with_capacity(parts.iter().sum());
+    let mut end = 0;
+    let mut parts = parts.into_iter();
+    let mut append = |part: &mut dyn Iterator<Item = i32>, rest: i32| {
+        end += parts.next().expect("a part for each");
+        numbers.extend(part);
+        assert!(numbers.len() <= end, "a plan's parts fit");
+        numbers.resize(end, rest);
+    };
+    let rows = spans.last().map_or(0, |span| span.rows.end);
+    assert_eq!(rows, slots.len(), "one slot for each row");
+    append(&mut slots.iter().flat_map(|&slot| [slot as i32, (slot >> 32) as i32]), -1);
+    append(
+        &mut spans.iter().flat_map(|span| {
+            let end = span.first_position + span.rows.len();
+            assert!(
+                span.blocks.len() >= end.div_ceil(16),
+                "a block table is too short for its span"
+            );
+            let blocks = span.blocks.iter().map(|&block| block as i32);
+            blocks.chain(std::iter::repeat(0)).take(capacity.blocks)
+        }),
+        0,
+    );
+    let mut next = 0;
+    append(
+        &mut spans.iter().enumerate().flat_map(|(index, span)| {
+            assert_eq!(span.rows.start, next, "the spans must cover the rows in order");
+            next = span.rows.end;
+            span.rows.clone().map(move |_| int(index))
+        }),
+        0,
+    );
+    let positions = |span: &Span| span.first_position..span.first_position + span.rows.len();
+    append(&mut spans.iter().flat_map(|span| positions(span).map(int)), -1);
+    let mut pieces = 0;
+    let starts = std::iter::once(0).chain(work.pieces.iter().map(|count| {
+        pieces += count;
+        pieces
+    }));
+    let starts: Vec<i32> = starts.map(int).collect();
+    append(&mut starts.iter().copied(), starts[starts.len() - 1]);
+    let mut tiles = work.tiles.iter().flat_map(|tile| {
+        let (rows, tokens) = (&tile.rows, &tile.tokens);
+        [rows.start, rows.len(), tile.span, tokens.start, tokens.end, tile.ordinal].map(int)
+    });
+    append(&mut tiles, 0);
+    append(&mut work.tile_rows.iter().map(|&row| int(row)), 0);
+    numbers
+}

@@ -1,0 +1,224 @@
+//! The driver's functions that the kernels need.
+
+use super::{CudaError, library::Library};
+use std::{
+    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
+    ptr::{null, null_mut},
+    sync::OnceLock,
+};
+
+type Code = c_int;
+type Handle = *mut c_void;
+
+/// A module that was loaded into a device's context.
+#[derive(Debug, Clone, Copy)]
+pub struct Module(usize);
+
+/// A kernel of a module.
+#[derive(Debug, Clone, Copy)]
+pub struct Function(usize);
+
+/// A property of a device.
+#[derive(Debug, Clone, Copy)]
+#[repr(i32)]
+pub enum Attribute {
+    /// Streaming multiprocessors.
+    Multiprocessors = 16,
+    /// First number of the compute capability.
+    Major = 75,
+    /// Second number of the compute capability.
+    Minor = 76,
+    /// Bytes of shared memory of a multiprocessor.
+    SharedMemory = 81,
+}
+
+/// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+const DYNAMIC_SHARED: c_int = 8;
+
+/// Shared memory that a kernel gets without asking for more.
+const PLAIN_SHARED: u32 = 48 << 10;
+
+/// What is called in libcuda.
+pub struct Driver {
+    error_string: unsafe extern "C" fn(Code, *mut *const c_char) -> Code,
+    attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> Code,
+    device: unsafe extern "C" fn(*mut c_int, c_int) -> Code,
+    retain: unsafe extern "C" fn(*mut Handle, c_int) -> Code,
+    current: unsafe extern "C" fn(*mut Handle) -> Code,
+    make_current: unsafe extern "C" fn(Handle) -> Code,
+    load: unsafe extern "C" fn(*mut Handle, *const c_void) -> Code,
+    function: unsafe extern "C" fn(*mut Handle, Handle, *const c_char) -> Code,
+    set_attribute: unsafe extern "C" fn(Handle, c_int, c_int) -> Code,
+    launch: unsafe extern "C" fn(
+        Handle,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        Handle,
+        *const *const c_void,
+        *const *const c_void,
+    ) -> Code,
+}
+
+impl Driver {
+    /// The driver, opened and initialised once.
+    ///
+    /// # Errors
+    /// If there is none, or it finds no device.
+    pub fn get() -> Result<&'static Self, CudaError> {
+        static DRIVER: OnceLock<Result<Driver, CudaError>> = OnceLock::new();
+        DRIVER.get_or_init(Self::open).as_ref().map_err(Clone::clone)
+    }
+
+    fn open() -> Result<Self, CudaError> {
+        let missing = |why| CudaError::Missing {
+            what: "the CUDA driver (libcuda.so.1)",
+            why,
+            advice: "run this where nvidia-smi lists a device, or take device = \"cpu\"",
+        };
+        let library =
+            Library::open(&["libcuda.so.1".into(), "libcuda.so".into()]).map_err(missing)?;
+        let (init, driver) = Self::functions(&library).map_err(missing)?;
+        // SAFETY: as the driver's documentation has it.
+        driver.check("cuInit", unsafe { init(0) }).map_err(|error| missing(error.to_string()))?;
+        Ok(driver)
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn functions(
+        library: &Library,
+    ) -> Result<(unsafe extern "C" fn(c_uint) -> Code, Self), String> {
+        // SAFETY: the signatures are those of cuda.h, CUDA 13.0; the names are of the same version.
+        unsafe {
+            let driver = Self {
+                error_string: library.function("cuGetErrorString")?,
+                attribute: library.function("cuDeviceGetAttribute")?,
+                device: library.function("cuDeviceGet")?,
+                retain: library.function("cuDevicePrimaryCtxRetain")?,
+                current: library.function("cuCtxGetCurrent")?,
+                make_current: library.function("cuCtxSetCurrent")?,
+                load: library.function("cuModuleLoadData")?,
+                function: library.function("cuModuleGetFunction")?,
+                set_attribute: library.function("cuFuncSetAttribute")?,
+                launch: library.function("cuLaunchKernel")?,
+            };
+            Ok((library.function("cuInit")?, driver))
+        }
+    }
+
+    fn check(&self, call: &'static str, code: Code) -> Result<(), CudaError> {
+        if code == 0 {
+            return Ok(());
+        }
+        let mut text = null();
+        // SAFETY: `text` is a place for the answer: a C string that lives for ever, or null.
+        let text = unsafe {
+            let known = (self.error_string)(code, &raw mut text) == 0 && !text.is_null();
+            known.then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+        };
+        Err(CudaError::Driver { call, text: text.unwrap_or_else(|| format!("error {code}")) })
+    }
+
+    /// A property of device `index`.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn attribute(&self, index: usize, attribute: Attribute) -> Result<i32, CudaError> {
+        let (mut device, mut value) = (0, 0);
+        // SAFETY: both are places for the answers.
+        unsafe {
+            self.check("cuDeviceGet", (self.device)(&raw mut device, index as c_int))?;
+            let code = (self.attribute)(&raw mut value, attribute as c_int, device);
+            self.check("cuDeviceGetAttribute", code)?;
+        }
+        Ok(value)
+    }
+
+    /// Makes the context that libtorch uses on device `index` this thread's, if it has none yet.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn enter(&self, index: usize) -> Result<(), CudaError> {
+        let (mut device, mut context) = (0, null_mut());
+        // SAFETY: places for answers. The primary context is retained for good.
+        unsafe {
+            self.check("cuCtxGetCurrent", (self.current)(&raw mut context))?;
+            if !context.is_null() {
+                return Ok(());
+            }
+            self.check("cuDeviceGet", (self.device)(&raw mut device, index as c_int))?;
+            self.check("cuDevicePrimaryCtxRetain", (self.retain)(&raw mut context, device))?;
+            self.check("cuCtxSetCurrent", (self.make_current)(context))
+        }
+    }
+
+    /// Loads compiled code into this thread's context, for good.
+    ///
+    /// # Errors
+    /// Code for another device, or what else the driver refuses.
+    pub fn load(&self, cubin: &[u8]) -> Result<Module, CudaError> {
+        let mut module = null_mut();
+        // SAFETY: a cubin says how long it is.
+        self.check("cuModuleLoadData", unsafe {
+            (self.load)(&raw mut module, cubin.as_ptr().cast())
+        })?;
+        Ok(Module(module as usize))
+    }
+
+    /// The module's kernel of this name, with so much dynamic shared memory, in bytes.
+    ///
+    /// # Errors
+    /// If it has none, or the device has not so much.
+    pub fn function(&self, module: Module, name: &str, shared: u32) -> Result<Function, CudaError> {
+        let mut function = null_mut();
+        let name = CString::new(name).expect("kernels have plain names");
+        // SAFETY: a module that was loaded, a C string, and a place for the answer.
+        unsafe {
+            let code = (self.function)(&raw mut function, module.0 as Handle, name.as_ptr());
+            self.check("cuModuleGetFunction", code)?;
+            if shared > PLAIN_SHARED {
+                let code = (self.set_attribute)(function, DYNAMIC_SHARED, shared as c_int);
+                self.check("cuFuncSetAttribute", code)?;
+            }
+        }
+        Ok(Function(function as usize))
+    }
+
+    /// Puts a kernel with one argument into the queue of `stream`.
+    ///
+    /// # Errors
+    /// What the driver refuses; also the error of an earlier kernel.
+    ///
+    /// # Safety
+    /// `argument` is of the type that the kernel takes, and what it points to is on the device, as
+    /// large as the kernel takes it to be, until the kernel has run.
+    pub unsafe fn launch<A>(
+        &self,
+        function: Function,
+        (grid, block, shared): ([u32; 2], u32, u32),
+        stream: *mut c_void,
+        argument: &A,
+    ) -> Result<(), CudaError> {
+        let arguments = [std::ptr::from_ref(argument).cast::<c_void>()];
+        // SAFETY: the driver copies the argument before it returns.
+        self.check("cuLaunchKernel", unsafe {
+            (self.launch)(
+                function.0 as Handle,
+                grid[0],
+                grid[1],
+                1,
+                block,
+                1,
+                1,
+                shared,
+                stream,
+                arguments.as_ptr(),
+                null(),
+            )
+        })
+    }
+}

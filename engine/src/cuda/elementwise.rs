@@ -1,0 +1,272 @@
+//! What lies between the matrix products, forward only: for where no graph is recorded.
+
+use super::{
+    CudaError,
+    launch::{Argument, Launch, device_of, require},
+    source::{Element, Program},
+};
+use std::{
+    ffi::c_void,
+    ptr::{null, null_mut},
+};
+use tch::{Kind, Tensor};
+
+/// As in elementwise.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Norm {
+    x: *const c_void,
+    added: *const c_void,
+    weight: *const c_void,
+    sum: *mut c_void,
+    out: *mut c_void,
+    width: i32,
+    eps: f32,
+}
+
+impl Argument for Norm {}
+
+/// As in elementwise.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Rotate {
+    x: *const c_void,
+    cos: *const f32,
+    sin: *const f32,
+    out: *mut c_void,
+    heads: i32,
+    half: i32,
+    stride: i32,
+}
+
+impl Argument for Rotate {}
+
+/// As in elementwise.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Gate {
+    gate: *const c_void,
+    up: *const c_void,
+    out: *mut c_void,
+    lines: i64,
+    width_lines: i32,
+    stride_lines: i32,
+}
+
+impl Argument for Gate {}
+
+fn element_of(tensor: &Tensor) -> Result<Element, CudaError> {
+    Element::of(tensor.kind()).ok_or_else(|| CudaError::Unsupported(format!("{tensor:?}")))
+}
+
+fn aligned(tensor: &Tensor) -> bool {
+    (tensor.data_ptr() as usize).is_multiple_of(16)
+}
+
+/// `x / sqrt(mean(x^2) + eps) * weight`, the mean over the last axis: `x` `[.., H]`, `weight` `[H]`, H a
+/// multiple of 8; the shape of `x`. Rounded once.
+///
+/// # Errors
+/// Shapes or types that do not fit, or what [`Launch::run`] says.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, CudaError> {
+    norm(x, None, weight, eps).map(|(_, normed)| normed)
+}
+
+/// `x + y`, and [`rms_norm`] of it.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn add_rms_norm(
+    x: &Tensor,
+    y: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor), CudaError> {
+    norm(x, Some(y), weight, eps)
+}
+
+fn norm(
+    x: &Tensor,
+    added: Option<&Tensor>,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor), CudaError> {
+    let element = element_of(x)?;
+    let all: Vec<&Tensor> = [x, weight].into_iter().chain(added).collect();
+    let device = device_of(&all)?;
+    let width = weight.numel();
+    let said = || format!("norm of {x:?} and {added:?} with {weight:?}");
+    let plain = |part: &&Tensor| part.is_contiguous() && part.kind() == x.kind() && aligned(part);
+    let shaped = weight.dim() == 1 && width > 0 && width.is_multiple_of(8);
+    let same = added.is_none_or(|added| added.size() == x.size());
+    require(shaped && same && x.size().last() == Some(&(width as i64)), said)?;
+    require(all.iter().all(plain), said)?;
+    let sum = added.map_or_else(|| x.shallow_clone(), Tensor::empty_like);
+    let out = x.empty_like();
+    let argument = Norm {
+        x: x.data_ptr(),
+        added: added.map_or(null(), |added| added.data_ptr()),
+        weight: weight.data_ptr(),
+        sum: added.map_or(null_mut(), |_| sum.data_ptr()),
+        out: out.data_ptr(),
+        width: width as i32,
+        eps: eps as f32,
+    };
+    let grid = [x.numel() / width, 1];
+    let launch =
+        Launch { program: Program::Elementwise(element), name: "rms_norm", grid, shared: 0 };
+    // SAFETY: shapes and types were checked.
+    unsafe { launch.run(device, &argument) }?;
+    Ok((sum, out))
+}
+
+/// Turns the halves of every head against each other: `x` `[N, heads, head_dim]`, whose rows may lie
+/// apart, `cos` and `sin` `[N, head_dim / 2]`, f32; `[N, heads, head_dim]`.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, CudaError> {
+    let element = element_of(x)?;
+    let device = device_of(&[x, cos, sin])?;
+    let (size, stride) = (x.size(), x.stride());
+    let said = || format!("{x:?} of stride {stride:?} turned by {cos:?} and {sin:?}");
+    require(size.len() == 3 && size[2] % 2 == 0 && stride[1..] == [size[2], 1], said)?;
+    for angles in [cos, sin] {
+        let plain = angles.kind() == Kind::Float && angles.is_contiguous();
+        require(plain && angles.size() == [size[0], size[2] / 2], said)?;
+    }
+    let out = Tensor::empty(&size[..], (x.kind(), device));
+    let argument = Rotate {
+        x: x.data_ptr(),
+        cos: cos.data_ptr().cast(),
+        sin: sin.data_ptr().cast(),
+        out: out.data_ptr(),
+        heads: size[1] as i32,
+        half: (size[2] / 2) as i32,
+        stride: stride[0] as i32,
+    };
+    let grid = [size[0] as usize, 1];
+    let launch = Launch { program: Program::Elementwise(element), name: "rotate", grid, shared: 0 };
+    // SAFETY: shapes and types were checked.
+    unsafe { launch.run(device, &argument) }?;
+    Ok(out)
+}
+
+/// `silu(gate) * up`, element by element: `[N, width]` each, whose rows may lie apart in the same way,
+/// as the halves of one product do; width a multiple of 8. Rounded once.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor, CudaError> {
+    let element = element_of(gate)?;
+    let device = device_of(&[gate, up])?;
+    let (size, stride) = (gate.size(), gate.stride());
+    let said =
+        || format!("gate {gate:?} and up {up:?} of strides {stride:?} and {:?}", up.stride());
+    let same = up.size() == size && up.stride() == stride && up.kind() == gate.kind();
+    let lined = size.len() == 2 && stride[1] == 1 && size[1] % 8 == 0 && stride[0] % 8 == 0;
+    require(same && lined && aligned(gate) && aligned(up), said)?;
+    let out = Tensor::empty(&size[..], (gate.kind(), device));
+    let line = 16 / element.bytes() as i64;
+    let lines = size[0] * size[1] / line;
+    let argument = Gate {
+        gate: gate.data_ptr(),
+        up: up.data_ptr(),
+        out: out.data_ptr(),
+        lines,
+        width_lines: (size[1] / line) as i32,
+        stride_lines: (stride[0] / line) as i32,
+    };
+    let program = Program::Elementwise(element);
+    let grid = [(lines as usize).div_ceil(program.threads("swiglu") as usize), 1];
+    let launch = Launch { program, name: "swiglu", grid, shared: 0 };
+    // SAFETY: shapes and types were checked.
+    unsafe { launch.run(device, &argument) }?;
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    const KINDS: [(Kind, f64); 3] =
+        [(Kind::Float, 2e-6), (Kind::BFloat16, 1.0 / 256.0), (Kind::Half, 1.0 / 2048.0)];
+
+    fn random(shape: &[i64], kind: Kind) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+    }
+
+    /// Largest error, relative to what is larger: 1 or the number that is wanted.
+    fn error(got: &Tensor, want: &Tensor) -> f64 {
+        let want = want.to_kind(Kind::Double);
+        let errors = (got.to_kind(Kind::Double) - &want).abs() / want.abs().clamp_min(1.0);
+        errors.max().double_value(&[])
+    }
+
+    fn naive_norm(x: &Tensor, weight: &Tensor) -> Tensor {
+        let x = x.to_kind(Kind::Double);
+        let mean = (&x * &x).mean_dim(-1, true, Kind::Double);
+        &x / (mean + 1e-5).sqrt() * weight.to_kind(Kind::Double)
+    }
+
+    #[test]
+    fn norms() {
+        tch::manual_seed(1);
+        for (kind, allowed) in KINDS {
+            for shape in [vec![3, 8], vec![5, 896], vec![2, 3, 4096]] {
+                let (x, y) = (random(&shape, kind), random(&shape, kind));
+                let weight = random(&shape[shape.len() - 1..], kind);
+                let got = rms_norm(&x, &weight, 1e-5).unwrap();
+                assert!(error(&got, &naive_norm(&x, &weight)) < allowed, "{kind:?} {shape:?}");
+                let (sum, got) = add_rms_norm(&x, &y, &weight, 1e-5).unwrap();
+                assert!(sum.equal(&(&x + &y)), "{kind:?} {shape:?}");
+                assert!(error(&got, &naive_norm(&sum, &weight)) < allowed, "{kind:?} {shape:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn rotations() {
+        tch::manual_seed(2);
+        for (kind, allowed) in KINDS {
+            let wide = random(&[7, 400], kind);
+            let x = wide.narrow(1, 8, 240).view([7, 3, 80]);
+            let angles = random(&[7, 40], Kind::Float) * 3.0;
+            let (cos, sin) = (angles.cos(), angles.sin());
+            let got = rotate(&x, &cos, &sin).unwrap();
+            let halves = x.to_kind(Kind::Double).chunk(2, -1);
+            let (cos, sin) = (cos.unsqueeze(1), sin.unsqueeze(1));
+            let want = Tensor::cat(
+                &[&halves[0] * &cos - &halves[1] * &sin, &halves[1] * &cos + &halves[0] * &sin],
+                -1,
+            );
+            assert!(error(&got, &want) < allowed, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn gates() {
+        tch::manual_seed(3);
+        for (kind, allowed) in KINDS {
+            let wide = random(&[9, 2 * 1000], kind) * 4.0;
+            let (gate, up) = (wide.narrow(1, 0, 1000), wide.narrow(1, 1000, 1000));
+            let got = swiglu(&gate, &up).unwrap();
+            let want = gate.to_kind(Kind::Double).silu() * up.to_kind(Kind::Double);
+            assert!(error(&got, &want) < allowed, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+        let refused = [
+            rms_norm(&zeros(&[2, 12]), &zeros(&[12]), 1e-5),
+            rms_norm(&zeros(&[2, 16]), &zeros(&[8]), 1e-5),
+            rotate(&zeros(&[2, 1, 8]), &zeros(&[2, 8]), &zeros(&[2, 8])),
+            swiglu(&zeros(&[2, 8]), &zeros(&[2, 16])),
+            swiglu(&zeros(&[2, 8]).to_kind(Kind::Int64), &zeros(&[2, 8])),
+        ];
+        assert!(refused.iter().all(|result| matches!(result, Err(CudaError::Unsupported(_)))));
+    }
+}

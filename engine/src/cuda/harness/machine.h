@@ -1,0 +1,316 @@
+// A GPU as far as the kernels need one, on the CPU: the threads of a block are coroutines on one
+// thread, run in turns between barriers; blocks run one after the other. It is strict where a GPU is
+// lenient: all threads of a warp or block must reach the same barrier, shared memory starts as NaN,
+// and an asynchronous copy arrives no earlier than the kernel waits for it.
+
+#include <algorithm>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define DEVICE static inline
+#define METHOD inline
+#define SHARED_MEMORY(name) unsigned char *name = machine::shared
+
+struct dim3 {
+  unsigned x, y, z;
+};
+
+namespace machine {
+
+constexpr int LANES = 32, MOST_THREADS = 1024, STACK = 256 << 10, MOST_SHARED = 227 << 10;
+
+struct Barrier {
+  int arrived = 0;
+  u64 generation = 0;
+};
+
+struct Copy {
+  void *to;
+  const void *from;
+  bool valid;
+  int group;
+};
+
+struct Thread {
+  jmp_buf state;
+  ucontext_t context;
+  dim3 index;
+  bool started, done;
+  const Barrier *waits_at;
+  u64 generation;
+  int turn; // which of its warp's two boards it writes to next
+  int groups;
+  std::vector<Copy> copies;
+};
+
+// What the lanes of a warp show each other.
+struct Warp {
+  Barrier barrier;
+  alignas(16) unsigned char board[2][LANES][64];
+};
+
+inline Thread threads[MOST_THREADS];
+inline Warp warps[MOST_THREADS / LANES];
+inline Barrier block_barrier;
+inline Thread *current;
+inline int count;
+inline jmp_buf scheduler;
+alignas(128) inline unsigned char shared[MOST_SHARED];
+inline void (*kernel)(const void *);
+inline const void *arguments;
+inline char *stacks;
+
+[[noreturn]] inline void fail(const char *what) {
+  std::fprintf(stderr, "kernel harness: %s\n", what);
+  std::abort();
+}
+
+__attribute__((noinline)) inline void yield() {
+  if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
+}
+
+__attribute__((noinline)) inline void wait(Barrier &barrier, int expected) {
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  current->waits_at = &barrier;
+  current->generation = barrier.generation;
+  yield();
+}
+
+inline int lane() { return current->index.x % LANES; }
+inline Warp &warp() { return warps[current->index.x / LANES]; }
+
+// Shows `value` to the warp; gives what all lanes show.
+template <class V> const unsigned char (*show(const V &value))[64] {
+  static_assert(sizeof(V) <= 64);
+  Warp &own = warp();
+  auto *board = own.board[current->turn];
+  current->turn ^= 1;
+  std::memcpy(board[lane()], &value, sizeof(V));
+  wait(own.barrier, LANES);
+  return board;
+}
+
+template <class V> V seen(const unsigned char (*board)[64], int lane) {
+  V value;
+  std::memcpy(&value, board[lane], sizeof(V));
+  return value;
+}
+
+inline void enter() {
+  kernel(arguments);
+  if (!current->copies.empty()) fail("a thread ended before its copies arrived");
+  current->done = true;
+  _longjmp(scheduler, 1);
+}
+
+inline void resume(Thread &thread, int index) {
+  current = &thread;
+  if (_setjmp(scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.state, 1);
+  thread.started = true;
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = stacks + (size_t)index * STACK;
+  thread.context.uc_stack.ss_size = STACK;
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, enter, 0);
+  setcontext(&thread.context);
+}
+
+inline void run_block() {
+  std::memset(shared, 0xff, sizeof(shared));
+  for (int i = 0; i < count; ++i) {
+    threads[i].index = {(unsigned)i, 0, 0};
+    threads[i].started = threads[i].done = false;
+    threads[i].waits_at = nullptr;
+    threads[i].turn = threads[i].groups = 0;
+    threads[i].copies.clear();
+  }
+  for (auto &warp : warps) warp.barrier.arrived = 0;
+  block_barrier.arrived = 0;
+  for (int left = count; left > 0;) {
+    bool moved = false;
+    for (int i = 0; i < count; ++i) {
+      Thread &thread = threads[i];
+      if (thread.done) continue;
+      if (thread.waits_at && thread.waits_at->generation == thread.generation) continue;
+      thread.waits_at = nullptr;
+      moved = true;
+      resume(thread, i);
+      left -= thread.done;
+    }
+    if (!moved) fail("threads wait at different barriers");
+  }
+}
+
+} // namespace machine
+
+#define threadIdx (machine::current->index)
+inline dim3 blockIdx, blockDim, gridDim;
+
+inline void __syncthreads() { machine::wait(machine::block_barrier, machine::count); }
+inline void __syncwarp() { machine::wait(machine::warp().barrier, machine::LANES); }
+
+template <class V> V __shfl_xor_sync(u32, V value, int mask) {
+  const int from = machine::lane() ^ mask;
+  return machine::seen<V>(machine::show(value), from);
+}
+
+template <class V> V __shfl_up_sync(u32, V value, int by) {
+  const int from = machine::lane() - by;
+  return machine::seen<V>(machine::show(value), from < 0 ? machine::lane() : from);
+}
+
+template <class V> V __shfl_sync(u32, V value, int from) {
+  return machine::seen<V>(machine::show(value), from);
+}
+
+using std::max;
+using std::min;
+
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline u32 bits_of(float x) {
+  u32 bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline u32 bf16_of(float x) {
+  const u32 bits = bits_of(x);
+  if (x != x) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline u32 f16_of(float x) {
+  const _Float16 half = (_Float16)x;
+  u16 bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+
+inline u32 pack_bf16(float low, float high) { return bf16_of(low) | bf16_of(high) << 16; }
+inline u32 pack_f16(float low, float high) { return f16_of(low) | f16_of(high) << 16; }
+
+inline float float_of_f16(u16 bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return (float)half;
+}
+
+inline float exp2_fast(float x) { return exp2f(x); }
+
+// The layouts of PTX ISA 9.0, 9.7.14: "Matrix Fragments for mma.m16n8k16 with floating point type".
+struct Fragments {
+  u32 a[4], b[2];
+};
+
+template <float (*NUMBER)(u16)>
+void multiply_fragments(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  const int lane = machine::lane();
+  const auto *board = machine::show(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const auto half = [](u32 pair, int k) { return NUMBER((u16)(k % 2 ? pair >> 16 : pair)); };
+  const Fragments *rows[4], *columns[2][4];
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = (const Fragments *)board[lane / 4 * 4 + i];
+    for (int j = 0; j < 2; ++j) columns[j][i] = (const Fragments *)board[(lane % 4 * 2 + j) * 4 + i];
+  }
+  for (int i = 0; i < 4; ++i) {
+    const int lower = i / 2; // row lane / 4, or the one eight below
+    float sum = 0.0f;
+    for (int k = 0; k < 16; ++k) {
+      const float x = half(rows[k % 8 / 2]->a[lower + k / 8 * 2], k);
+      sum += x * half(columns[i % 2][k % 8 / 2]->b[k / 8], k);
+    }
+    d[i] += sum;
+  }
+}
+
+inline float float_of_bf16(u16 bits) { return __int_as_float((int)((u32)bits << 16)); }
+
+inline void multiply_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply_fragments<float_of_bf16>(d, a, b0, b1);
+}
+inline void multiply_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply_fragments<float_of_f16>(d, a, b0, b1);
+}
+
+template <bool TRANSPOSED> void load_eights(u32 (&m)[4], const void *row) {
+  if ((uintptr_t)row % 16 != 0) machine::fail("a matrix row is not aligned");
+  const auto *board = machine::show(row);
+  const int lane = machine::lane();
+  for (int i = 0; i < 4; ++i) {
+    const auto element = [&](int r, int c) -> u32 {
+      return machine::seen<const u16 *>(board, i * 8 + r)[c];
+    };
+    const int across = lane / 4, along = lane % 4 * 2;
+    m[i] = TRANSPOSED ? element(along, across) | element(along + 1, across) << 16
+                      : element(across, along) | element(across, along + 1) << 16;
+  }
+}
+
+inline void load_matrices(u32 (&m)[4], const void *row) { load_eights<false>(m, row); }
+inline void load_matrices_transposed(u32 (&m)[4], const void *row) { load_eights<true>(m, row); }
+
+inline void copy_async(void *to, const void *from, bool valid) {
+  if ((uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0) machine::fail("a copy is not aligned");
+  machine::current->copies.push_back({to, from, valid, machine::current->groups});
+}
+
+inline void commit_copies() { ++machine::current->groups; }
+
+template <int LEFT> void wait_for_copies() {
+  auto &copies = machine::current->copies;
+  const int arrived = machine::current->groups - LEFT;
+  for (const auto &copy : copies) {
+    if (copy.group >= arrived) continue;
+    if (copy.valid) std::memcpy(copy.to, copy.from, 16);
+    else std::memset(copy.to, 0, 16);
+  }
+  copies.erase(std::remove_if(copies.begin(), copies.end(),
+                              [&](const machine::Copy &copy) { return copy.group < arrived; }),
+               copies.end());
+}
+
+namespace machine {
+
+inline void launch(void (*function)(const void *), const void *args, dim3 grid, unsigned block) {
+  if (block % LANES != 0 || block > MOST_THREADS) fail("blocks are whole warps");
+  if (!stacks) stacks = (char *)std::malloc((size_t)MOST_THREADS * STACK);
+  kernel = function;
+  arguments = args;
+  count = (int)block;
+  blockDim = {block, 1, 1};
+  gridDim = grid;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = {x, y, 0};
+      run_block();
+    }
+  }
+}
+
+} // namespace machine

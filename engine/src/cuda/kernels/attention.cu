@@ -1,0 +1,371 @@
+// Attention over pages.
+//
+// Keys and values are [blocks, kv_heads, 16, HD]. The host cuts the work into tiles: up to 64 query
+// rows (positions times the query heads of one KV head) and a range of tokens that lie in one block
+// table. A thread block runs one tile for one KV head: 64 tokens a step come into shared memory
+// while the step before is computed on tensor cores with an online softmax (arXiv 2307.08691). Of
+// the four warps `STRIPS` divide the rows, and those with the same rows divide the step's tokens.
+// A row of several tiles leaves pieces, which `merge` adds up by their largest scores and sums.
+
+// As in attention.rs.
+struct Attend {
+  const void *q;           // [rows, heads, HD]
+  const void *keys;        // [blocks, kv_heads, 16, HD]
+  const void *values;      // as keys
+  void *out;               // [rows, heads, HD]
+  const int *tables;       // [spans, table_width]
+  const int *row_span;     // [rows]
+  const int *row_position; // [rows]; -1: the row is not in use
+  const int *row_pieces;   // [rows + 1]: where a row's pieces begin; none: it is written at once
+  const int *tiles;        // [tiles, 6], see Tile
+  const int *tile_rows;    // rows of the tiles
+  float *pieces;           // [pieces, heads, HD], weighted values
+  float *sums;             // [pieces, heads, 2]: largest score, sum of weights
+  int rows;
+  int heads;
+  int kv_heads;
+  int table_width;
+  int window; // positions that a row sees, its own included
+  float scale; // of the scores, times log2(e)
+};
+
+struct Tile {
+  int first_row; // in tile_rows
+  int rows;      // 0: nothing to do
+  int span;      // whose block table
+  int begin;     // tokens: a multiple of 16,
+  int end;       // and the end of them
+  int ordinal;   // which of a row's pieces this makes
+};
+
+constexpr int BLOCK = 16; // tokens of a page
+constexpr int STEP = 64;  // tokens at a time
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP;
+constexpr int MOST_ROWS = 64;
+
+// The rows of a tile, and what all of them see.
+struct Rows {
+  int row[MOST_ROWS];
+  int position[MOST_ROWS];
+  int lowest;
+  int highest;
+};
+
+template <class T, int HD> struct Stage {
+  static constexpr int STRIDE = HD + 8; // keeps the rows of a matrix in different banks
+  T keys[STEP][STRIDE];
+  T values[STEP][STRIDE];
+};
+
+template <class T, int HD>
+DEVICE void load_step(Stage<T, HD> &stage, const Attend &a, const Tile &tile, int token, int head) {
+  constexpr int LINES = HD * sizeof(T) / 16;
+  const int *table = a.tables + (i64)tile.span * a.table_width;
+  for (int i = threadIdx.x; i < STEP * LINES; i += THREADS) {
+    const int row = i / LINES, part = i % LINES * (16 / (int)sizeof(T));
+    const bool valid = token + row < tile.end;
+    const int block = valid ? table[(token + row) / BLOCK] : 0;
+    const i64 from = (((i64)block * a.kv_heads + head) * BLOCK + (token + row) % BLOCK) * HD + part;
+    copy_async(&stage.keys[row][part], (const T *)a.keys + from, valid);
+    copy_async(&stage.values[row][part], (const T *)a.values + from, valid);
+  }
+}
+
+// One warp's part of a tile: sixteen rows, two of which every lane looks after.
+template <class T, int HD, int TOKENS> struct Strip {
+  u32 q[HD / 16][4];
+  float out[HD / 8][4];
+  float largest[2];
+  float sum[2];
+  int position[2];
+
+  METHOD void start(const Attend &a, const Rows &rows, int first, int count, int head) {
+    const int lane = threadIdx.x % WARP, group = a.heads / a.kv_heads;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = first + lane / 4 + 8 * half;
+      const bool valid = at < count * group;
+      const int row = valid ? at / group : 0;
+      position[half] = valid ? rows.position[row] : -1;
+      largest[half] = minus_infinity();
+      sum[half] = 0.0f;
+      const T *query = (const T *)a.q + ((i64)rows.row[row] * a.heads + head * group + at % group) * HD;
+#pragma unroll
+      for (int k = 0; k < HD / 16; ++k) {
+        const u32 *pair = (const u32 *)(query + k * 16 + lane % 4 * 2);
+        q[k][half] = valid ? pair[0] : 0;
+        q[k][half + 2] = valid ? pair[4] : 0;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < HD / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
+    }
+  }
+
+  // Scores of `TOKENS` keys, from `row` of the stage on.
+  METHOD void scores(float (&s)[TOKENS / 8][4], const Stage<T, HD> &stage, int row) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n += 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = s[n + 1][i] = 0.0f;
+#pragma unroll
+      for (int k = 0; k < HD / 16; ++k) {
+        u32 m[4];
+        load_matrices(m, &stage.keys[row + n * 8 + lane / 16 * 8 + lane % 8][k * 16 + lane / 8 % 2 * 8]);
+        multiply(T(), s[n], q[k], m[0], m[1]);
+        multiply(T(), s[n + 1], q[k], m[2], m[3]);
+      }
+    }
+  }
+
+  // Hides the tokens that a row does not see; `token` is the first one.
+  METHOD void hide(float (&s)[TOKENS / 8][4], int token, int end, int window) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = token + n * 8 + lane % 4 * 2 + i % 2, own = position[i / 2];
+        if (at >= end || at > own || at <= own - window) s[n][i] = minus_infinity();
+      }
+    }
+  }
+
+  // Scores become weights; what was summed before is weighed anew.
+  METHOD void weigh(float (&s)[TOKENS / 8][4], float scale) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = minus_infinity();
+#pragma unroll
+      for (int n = 0; n < TOKENS / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+      top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
+      top = fmaxf(top * scale, largest[half]);
+      // Where nothing has been seen yet all weights are 0.
+      const float base = top == minus_infinity() ? 0.0f : top;
+      const float factor = exp2_fast(largest[half] - base);
+      largest[half] = top;
+      sum[half] *= factor;
+#pragma unroll
+      for (int n = 0; n < TOKENS / 8; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[n][i] = exp2_fast(s[n][i] * scale - base);
+          sum[half] += s[n][i];
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < HD / 8; ++n) {
+        out[n][2 * half] *= factor;
+        out[n][2 * half + 1] *= factor;
+      }
+    }
+  }
+
+  METHOD void add_values(const float (&s)[TOKENS / 8][4], const Stage<T, HD> &stage, int row) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int k = 0; k < TOKENS / 16; ++k) {
+      const u32 weights[4] = {pack(T(), s[2 * k][0], s[2 * k][1]), pack(T(), s[2 * k][2], s[2 * k][3]),
+                              pack(T(), s[2 * k + 1][0], s[2 * k + 1][1]),
+                              pack(T(), s[2 * k + 1][2], s[2 * k + 1][3])};
+#pragma unroll
+      for (int n = 0; n < HD / 8; n += 2) {
+        u32 m[4];
+        load_matrices_transposed(m, &stage.values[row + k * 16 + lane % 16][n * 8 + lane / 16 * 8]);
+        multiply(T(), out[n], weights, m[0], m[1]);
+        multiply(T(), out[n + 1], weights, m[2], m[3]);
+      }
+    }
+  }
+};
+
+// What the warps of a tile found, to be put together; takes the place of the stages.
+template <int HD> struct Found {
+  float out[WARPS][16][HD + 4];
+  float largest[WARPS][16];
+  float sum[WARPS][16];
+};
+
+template <class T, int HD, int TOKENS>
+DEVICE void leave(Found<HD> &found, Strip<T, HD, TOKENS> &strip) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = strip.sum[half];
+    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+    const int row = lane / 4 + 8 * half;
+    if (lane % 4 == 0) {
+      found.largest[warp][row] = strip.largest[half];
+      found.sum[warp][row] = sum;
+    }
+#pragma unroll
+    for (int n = 0; n < HD / 8; ++n) {
+      float *at = &found.out[warp][row][n * 8 + lane % 4 * 2];
+      at[0] = strip.out[n][2 * half];
+      at[1] = strip.out[n][2 * half + 1];
+    }
+  }
+}
+
+// Puts the warps' parts together and writes them: as the result, or as a piece of it.
+template <class T, int HD, int STRIPS>
+DEVICE void write(const Found<HD> &found, const Attend &a, const Tile &tile, const Rows &rows, int head) {
+  constexpr int SHARERS = WARPS / STRIPS;
+  const int group = a.heads / a.kv_heads;
+  for (int i = threadIdx.x; i < tile.rows * group * (HD / 4); i += THREADS) {
+    const int at = i / (HD / 4), d = i % (HD / 4) * 4, strip = at / 16 * SHARERS;
+    float largest = minus_infinity();
+    for (int w = 0; w < SHARERS; ++w) largest = fmaxf(largest, found.largest[strip + w][at % 16]);
+    const float base = largest == minus_infinity() ? 0.0f : largest;
+    float sum = 0.0f, out[4] = {};
+    for (int w = 0; w < SHARERS; ++w) {
+      const float factor = exp2_fast(found.largest[strip + w][at % 16] - base);
+      sum += factor * found.sum[strip + w][at % 16];
+      for (int j = 0; j < 4; ++j) out[j] += factor * found.out[strip + w][at % 16][d + j];
+    }
+    const int row = rows.row[at / group], query_head = head * group + at % group;
+    const int first = a.row_pieces[row];
+    if (first == a.row_pieces[row + 1]) {
+      T *to = (T *)a.out + ((i64)row * a.heads + query_head) * HD + d;
+      for (int j = 0; j < 4; ++j) put(to[j], out[j] / sum);
+    } else {
+      const i64 piece = (i64)(first + tile.ordinal) * a.heads + query_head;
+      for (int j = 0; j < 4; ++j) a.pieces[piece * HD + d + j] = out[j];
+      if (d == 0) {
+        a.sums[piece * 2] = largest;
+        a.sums[piece * 2 + 1] = sum;
+      }
+    }
+  }
+}
+
+template <class T, int HD, int STRIPS>
+DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile, const Rows &rows) {
+  constexpr int SHARERS = WARPS / STRIPS, TOKENS = STEP / SHARERS;
+  Stage<T, HD> *stages = (Stage<T, HD> *)memory;
+  const int warp = threadIdx.x / WARP, head = blockIdx.y;
+  const int part = warp % SHARERS * TOKENS;
+  const int first_seen = rows.lowest - a.window + 1;
+  const int begin = first_seen > tile.begin ? first_seen / BLOCK * BLOCK : tile.begin;
+  Strip<T, HD, TOKENS> strip;
+  strip.start(a, rows, warp / SHARERS * 16, tile.rows, head);
+
+  if (begin < tile.end) load_step(stages[0], a, tile, begin, head);
+  commit_copies();
+  int current = 0;
+  for (int token = begin; token < tile.end; token += STEP) {
+    if (token + STEP < tile.end) load_step(stages[1 - current], a, tile, token + STEP, head);
+    commit_copies();
+    wait_for_copies<1>();
+    __syncthreads();
+    float s[TOKENS / 8][4];
+    strip.scores(s, stages[current], part);
+    const bool all_seen = token + STEP <= tile.end && token + STEP <= rows.lowest + 1 &&
+                          token > rows.highest - a.window;
+    if (!all_seen) strip.hide(s, token + part, tile.end, a.window);
+    strip.weigh(s, a.scale);
+    strip.add_values(s, stages[current], part);
+    __syncthreads();
+    current = 1 - current;
+  }
+  Found<HD> &found = *(Found<HD> *)memory;
+  leave(found, strip);
+  __syncthreads();
+  write<T, HD, STRIPS>(found, a, tile, rows, head);
+}
+
+// Grid: tiles, kv_heads. Shared memory: two stages.
+template <class T, int HD> DEVICE void attend(const Attend &a) {
+  SHARED_MEMORY(memory);
+  __shared__ Rows rows;
+  const Tile tile = ((const Tile *)a.tiles)[blockIdx.x];
+  if (tile.rows == 0) return;
+  if ((int)threadIdx.x < tile.rows) {
+    const int row = a.tile_rows[tile.first_row + threadIdx.x];
+    rows.row[threadIdx.x] = row;
+    rows.position[threadIdx.x] = a.row_position[row];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    rows.lowest = rows.highest = rows.position[0];
+    for (int i = 1; i < tile.rows; ++i) {
+      rows.lowest = min(rows.lowest, rows.position[i]);
+      rows.highest = max(rows.highest, rows.position[i]);
+    }
+  }
+  __syncthreads();
+  if (tile.rows * (a.heads / a.kv_heads) <= 16) {
+    attend_tile<T, HD, 1>(memory, a, tile, rows);
+  } else {
+    attend_tile<T, HD, 4>(memory, a, tile, rows);
+  }
+}
+
+// Adds up the pieces of the rows that have any: a warp for each row and head.
+template <class T, int HD> DEVICE void merge(const Attend &a) {
+  const int index = blockIdx.x * WARPS + threadIdx.x / WARP;
+  if (index >= a.rows * a.heads) return;
+  const int row = index / a.heads, head = index % a.heads;
+  const int first = a.row_pieces[row], last = a.row_pieces[row + 1];
+  if (first == last) return;
+  float largest = minus_infinity();
+  for (int piece = first; piece < last; ++piece) {
+    largest = fmaxf(largest, a.sums[((i64)piece * a.heads + head) * 2]);
+  }
+  for (int d = threadIdx.x % WARP; d < HD; d += WARP) {
+    float out = 0.0f, sum = 0.0f;
+    for (int piece = first; piece < last; ++piece) {
+      const i64 at = (i64)piece * a.heads + head;
+      const float factor = exp2_fast(a.sums[at * 2] - largest);
+      sum += factor * a.sums[at * 2 + 1];
+      out += factor * a.pieces[at * HD + d];
+    }
+    put(((T *)a.out)[((i64)row * a.heads + head) * HD + d], out / sum);
+  }
+}
+
+// The same without tensor cores, for f32: a warp for each row and head, a token at a time.
+template <class T, int HD> DEVICE void attend_plainly(const Attend &a) {
+  constexpr int EACH = (HD + WARP - 1) / WARP;
+  const int index = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  if (index >= a.rows * a.heads) return;
+  const int row = index / a.heads, head = index % a.heads;
+  const int position = a.row_position[row];
+  if (position < 0) return;
+  const int *table = a.tables + (i64)a.row_span[row] * a.table_width;
+  float q[EACH], out[EACH];
+  for (int i = 0; i < EACH; ++i) {
+    const int d = lane + i * WARP;
+    q[i] = d < HD ? number(((const T *)a.q)[((i64)row * a.heads + head) * HD + d]) : 0.0f;
+    out[i] = 0.0f;
+  }
+  float largest = minus_infinity(), sum = 0.0f;
+  for (int token = max(0, position - a.window + 1); token <= position; ++token) {
+    const i64 block = (i64)table[token / BLOCK] * a.kv_heads + head / (a.heads / a.kv_heads);
+    const i64 from = (block * BLOCK + token % BLOCK) * HD + lane;
+    float score = 0.0f;
+    for (int i = 0; i < EACH; ++i) {
+      if (lane + i * WARP < HD) score += q[i] * number(((const T *)a.keys)[from + i * WARP]);
+    }
+    score = warp_sum(score) * a.scale;
+    const float top = fmaxf(largest, score);
+    const float factor = exp2_fast(largest - top), weight = exp2_fast(score - top);
+    largest = top;
+    sum = sum * factor + weight;
+    for (int i = 0; i < EACH; ++i) {
+      if (lane + i * WARP < HD) {
+        out[i] = out[i] * factor + weight * number(((const T *)a.values)[from + i * WARP]);
+      }
+    }
+  }
+  for (int i = 0; i < EACH; ++i) {
+    const int d = lane + i * WARP;
+    if (d < HD) put(((T *)a.out)[((i64)row * a.heads + head) * HD + d], out[i] / sum);
+  }
+}

@@ -1,0 +1,71 @@
+// Element types, and loads and stores of them.
+
+struct bf16 {
+  u16 bits;
+};
+struct f16 {
+  u16 bits;
+};
+
+DEVICE float number(float x) { return x; }
+DEVICE float number(f16 x) { return float_of_f16(x.bits); }
+DEVICE float number(bf16 x) { return __int_as_float((int)((u32)x.bits << 16)); }
+
+DEVICE void put(float &at, float x) { at = x; }
+DEVICE void put(bf16 &at, float x) { at.bits = (u16)pack_bf16(x, 0.0f); }
+DEVICE void put(f16 &at, float x) { at.bits = (u16)pack_f16(x, 0.0f); }
+
+// As it is after being stored as a T.
+template <class T> DEVICE float rounded(float x) {
+  T stored;
+  put(stored, x);
+  return number(stored);
+}
+
+DEVICE u32 pack(bf16, float low, float high) { return pack_bf16(low, high); }
+DEVICE u32 pack(f16, float low, float high) { return pack_f16(low, high); }
+
+DEVICE void multiply(bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply_bf16(d, a, b0, b1);
+}
+DEVICE void multiply(f16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply_f16(d, a, b0, b1);
+}
+
+// Sixteen bytes of elements, at an address that is a multiple of 16.
+template <class T> struct alignas(16) Line {
+  static constexpr int COUNT = 16 / sizeof(T);
+  T at[COUNT];
+};
+
+DEVICE float minus_infinity() { return __int_as_float((int)0xff800000u); }
+
+constexpr int WARP = 32;
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+  return x;
+}
+
+DEVICE double warp_sum(double x) {
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+  return x;
+}
+
+DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+  return x;
+}
+
+DEVICE int warp_min(int x) {
+#pragma unroll
+  for (int step = WARP / 2; step > 0; step /= 2) {
+    const int other = __shfl_xor_sync(ALL_LANES, x, step);
+    x = other < x ? other : x;
+  }
+  return x;
+}

@@ -1,0 +1,102 @@
+// What lies between the matrix products, forward only. Numbers are rounded once, at the end.
+
+// As in elementwise.rs.
+struct Norm {
+  const void *x;      // [rows, width]
+  const void *added;  // as x, or null
+  const void *weight; // [width]
+  void *sum;          // x + added, where there is something to add
+  void *out;          // [rows, width]
+  int width;          // a multiple of 8
+  float eps;
+};
+
+constexpr int NORM_THREADS = 256;
+
+// out = sum / sqrt(mean(sum^2) + eps) * weight. Grid: rows.
+template <class T> DEVICE void rms_norm(const Norm &a) {
+  typedef Line<T> L;
+  __shared__ float parts[NORM_THREADS / WARP];
+  const int lines = a.width / L::COUNT;
+  const i64 row = (i64)blockIdx.x * lines;
+  const L *x = (const L *)a.x + row, *added = (const L *)a.added + row;
+  L *sum = (L *)a.sum + row, *out = (L *)a.out + row;
+  float squares = 0.0f;
+  for (int i = threadIdx.x; i < lines; i += NORM_THREADS) {
+    L line = x[i];
+    if (a.added) {
+      const L more = added[i];
+#pragma unroll
+      for (int j = 0; j < L::COUNT; ++j) put(line.at[j], number(line.at[j]) + number(more.at[j]));
+      sum[i] = line;
+    }
+#pragma unroll
+    for (int j = 0; j < L::COUNT; ++j) squares += number(line.at[j]) * number(line.at[j]);
+  }
+  squares = warp_sum(squares);
+  if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = squares;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < NORM_THREADS / WARP; ++i) total += parts[i];
+  const float factor = 1.0f / sqrtf(total / (float)a.width + a.eps);
+  const L *from = a.added ? sum : x;
+  for (int i = threadIdx.x; i < lines; i += NORM_THREADS) {
+    const L line = from[i], weight = ((const L *)a.weight)[i];
+    L scaled;
+#pragma unroll
+    for (int j = 0; j < L::COUNT; ++j) {
+      put(scaled.at[j], number(line.at[j]) * factor * number(weight.at[j]));
+    }
+    out[i] = scaled;
+  }
+}
+
+struct Rotate {
+  const void *x;    // [rows, heads, head_dim], a row `stride` elements after the one before
+  const float *cos; // [rows, head_dim / 2]
+  const float *sin;
+  void *out;        // [rows, heads, head_dim]
+  int heads;
+  int half;
+  int stride;
+};
+
+// Turns the halves of every head against each other. Grid: rows. Block: 128.
+template <class T> DEVICE void rotate(const Rotate &a) {
+  const i64 row = blockIdx.x;
+  for (int i = threadIdx.x; i < a.heads * a.half; i += 128) {
+    const int d = i % a.half, at = i / a.half * 2 * a.half + d;
+    const float cos = a.cos[row * a.half + d], sin = a.sin[row * a.half + d];
+    const T *x = (const T *)a.x + row * a.stride + at;
+    T *out = (T *)a.out + row * a.heads * 2 * a.half + at;
+    const float low = number(x[0]), high = number(x[a.half]);
+    put(out[0], low * cos - high * sin);
+    put(out[a.half], high * cos + low * sin);
+  }
+}
+
+struct Gate {
+  const void *gate; // [rows, width], a row `stride` elements after the one before
+  const void *up;   // as gate
+  void *out;        // [rows, width]
+  i64 lines;        // of 16 bytes, in all
+  int width_lines;
+  int stride_lines;
+};
+
+// silu(gate) * up. Grid: as many blocks of 256 as there are lines.
+template <class T> DEVICE void swiglu(const Gate &a) {
+  typedef Line<T> L;
+  const i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
+  if (i >= a.lines) return;
+  const i64 from = i / a.width_lines * a.stride_lines + i % a.width_lines;
+  const L gate = ((const L *)a.gate)[from], up = ((const L *)a.up)[from];
+  L out;
+#pragma unroll
+  for (int j = 0; j < L::COUNT; ++j) {
+    const float x = number(gate.at[j]);
+    put(out.at[j], x / (1.0f + expf(-x)) * number(up.at[j]));
+  }
+  ((L *)a.out)[i] = out;
+}

@@ -1,0 +1,299 @@
+//! Logits to tokens, their statistics and their gradients, on the device.
+//!
+//! Random numbers are those of `sampler`, and tokens lie on their line in the same order; so a seed
+//! means the same token, except where a number falls on a border that sums of another rounding move.
+//! What looks at all logits (`top_k`, `top_p`, `min_p`, `top_logprobs`, penalties, masks, raw log-probs
+//! at another temperature; see [`How::of`]) is not for these kernels: the sampler draws from a copy of
+//! the row on the CPU.
+
+use super::{
+    CudaError,
+    launch::{Argument, Launch, device_of, require},
+    source::{Element, Program},
+};
+use crate::{
+    kernels::disjoint,
+    sampler::{
+        self, Drawn, NOTHING_LEFT, random_number, sample_row,
+        summed::{inv_temperature, needs_logits},
+    },
+    torch::slices::floats,
+};
+use onpolicy_plugin_api::TokenStats;
+use std::{ffi::c_void, ptr::null};
+use tch::{Device, Kind, Tensor};
+
+/// Logits that a block sums up.
+const SLICE: usize = 4096;
+/// Numbers of f64 that it leaves.
+const SUMS: i64 = 6;
+
+/// As in sampling.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Draw {
+    logits: *const c_void,
+    how: *const f64,
+    given: *const i64,
+    slices: *mut f64,
+    out: *mut f32,
+    sums: *mut f64,
+    stride: i64,
+    vocab: i32,
+    count: i32,
+}
+
+impl Argument for Draw {}
+
+/// As in sampling.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Gradient {
+    logits: *mut c_void,
+    tokens: *const i64,
+    scales: *const f32,
+    sums: *const f64,
+    stride: i64,
+    vocab: i32,
+    factor: f32,
+}
+
+impl Argument for Gradient {}
+
+/// How to draw from one row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct How {
+    /// One over the temperature.
+    pub inv_temperature: f32,
+    /// A number in [0, 1); none: the likeliest token, the first of equal ones.
+    pub number: Option<f64>,
+}
+
+impl How {
+    /// That of a draw from `vocab` logits, with its own random number; none if it has to see all
+    /// logits.
+    pub fn of(draw: &sampler::Draw, vocab: usize) -> Option<Self> {
+        if needs_logits(draw, vocab) {
+            return None;
+        }
+        let random = draw.params.temperature > 0.0;
+        let number = random.then(|| random_number(draw));
+        Some(Self { inv_temperature: inv_temperature(draw), number })
+    }
+}
+
+/// How to draw from each row of a step, on the device.
+#[derive(Debug)]
+pub struct DrawPlan(Tensor);
+
+impl DrawPlan {
+    /// For as many rows as there are in `hows`, on `device`.
+    pub fn new(hows: &[How], device: Device) -> Self {
+        Self(numbers(hows).to_device(device))
+    }
+
+    /// Overwrites the plan where it lies; rows beyond `hows` take their likeliest token.
+    ///
+    /// # Errors
+    /// If there are more rows than the plan has.
+    pub fn refill(&mut self, hows: &[How]) -> Result<(), CudaError> {
+        let rows = self.rows();
+        require(hows.len() <= rows, || format!("{} draws for a plan of {rows}", hows.len()))?;
+        let mut all = hows.to_vec();
+        all.resize(rows, How { inv_temperature: 1.0, number: None });
+        self.0.copy_(&numbers(&all));
+        Ok(())
+    }
+
+    /// Rows that it is for.
+    pub fn rows(&self) -> usize {
+        self.0.size()[0] as usize
+    }
+}
+
+/// `[rows, 2]`, f64, on the CPU.
+fn numbers(hows: &[How]) -> Tensor {
+    let numbers: Vec<f64> = hows
+        .iter()
+        .flat_map(|how| [f64::from(how.inv_temperature), how.number.unwrap_or(-1.0)])
+        .collect();
+    Tensor::from_slice(&numbers).view([hows.len() as i64, 2])
+}
+
+/// What rows say of one token each.
+#[derive(Debug)]
+pub struct RowNumbers {
+    /// `[rows, 4]`, f32: the token, or -1, -2, -3 where a row is no distribution (see [`drawn`]); its
+    /// log-prob; the row's entropy H and baseline E_p\[S\].
+    pub numbers: Tensor,
+    /// `[rows, 2]`, f64: the largest logit, and Z (NaN where a row is no distribution).
+    pub sums: Tensor,
+}
+
+impl RowNumbers {
+    /// The tokens, `[rows]`, i64, still on the device.
+    pub fn tokens(&self) -> Tensor {
+        self.numbers.select(1, 0).to_kind(Kind::Int64)
+    }
+}
+
+/// Draws a token from each row of `logits`, `[rows, vocab]`, as the plan has it.
+///
+/// # Errors
+/// Shapes or types that do not fit, or what [`Launch::run`] says.
+pub fn draw(logits: &Tensor, plan: &DrawPlan) -> Result<RowNumbers, CudaError> {
+    look(logits, plan, None)
+}
+
+/// What rows of `logits`, `[rows, vocab]`, say of `tokens`, `[rows]`, i64, after division by the
+/// temperature. A token that is not below `vocab` has NaN for its log-prob.
+///
+/// # Errors
+/// As [`draw`].
+pub fn stats(
+    logits: &Tensor,
+    tokens: &Tensor,
+    inv_temperature: f32,
+) -> Result<RowNumbers, CudaError> {
+    let how = How { inv_temperature, number: None };
+    let rows = tokens.numel();
+    let plan = DrawPlan::new(&vec![how; rows], logits.device());
+    let plain = tokens.kind() == Kind::Int64 && tokens.is_contiguous();
+    require(plain && tokens.device() == logits.device(), || format!("tokens {tokens:?}"))?;
+    look(logits, &plan, Some(tokens))
+}
+
+/// Elements from row to row of logits that kernels take, and how many there are of each.
+fn shape_of(logits: &Tensor, rows: usize) -> Result<(Element, i64, usize), CudaError> {
+    let (size, stride) = (logits.size(), logits.stride());
+    let said = || format!("logits {logits:?} of stride {stride:?} for {rows} rows");
+    let element = Element::of(logits.kind()).ok_or_else(|| CudaError::Unsupported(said()))?;
+    let shaped = size.len() == 2 && size[0] == rows as i64 && (1..1 << 24).contains(&size[1]);
+    require(shaped && stride[1] == 1, said)?;
+    Ok((element, stride[0], size[1] as usize))
+}
+
+fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowNumbers, CudaError> {
+    let rows = plan.rows();
+    let (element, stride, vocab) = shape_of(logits, rows)?;
+    let device = device_of(&[logits, &plan.0])?;
+    let count = vocab.div_ceil(SLICE);
+    let room = |shape: &[i64], kind| Tensor::empty(shape, (kind, device));
+    let slices = room(&[rows as i64, count as i64, SUMS], Kind::Double);
+    let numbers = room(&[rows as i64, 4], Kind::Float);
+    let sums = room(&[rows as i64, 2], Kind::Double);
+    let argument = Draw {
+        logits: logits.data_ptr(),
+        how: plan.0.data_ptr().cast(),
+        given: given.map_or(null(), |tokens| tokens.data_ptr().cast()),
+        slices: slices.data_ptr().cast(),
+        out: numbers.data_ptr().cast(),
+        sums: sums.data_ptr().cast(),
+        stride,
+        vocab: vocab as i32,
+        count: count as i32,
+    };
+    let program = Program::Sampling(element);
+    let launch = |name, grid| Launch { program, name, grid, shared: 0 };
+    // SAFETY: shapes and types were checked, and there is room for what is written.
+    unsafe {
+        launch("sum_slices", [count, rows]).run(device, &argument)?;
+        launch("draw", [rows, 1]).run(device, &argument)?;
+    }
+    Ok(RowNumbers { numbers, sums })
+}
+
+/// Overwrites `logits`, `[rows, vocab]`, by the gradient of `sum_i scales[i] * ln p_i(tokens[i])`, where
+/// p_i is the softmax of row `i` times `inv_temperature`. `sums` is of [`stats`] of the same logits at
+/// the same temperature, `scales` is `[rows]`, f32. Where a row is no distribution it becomes NaN.
+///
+/// # Errors
+/// As [`draw`].
+pub fn gradient(
+    logits: &mut Tensor,
+    tokens: &Tensor,
+    scales: &Tensor,
+    inv_temperature: f32,
+    sums: &Tensor,
+) -> Result<(), CudaError> {
+    let rows = tokens.numel();
+    let (element, stride, vocab) = shape_of(logits, rows)?;
+    let device = device_of(&[logits, tokens, scales, sums])?;
+    let plain =
+        [(tokens, Kind::Int64, rows), (scales, Kind::Float, rows), (sums, Kind::Double, 2 * rows)];
+    for (tensor, kind, len) in plain {
+        let fits = tensor.kind() == kind && tensor.is_contiguous() && tensor.numel() == len;
+        require(fits, || format!("{tensor:?} for {rows} rows"))?;
+    }
+    let argument = Gradient {
+        logits: logits.data_ptr(),
+        tokens: tokens.data_ptr().cast(),
+        scales: scales.data_ptr().cast(),
+        sums: sums.data_ptr().cast(),
+        stride,
+        vocab: vocab as i32,
+        factor: inv_temperature,
+    };
+    let grid = [vocab.div_ceil(SLICE), rows];
+    let launch = Launch { program: Program::Sampling(element), name: "gradient", grid, shared: 0 };
+    // SAFETY: shapes and types were checked.
+    unsafe { launch.run(device, &argument) }
+}
+
+/// As [`sampler::sample`], from `logits`, `[rows, vocab]`, on a device. Four numbers come back for a
+/// draw, in one copy for all; rows whose draws see all logits come back whole, in another.
+///
+/// # Errors
+/// As [`draw`]; per draw as [`sampler::sample`].
+///
+/// # Panics
+/// If a draw's row is not among the logits.
+pub fn sample(
+    logits: &Tensor,
+    draws: &[sampler::Draw],
+) -> Result<Vec<Result<Drawn, String>>, CudaError> {
+    let vocab = logits.size().get(1).copied().unwrap_or(0) as usize;
+    let hows: Vec<Option<How>> = draws.iter().map(|draw| How::of(draw, vocab)).collect();
+    let here: Vec<How> = hows.iter().copied().flatten().collect();
+    let rows_of = |kernels: bool| -> Tensor {
+        let wanted = draws.iter().zip(&hows).filter(|(_, how)| how.is_some() == kernels);
+        let rows: Vec<i64> = wanted.map(|(draw, _)| draw.row as i64).collect();
+        let all = rows.iter().copied().eq(0..logits.size()[0]);
+        let rows = Tensor::from_slice(&rows).to_device(logits.device());
+        if all { logits.shallow_clone() } else { logits.index_select(0, &rows) }
+    };
+    let mut numbers = None;
+    if !here.is_empty() {
+        numbers = Some(draw(&rows_of(true), &DrawPlan::new(&here, logits.device()))?);
+    }
+    let mut elsewhere = Vec::new();
+    if here.len() < draws.len() {
+        let whole = rows_of(false).to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
+        let rows: Vec<&[f32]> = floats(&whole).chunks(vocab).collect();
+        let theirs: Vec<_> = draws.iter().zip(&hows).filter(|(_, how)| how.is_none()).collect();
+        elsewhere = disjoint::map(rows.len(), &|i| sample_row(rows[i], theirs[i].0));
+    }
+    let mut made =
+        [numbers.map_or_else(Vec::new, |numbers| drawn(&numbers)), elsewhere].map(Vec::into_iter);
+    let next = |how: &Option<How>| made[usize::from(how.is_none())].next().expect("one for each");
+    Ok(hows.iter().map(next).collect())
+}
+
+/// What was drawn, or what is wrong with a row, as the sampler says it. Waits for the device.
+pub fn drawn(numbers: &RowNumbers) -> Vec<Result<Drawn, String>> {
+    let numbers = numbers.numbers.to_device(Device::Cpu).contiguous();
+    let rows = floats(&numbers).as_chunks::<4>().0;
+    let drawn = rows.iter().map(|&[token, logprob, entropy, baseline]| match token as i64 {
+        -1 => Err("the model produced NaN logits; its weights are broken".into()),
+        -2 => Err("the model produced infinite logits; its weights are broken".into()),
+        -3 => Err(NOTHING_LEFT.into()),
+        id => {
+            let stats = TokenStats { logprob, entropy, baseline };
+            Ok(Drawn { id: id as u32, stats, top: Vec::new() })
+        }
+    });
+    drawn.collect()
+}
+
+#[cfg(test)]
+mod tests;

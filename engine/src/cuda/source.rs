@@ -1,0 +1,186 @@
+//! The programs: sources, and the kernels that are made of them.
+
+use std::fmt;
+
+const DEVICE: &str = include_str!("kernels/device.cuh");
+const COMMON: &str = include_str!("kernels/common.cuh");
+
+/// Type of a tensor's elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// f32.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+}
+
+impl Element {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
+
+    /// Of a tensor's kind, if kernels take it.
+    pub fn of(kind: tch::Kind) -> Option<Self> {
+        match kind {
+            tch::Kind::Float => Some(Self::F32),
+            tch::Kind::BFloat16 => Some(Self::Bf16),
+            tch::Kind::Half => Some(Self::F16),
+            _ => None,
+        }
+    }
+
+    /// Its name in the sources.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// Bytes.
+    pub fn bytes(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+}
+
+/// Dimensions of a head that attention has kernels for.
+pub const HEAD_DIMS: [usize; 5] = [64, 80, 96, 112, 128];
+
+/// Blocks of the kernel of attention that a multiprocessor holds, if its shared memory is large
+/// enough.
+pub const ATTENDING_BLOCKS: u32 = 3;
+
+/// What is compiled at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Program {
+    /// Attention over pages with heads of so many dimensions.
+    Attention(Element, usize),
+    /// Writing and copying pages.
+    Pages(Element),
+    /// Norm, rotary embedding, gate.
+    Elementwise(Element),
+    /// Logits to tokens.
+    Sampling(Element),
+}
+
+/// A kernel of a program.
+struct Entry {
+    name: &'static str,
+    argument: &'static str,
+    /// Arguments of the template.
+    parameters: String,
+    threads: u32,
+    /// Blocks that a multiprocessor is to hold at once: a bound for a thread's registers.
+    blocks: u32,
+}
+
+impl Program {
+    /// All programs.
+    pub fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for element in Element::ALL {
+            all.extend(HEAD_DIMS.map(|dim| Self::Attention(element, dim)));
+            all.extend([Self::Pages(element), Self::Elementwise(element), Self::Sampling(element)]);
+        }
+        all
+    }
+
+    fn source(self) -> &'static str {
+        match self {
+            Self::Attention(..) => include_str!("kernels/attention.cu"),
+            Self::Pages(_) => include_str!("kernels/pages.cu"),
+            Self::Elementwise(_) => include_str!("kernels/elementwise.cu"),
+            Self::Sampling(_) => include_str!("kernels/sampling.cu"),
+        }
+    }
+
+    fn entries(self) -> Vec<Entry> {
+        let entry = |name, argument, threads, parameters: &str| Entry {
+            name,
+            argument,
+            parameters: parameters.into(),
+            threads,
+            blocks: if name == "attend" { ATTENDING_BLOCKS } else { 1 },
+        };
+        match self {
+            Self::Attention(element, dim) => {
+                let parameters = format!("<{}, {dim}>", element.name());
+                let entry = |name| entry(name, "Attend", 128, &parameters);
+                if element == Element::F32 {
+                    return vec![entry("attend_plainly")];
+                }
+                vec![entry("attend"), entry("merge")]
+            }
+            Self::Pages(element) => {
+                let parameters = format!("<{}>", element.name());
+                let write = entry("write_kv", "WriteKv", 128, &parameters);
+                vec![write, entry("copy_blocks", "CopyBlocks", 256, "")]
+            }
+            Self::Elementwise(element) => {
+                let parameters = format!("<{}>", element.name());
+                vec![
+                    entry("rms_norm", "Norm", 256, &parameters),
+                    entry("rotate", "Rotate", 128, &parameters),
+                    entry("swiglu", "Gate", 256, &parameters),
+                ]
+            }
+            Self::Sampling(element) => {
+                let parameters = format!("<{}>", element.name());
+                vec![
+                    entry("sum_slices", "Draw", 256, &parameters),
+                    entry("draw", "Draw", 256, &parameters),
+                    entry("gradient", "Gradient", 256, &parameters),
+                ]
+            }
+        }
+    }
+
+    /// Threads of a block of the kernel of this name.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn threads(self, name: &str) -> u32 {
+        let entries = self.entries();
+        let entry = entries.iter().find(|entry| entry.name == name);
+        entry.unwrap_or_else(|| panic!("{self} has no kernel '{name}'")).threads
+    }
+
+    /// The whole source for a device.
+    pub fn device_source(self) -> String {
+        let kernel = |Entry { name, argument, parameters, threads, blocks }: &Entry| {
+            format!(
+                "extern \"C\" __global__ void __launch_bounds__({threads}, {blocks}) \
+                 kernel_{name}(const __grid_constant__ {argument} a) {{ {name}{parameters}(a); }}\n"
+            )
+        };
+        let kernels: String = self.entries().iter().map(kernel).collect();
+        [DEVICE, COMMON, self.source(), &kernels].concat()
+    }
+
+    /// The whole source for the CPU harness.
+    #[cfg(test)]
+    pub(super) fn harness_source(self) -> String {
+        let kernel = |Entry { name, argument, parameters, threads, .. }: &Entry| {
+            format!(
+                "extern \"C\" void kernel_{name}(const void *a, unsigned x, unsigned y) {{ \
+                 machine::launch([](const void *a) {{ \
+                 {name}{parameters}(*(const {argument} *)a); }}, a, {{x, y, 1}}, {threads}); }}\n"
+            )
+        };
+        let kernels: String = self.entries().iter().map(kernel).collect();
+        [include_str!("harness/machine.h"), COMMON, self.source(), &kernels].concat()
+    }
+}
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attention(element, dim) => write!(f, "attention of {} by {dim}", element.name()),
+            Self::Pages(element) => write!(f, "pages of {}", element.name()),
+            Self::Elementwise(element) => write!(f, "elementwise of {}", element.name()),
+            Self::Sampling(element) => write!(f, "sampling of {}", element.name()),
+        }
+    }
+}
