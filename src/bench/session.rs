@@ -62,8 +62,10 @@ impl Session {
             "server.port=0".to_string(),
         ];
         keys.extend(common.placement());
-        let placement =
-            Config::parse("", &[&keys[..], &common.set[..]].concat())?.model.placement()?;
+        // Before the other keys are known that those of the command line may depend on.
+        let of_model = common.set.iter().filter(|key| key.starts_with("model.")).cloned();
+        let of_model: Vec<String> = keys.iter().cloned().chain(of_model).collect();
+        let placement = Config::parse("", &of_model)?.model.placement()?;
         let machine = Machine::here();
         let mut checkpoint = model(common, placement)?;
         keys.extend(prepare(&mut checkpoint)?);

@@ -117,7 +117,7 @@ impl TrainBatch {
 
     /// Rows of the longest sample and of all groups, each with its prompt; only what teaches counts.
     pub fn span(&self) -> Span {
-        let mut span = Span { least: 1, most: 1 };
+        let mut span = Span { least: 1, most: 0 };
         for group in self.groups.iter().filter(|group| group.teaches) {
             let tails = || group.samples.iter().map(|sample| sample.tokens.len() - 1);
             span.least = span.least.max(group.prompt.len() + tails().max().unwrap_or(0));

@@ -88,7 +88,7 @@ fn a_probe_takes_samples_of_every_group() {
 #[test]
 fn packs_know_where_their_tokens_stand_and_what_was_noted_of_them() {
     let mut batch = batch();
-    assert_eq!(batch.span(), Span { least: 5, most: 9 });
+    assert_eq!(batch.span(), Span { least: 5, most: 8 });
     let last = batch.mini_batches(2, 100).remove(1).micro_batches.remove(0);
     assert_eq!((&last.tokens[..], last.own_logprob.len()), (&[8, 9][..], 0));
     batch.note_own_logprobs(&last, [-0.5, -0.25].into_iter());
