@@ -63,9 +63,11 @@ impl Versions {
     }
 }
 
-/// Forgets how much memory the process has held, so that the next [`peak_mib`] is about what
+/// Forgets how much memory the process, and tensors on a device, have held, so that the next [`peak_mib`] is about what
 /// comes. False where the system cannot.
 pub fn reset_peak() -> bool {
+    // Where there is no device, there is no peak of it.
+    let _ = onpolicy_engine::torch::device_memory::reset_peak(0);
     fs::write("/proc/self/clear_refs", "5").is_ok()
 }
 

@@ -14,7 +14,8 @@ use onpolicy_engine::{
     model::loading::{Checkpoint, load_to},
     sampler::stream_of,
 };
-use onpolicy_trainer::{config::Config, served::Served};
+use onpolicy_trainer::{config::Config, metrics::memory, served::Served};
+use tch::Device;
 
 /// A served model, and what is needed to measure it.
 pub struct Session {
@@ -151,9 +152,12 @@ fn command() -> Vec<String> {
     std::iter::once(program).chain(std::env::args().skip(1).map(short)).collect()
 }
 
-/// A line about the most memory that the process has held since the runs began; none where the
-/// system does not say.
-pub fn peak_memory(group: &str) -> Option<Line> {
-    let mib = machine::peak_mib()?;
-    Some(Line::values(group, "peak memory of the process", "MiB", vec![mib]))
+/// Lines about the most memory that the process, and tensors on a device, have held since the runs
+/// began; none where the system does not say.
+pub fn peak_memory(group: &str) -> Vec<Line> {
+    let line = |what: &str, mib| Line::values(group, what, "MiB", vec![mib]);
+    let process = machine::peak_mib().map(|mib| line("peak memory of the process", mib));
+    let device = memory::device_peak_mb(Device::cuda_if_available());
+    let device = device.map(|mib| line("peak memory of the device", mib));
+    process.into_iter().chain(device).collect()
 }

@@ -18,7 +18,7 @@ pub fn run(arguments: &cli::Plan) -> Result<(), anyhow::Error> {
     let model = shape(&config.model.path)?;
     let given = arguments.memory_gb.map(|gb| (gb * f64::from(1 << 30)) as usize);
     let placement = placement(&config, given.is_some())?;
-    let memory = given.or_else(|| memory::total().filter(|_| !placement.device.is_cuda()));
+    let memory = given.or_else(|| memory::total(placement.device));
     let prompts = vec![arguments.prompt_tokens; config.rollout.prompts_per_step];
     let others = if placement.device.is_cuda() { 0 } else { LIBRARIES };
     let plan = MemoryPlan::new(&Subject {

@@ -35,7 +35,8 @@ pub fn run(
     let summary = outcome?;
     profile.print();
     println!("\n{summary}");
-    if let Some(peak) = memory::peak_mb() {
+    let device = memory::device_peak_mb(run.served().placement().device);
+    if let Some(peak) = device.or_else(memory::peak_mb) {
         println!("memory: {peak:.0} MiB at the most, {:.0} MiB planned", plan.total_mb());
     }
     println!("run folder: {}", config.output.dir);

@@ -6,7 +6,7 @@
 //! - [`builtins`]: the plug-ins that come with the crate: [`tasks`], [`verifiers`], [`entropy`].
 //! - [`served`]: a model that is loaded, served, and ready to be trained. [`engines`]: by which
 //!   engine. [`transfer`]: new weights for one that has its own.
-//! - [`memory_plan`]: what a run takes.
+//! - [`memory_plan`]: what a run takes. [`device_room`]: what K and V get of a device.
 //! - [`run`]: a run from start to end. [`train`]: one step from top to bottom.
 //! - [`rollout`]: problems become groups of samples. [`queue`]: those of the next steps.
 //! - [`reward`]: samples become rewards.
@@ -25,6 +25,7 @@ pub mod checkpoint;
 mod clock;
 pub mod config;
 pub mod correction;
+pub mod device_room;
 pub mod engines;
 pub mod entropy;
 pub mod error;

@@ -4,7 +4,7 @@ use crate::{
     builtins,
     checkpoint::{self, Snapshot, TrainState},
     config::{Config, Dtype},
-    engines,
+    device_room, engines,
     error::TrainError,
     eval::{EvalReport, EvalSettings, evaluate},
     memory_plan::{HOST_KV, MemoryPlan, Subject},
@@ -113,6 +113,10 @@ impl Run {
         let model = resumed.as_ref().map_or(Path::new(&config.model.path), |(path, _)| path);
         let placement = placement(&config)?;
         let checkpoint = load_to(&model.to_string_lossy(), placement)?;
+        let step = resumed.as_ref().map_or(0, |(_, state)| state.step);
+        let prompts = prompt_lengths(&config, &parts, &checkpoint.tokenizer, step)?;
+        let as_given = config.to_toml();
+        let config = device_room::fit(&config, &checkpoint, &prompts)?;
         let served = Served::over(checkpoint, &config, parts.engine.clone())?;
         if let Some(native) = served.native() {
             native.train_weights();
@@ -127,7 +131,7 @@ impl Run {
         let version = resumed.as_ref().map_or(0, |(_, state)| state.weight_version);
         let transfer = equal_weights(&config, &served, version)?;
         let file = dir.join("config.toml");
-        fs::write(&file, config.to_toml()).map_err(|e| TrainError::file(&file, e))?;
+        fs::write(&file, as_given).map_err(|e| TrainError::file(&file, e))?;
         let file = dir.join("metrics.jsonl");
         let metrics = match &resumed {
             Some(_) => MetricsLog::resume(&file, step)?.0,
@@ -158,6 +162,7 @@ impl Run {
         let prompts =
             prompt_lengths(&self.config, self.trainer.parts(), tokenizer, self.steps_done())?;
         let placement = self.served.placement();
+        let memory = memory::on_device(placement.device).map(|memory| memory.total);
         let others = match placement.device {
             Device::Cpu => {
                 let resident = (memory::resident_mb().unwrap_or(0.0) * 1024.0 * 1024.0) as usize;
@@ -170,7 +175,7 @@ impl Run {
             _ => 0,
         };
         let (model, config, prompts) = (self.served.model(), &self.config, &prompts[..]);
-        Ok(MemoryPlan::new(&Subject { model, config, prompts, placement, others, memory: None }))
+        Ok(MemoryPlan::new(&Subject { model, config, prompts, placement, others, memory }))
     }
 
     /// Trains to the last step, or until `stop` is set (then the step in progress is finished and

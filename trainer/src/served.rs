@@ -3,6 +3,7 @@
 
 use crate::{
     config::{Config, EngineKind},
+    device_room,
     engines::{self, Vocabulary},
     error::TrainError,
     memory_plan::HOST_KV,
@@ -95,7 +96,8 @@ impl Served {
     /// A model that cannot be loaded, or an engine that does not fit.
     pub fn start(path: &str, config: &Config) -> Result<Self, TrainError> {
         let checkpoint = load_to(path, config.model.placement()?)?;
-        Self::over(checkpoint, config, None)
+        let config = device_room::fit_serving(config, &checkpoint)?;
+        Self::over(checkpoint, &config, None)
     }
 
     /// Starts an engine over, or beside, a model that is loaded already. `plugin` is the engine

@@ -107,7 +107,7 @@ pub(super) fn causal([q, k, v]: [&Tensor; 3], window: Option<usize>, scale: Opti
     let [q, k, v] = [q, k, v].map(|x| x.transpose(0, 1).unsqueeze(0));
     let window = window.map_or(keys, |window| keys.min(window as i64));
     let plain = window == keys && rows == keys;
-    let mask = (!plain && !(rows == 1 && window == keys)).then(|| {
+    let mask = (!plain && (rows != 1 || window != keys)).then(|| {
         let seen = Tensor::ones([rows, keys], (Kind::Bool, q.device()));
         seen.tril(keys - rows).triu(keys - rows - window + 1)
     });

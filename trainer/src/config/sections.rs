@@ -54,7 +54,8 @@ pub struct Engine {
     /// Where new weights are written for an engine with weights of its own. Without it: in memory
     /// (`/dev/shm`) if the system has that, else in the run folder.
     pub transfer_dir: Option<String>,
-    /// Memory for K and V, in MiB; 1024 if not given.
+    /// Memory for K and V, in MiB. If not given, 1024 in main memory, and on a CUDA device what
+    /// weights, optimizer and training leave.
     pub kv_memory_mb: Option<usize>,
     /// Most samples that run at once.
     pub max_num_seqs: usize,

@@ -143,6 +143,9 @@ pub struct StepMetrics {
     /// Most memory that the process has held so far, in MiB.
     #[serde(deserialize_with = "number_or_nan")]
     pub peak_memory_mb: f64,
+    /// Most memory that tensors on a CUDA device have held so far, in MiB; none in main memory.
+    #[serde(default)]
+    pub peak_device_memory_mb: Option<f64>,
     /// Seconds since the run began.
     #[serde(deserialize_with = "number_or_nan")]
     pub elapsed_seconds: f64,

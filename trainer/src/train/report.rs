@@ -88,6 +88,7 @@ impl Trainer {
             seconds,
             tokens_per_second: tokens as f64 / seconds.rollout.max(1e-9),
             peak_memory_mb: memory::peak_mb().unwrap_or(f64::NAN),
+            peak_device_memory_mb: memory::device_peak_mb(self.decoder.embedding().device()),
             elapsed_seconds: 0.0,
         }
     }
