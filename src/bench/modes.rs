@@ -256,9 +256,6 @@ mod tests {
     fn arguments() -> Arguments {
         let set = ["engine.kv_memory_mb=16", "eval.problems=8", "train.lr=1e-2", "gate.name=none"];
         let common = Common {
-            device: None,
-            dtype: None,
-            random: None,
             model: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/tiny/llama-tied").into(),
             device: None,
             dtype: None,

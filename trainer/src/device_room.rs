@@ -12,7 +12,10 @@ use crate::{
 };
 use onpolicy_engine::{
     model::{config::ModelConfig, decoder::Decoder, loading::Checkpoint},
-    torch::device_memory::{DeviceMemory, empty_cache, reset_peak},
+    torch::{
+        device_memory::{DeviceMemory, reset_peak},
+        storage::empty_cache,
+    },
     weights::Weights,
 };
 use tch::Device;
@@ -34,12 +37,12 @@ pub fn fit(
     let Some(index) = to_be_sized(&config, checkpoint) else { return Ok(config) };
     let handles = checkpoint.tensors.iter().map(|(name, t)| (name.clone(), t.shallow_clone()));
     let policy = Weights::new(handles.collect());
-    empty_cache()?;
+    empty_cache(Device::Cuda(index))?;
     let before = DeviceMemory::of(index)?;
     reset_peak(index)?;
     config.train.micro_batch_tokens = rehearse(&config, (&checkpoint.config, &policy), prompts)?;
     let peak = DeviceMemory::of(index)?.peak_allocated.saturating_sub(before.allocated);
-    empty_cache()?;
+    empty_cache(Device::Cuda(index))?;
     config.engine.kv_memory_mb = Some(left(&before, peak)? >> 20);
     tracing::info!(
         training_mib = peak >> 20,

@@ -102,9 +102,7 @@ impl StepPlan {
         let (_, _, head_dim) = q.size3().expect("q has three axes");
         let scale = 1.0 / (head_dim as f64).sqrt();
         match &self.paged {
-            Paging::Operations(plan) => {
-                attend(&Paged { q, k_pages, v_pages, plan, scale, window })
-            }
+            Paging::Operations(plan) => attend(&Paged { q, k_pages, v_pages, plan, scale, window }),
             Paging::Kernels(plan) => {
                 let q = &q.contiguous();
                 let paged = kernel::Paged { q, k_pages, v_pages, plan, scale, window };

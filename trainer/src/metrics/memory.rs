@@ -18,7 +18,7 @@ pub fn resident_mb() -> Option<f64> {
 pub fn on_device(device: Device) -> Option<DeviceMemory> {
     let Device::Cuda(index) = device else { return None };
     // The allocator knows a device once it was asked for something there.
-    Tensor::f_zeros([1], (Kind::Float, device)).ok()?;
+    let _ = Tensor::f_zeros([1], (Kind::Float, device)).ok()?;
     DeviceMemory::of(index).ok()
 }
 
