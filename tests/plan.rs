@@ -75,6 +75,7 @@ fn this_machine_is_planned_for_by_default() {
     }
     let output = plan(&golden("qwen3"), &["--device", "cuda"]);
     if !output.status.success() {
-        assert!(self::text(&output).contains("no CUDA device"), "{}", self::text(&output));
+        let text = self::text(&output);
+        assert!(text.contains("model.device = \"cuda\"") && text.contains("\"auto\""), "{text}");
     }
 }
