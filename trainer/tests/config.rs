@@ -153,6 +153,9 @@ fn a_resolved_configuration_reads_back_the_same() {
 #[test]
 fn narrow_types_warn_unless_they_are_corrected_for() {
     let warning = |over: &[&str]| flags(over).unwrap().warning();
+    let narrow = warning(&["model.path=m", "model.dtype=bf16"]).expect("a warning");
+    assert!(narrow.starts_with("model.dtype = \"bf16\": engine and trainer round"), "{narrow}");
+    assert_eq!(warning(&["model.path=m", "model.dtype=f32"]), None);
     assert_eq!(warning(&[]), None);
     assert_eq!(warning(&["train.correction=tis"]), None);
     for dtype in ["f16", "bf16", "int8"] {

@@ -107,7 +107,12 @@ impl Config {
     pub fn warning(&self) -> Option<String> {
         let (engine, dtype) = (&self.engine, self.engine.serve_dtype);
         let drawn = match engine.kind() {
-            EngineKind::Native if dtype == ServeDtype::F32 => return None,
+            EngineKind::Native if dtype == ServeDtype::F32 => match self.model.dtype {
+                Some(narrow) if narrow != Dtype::F32 => {
+                    format!("model.dtype = \"{narrow}\": engine and trainer round differently")
+                }
+                _ => return None,
+            },
             EngineKind::Native => {
                 format!("engine.serve_dtype = \"{dtype}\": samples are drawn with rounded weights")
             }
