@@ -28,15 +28,15 @@ const KEYS: [&str; 8] = [
     "train.micro_batch_tokens=512",
 ];
 
-/// The share of letters before n among all letters.
-struct EarlyLetters;
+/// The share of digits below 5 among all digits, of which the tiny models' tokens are full.
+struct SmallDigits;
 
-impl Verifier for EarlyLetters {
+impl Verifier for SmallDigits {
     fn verify(&self, attempts: &[Attempt<'_>]) -> Vec<Score> {
         let share = |text: &str| {
-            let letters = || text.chars().filter(char::is_ascii_alphabetic);
-            let early = letters().filter(|letter| letter.to_ascii_lowercase() < 'n').count();
-            early as f32 / letters().count().max(1) as f32
+            let digits = || text.chars().filter(char::is_ascii_digit);
+            let small = digits().filter(|digit| *digit < '5').count();
+            small as f32 / digits().count().max(1) as f32
         };
         attempts.iter().map(|attempt| Score::Reward(share(attempt.completion))).collect()
     }
@@ -50,7 +50,7 @@ pub fn learns(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error> {
     let served = Served::over(checkpoint, &config, None)?;
     let addresses = addresses(&served.weights);
     let mut parts = run::parts(&config, |plugins| plugins)?;
-    parts.verifier = Box::new(EarlyLetters);
+    parts.verifier = Box::new(SmallDigits);
     let optimizer = Optimizer::new(&served.weights, OptimizerSettings::new(&config.train))?;
     let mut trainer = Trainer::new(config, parts, &served, optimizer, (0, VecDeque::new()));
     let steps = (0..STEPS).map(|_| trainer.step(&mut |_| {}));
@@ -64,11 +64,13 @@ pub fn learns(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error> {
     let (first, last) = (mean(&steps[..ENDS]), mean(&steps[STEPS - ENDS..]));
     let largest = |of: fn(&StepMetrics) -> f64| steps.iter().map(of).fold(0.0, f64::max);
     let updates = steps.last().map_or(0.0, |step| step.weight_version as f64);
+    // A step without a mixed group, when all is learnt, has nothing to update for.
+    let mixed = steps.iter().filter(|step| step.groups_mixed > 0).count();
     let mut rise = Check::new("20 GRPO steps: rise of the reward", last - first, Limit::Least(0.1));
     rise.note = format!("from {first:.3} to {last:.3}");
     Ok(vec![
         rise,
-        Check::new("20 GRPO steps: updates", updates, Limit::Least(STEPS as f64 - 2.0)),
+        Check::new("20 GRPO steps: updates", updates, Limit::Least(mixed as f64)),
         Check::new(
             "20 GRPO steps: engine against trainer, mean",
             largest(|s| s.mismatch_mean),
