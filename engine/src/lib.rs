@@ -42,6 +42,7 @@ pub mod logits;
 pub mod mistral;
 pub mod model;
 pub mod ops;
+pub mod panic;
 pub mod profile;
 pub mod remote;
 pub mod sampler;

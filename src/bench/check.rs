@@ -16,7 +16,7 @@ use super::{
 };
 use anyhow::{Context, ensure};
 use clap::Args;
-use onpolicy_engine::device::Placement;
+use onpolicy_engine::{device::Placement, panic::message};
 use onpolicy_trainer::config::Config;
 use serde::Serialize;
 use std::{
@@ -160,9 +160,8 @@ fn attempt(
         Ok(Ok(more)) => checks.extend(more),
         Ok(Err(error)) => checks.push(Check::failed(name, format!("{error:#}"))),
         Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-            checks.push(Check::failed(name, text.unwrap_or("a panic").to_string()));
+            let text = message(&*panic).unwrap_or("a panic");
+            checks.push(Check::failed(name, text.to_string()));
         }
     }
 }

@@ -7,7 +7,10 @@
 
 use crate::{error::TrainError, optimizer::Optimizer, queue::Drawn};
 use onpolicy_engine::{
-    device::Placement, model::loading::Source, torch::slices::bytes, weights::Weights,
+    device::{self, Placement},
+    model::loading::Source,
+    torch::slices::bytes,
+    weights::Weights,
 };
 use safetensors::{Dtype, View};
 use serde::{Deserialize, Serialize};
@@ -163,9 +166,7 @@ impl View for Stored<'_> {
             return bytes(self.tensor).into();
         }
         // One tensor at a time comes from its device.
-        let mut data = vec![0; self.data_len()];
-        self.tensor.copy_data_u8(&mut data, self.tensor.numel());
-        data.into()
+        device::bytes(self.tensor).into()
     }
 
     fn data_len(&self) -> usize {

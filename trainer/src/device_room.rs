@@ -7,6 +7,7 @@ use crate::{
     entropy::KeepAll,
     error::TrainError,
     loss::{Activations, LossSettings, accumulate_gradient_with},
+    memory_plan::SLACK,
     optimizer::{Optimizer, OptimizerSettings},
     room::Room,
 };
@@ -19,9 +20,6 @@ use onpolicy_engine::{
     weights::Weights,
 };
 use tch::Device;
-
-/// Share of a device that is left to the allocator, whose pieces do not fit without gaps.
-const SLACK: f64 = 0.05;
 
 /// `config` with `engine.kv_memory_mb` and `train.micro_batch_tokens` as the device allows that the
 /// weights lie on, where the former is not given.

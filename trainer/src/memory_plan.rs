@@ -20,7 +20,7 @@ pub const HOST_KV: usize = 1 << 30;
 /// What the driver, libtorch and its libraries take of a device.
 const CONTEXT: usize = 1 << 30;
 /// Share of a device that is left to the allocator, whose pieces do not fit without gaps.
-const SLACK: f64 = 0.05;
+pub const SLACK: f64 = 0.05;
 /// Tensors of `[rows, vocabulary]` in f32 that statistics and gradients hold at once.
 const WIDE_LOGITS: usize = 8;
 

@@ -3,6 +3,7 @@
 
 use crate::config::Train;
 use onpolicy_engine::{
+    device::wide,
     torch::{
         TorchError,
         autograd::set_grad,
@@ -223,11 +224,6 @@ fn is_narrow(tensor: &Tensor) -> bool {
     matches!(tensor.kind(), Kind::BFloat16 | Kind::Half)
 }
 
-/// The type of a tensor's gradient and moments: its own, f32 at least.
-fn wide(tensor: &Tensor) -> Kind {
-    if is_narrow(tensor) { Kind::Float } else { tensor.kind() }
-}
-
 fn bytes(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
@@ -235,12 +231,12 @@ fn bytes(tensor: &Tensor) -> usize {
 /// What AdamW works on for this weight.
 fn master(weight: &Tensor) -> Result<Tensor, TorchError> {
     // Where the type stays it is the tensor itself.
-    told(weight.f_to_kind(wide(weight)))
+    told(weight.f_to_kind(wide(weight.kind())))
 }
 
 /// Zeros shaped as the weight, on its device.
 fn zeros(weight: &Tensor) -> Result<Tensor, TorchError> {
-    told(Tensor::f_zeros(weight.size(), (wide(weight), weight.device())))
+    told(Tensor::f_zeros(weight.size(), (wide(weight.kind()), weight.device())))
 }
 
 /// Sees to it that the weight has a gradient, which is not narrow.
@@ -248,7 +244,7 @@ fn prepare_gradient(weight: &Tensor) -> Result<(), TorchError> {
     let gradient = weight.grad();
     match gradient.defined() {
         true if !is_narrow(&gradient) => Ok(()),
-        true => set_grad(weight, &told(gradient.f_to_kind(wide(weight)))?),
+        true => set_grad(weight, &told(gradient.f_to_kind(wide(weight.kind())))?),
         false => set_grad(weight, &zeros(&weight.detach())?),
     }
 }

@@ -2,11 +2,11 @@
 //! sufficed.
 
 use crate::error::TrainError;
-use onpolicy_engine::torch::{TorchError, memory::trim, storage::empty_cache};
-use std::{
-    any::Any,
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+use onpolicy_engine::{
+    panic::message,
+    torch::{TorchError, memory::trim, storage::empty_cache},
 };
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use tch::Device;
 
 /// Rows of one forward and backward pass.
@@ -88,15 +88,10 @@ fn too_long(rows: usize, error: &TorchError) -> TrainError {
 /// Runs `work`; a panic that says that memory did not suffice becomes an error, as tch's functions
 /// panic with the text of libtorch's error.
 fn attempt<T>(work: impl FnOnce() -> Result<T, TorchError>) -> Result<T, TorchError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| match text(&*panic) {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| match message(&*panic) {
         Some(text) if is_out_of_memory(text) => Err(TorchError(first_line(text))),
         _ => resume_unwind(panic),
     })
-}
-
-fn text(panic: &(dyn Any + Send)) -> Option<&str> {
-    let owned = panic.downcast_ref::<String>().map(String::as_str);
-    owned.or_else(|| panic.downcast_ref::<&str>().copied())
 }
 
 /// Without the trace of calls that libtorch may add.
@@ -178,7 +173,7 @@ mod tests {
         let panic = catch_unwind(AssertUnwindSafe(|| {
             room.run(SPAN, |_| -> Result<(), _> { panic!("a bug") })
         }));
-        assert_eq!(text(&*panic.expect_err("a panic")), Some("a bug"));
+        assert_eq!(message(&*panic.expect_err("a panic")), Some("a bug"));
         assert_eq!(room.take_failures(), 0);
     }
 }

@@ -9,6 +9,7 @@ use super::{
     pages::{self, Pages},
     source::{Element, HEAD_DIMS, Program},
 };
+use crate::device::attention::Paged;
 use std::ffi::c_void;
 use tch::{Device, Kind, Tensor};
 
@@ -46,23 +47,6 @@ struct Attend {
 
 impl Argument for Attend {}
 
-/// One layer's attention of a step.
-#[derive(Debug, Clone, Copy)]
-pub struct Paged<'a> {
-    /// `[N, heads, head_dim]`, contiguous; its kind is that of the pages.
-    pub q: &'a Tensor,
-    /// `[num_blocks, kv_heads, 16, head_dim]`
-    pub k_pages: &'a Tensor,
-    /// As `k_pages`.
-    pub v_pages: &'a Tensor,
-    /// The step's rows and blocks.
-    pub plan: &'a PagedPlan,
-    /// Factor of the scores.
-    pub scale: f64,
-    /// Positions that a row sees, its own included; all before it if none.
-    pub window: Option<usize>,
-}
-
 /// Whether [`attend`] has a kernel for these heads.
 pub fn fits(kind: Kind, heads: usize, kv_heads: usize, head_dim: usize) -> bool {
     Element::of(kind).is_some()
@@ -86,13 +70,13 @@ pub fn write_kv(
     pages::write_kv((k, v), (k_pages, v_pages), &plan.slots)
 }
 
-/// Attends: `[N, heads * head_dim]`, of the kind of `q`. The query heads of KV head `h` are those from
+/// Attends: `[N, heads * head_dim]`, of the kind of `q`, which is contiguous and of the pages' kind. The query heads of KV head `h` are those from
 /// `h * heads / kv_heads` on. Scores, weights and sums are f32; weights are rounded to the pages' kind
 /// before they meet the values. Rows that the plan does not use are 0.
 ///
 /// # Errors
 /// Shapes or types that do not fit (see [`fits`]), or what [`Launch::run`] says.
-pub fn attend(paged: &Paged) -> Result<Tensor, CudaError> {
+pub fn attend(paged: &Paged<'_, PagedPlan>) -> Result<Tensor, CudaError> {
     let Paged { q, k_pages, v_pages, plan, .. } = *paged;
     let pages = Pages::of(k_pages, v_pages)?;
     let device = device_of(&[q, k_pages, v_pages, &plan.block_table])?;
@@ -125,7 +109,7 @@ pub fn attend(paged: &Paged) -> Result<Tensor, CudaError> {
 }
 
 /// Refuses what the kernels are not made for; gives the query heads.
-fn check(paged: &Paged, pages: &Pages) -> Result<usize, CudaError> {
+fn check(paged: &Paged<'_, PagedPlan>, pages: &Pages) -> Result<usize, CudaError> {
     let (q, plan) = (paged.q, paged.plan);
     let size = q.size();
     let said =
@@ -164,7 +148,13 @@ impl Room {
     }
 }
 
-fn argument(paged: &Paged, pages: &Pages, heads: usize, out: &Tensor, room: &Room) -> Attend {
+fn argument(
+    paged: &Paged<'_, PagedPlan>,
+    pages: &Pages,
+    heads: usize,
+    out: &Tensor,
+    room: &Room,
+) -> Attend {
     let plan = paged.plan;
     let ints = |tensor: &Tensor| tensor.data_ptr().cast::<i32>().cast_const();
     Attend {

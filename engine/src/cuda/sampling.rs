@@ -12,9 +12,9 @@ use super::{
     source::{Element, Program},
 };
 use crate::{
-    kernels::disjoint,
+    device::upload,
     sampler::{
-        self, Drawn, NOTHING_LEFT, random_number, sample_row,
+        self, Drawn, NOTHING_LEFT, random_number,
         summed::{inv_temperature, needs_logits},
     },
     torch::slices::floats,
@@ -240,43 +240,33 @@ pub fn gradient(
     unsafe { launch.run(device, &argument) }
 }
 
-/// As [`sampler::sample`], from `logits`, `[rows, vocab]`, on a device. Four numbers come back for a
-/// draw, in one copy for all; rows whose draws see all logits come back whole, in another.
+/// The draws from `logits`, `[rows, vocab]`, that need not see all logits; none for the others. Four
+/// numbers come back for a draw, in one copy for all.
 ///
 /// # Errors
 /// As [`draw`]; per draw as [`sampler::sample`].
 ///
 /// # Panics
 /// If a draw's row is not among the logits.
-pub fn sample(
+pub fn sample_some(
     logits: &Tensor,
     draws: &[sampler::Draw],
-) -> Result<Vec<Result<Drawn, String>>, CudaError> {
+) -> Result<Vec<Option<Result<Drawn, String>>>, CudaError> {
     let vocab = logits.size().get(1).copied().unwrap_or(0) as usize;
     let hows: Vec<Option<How>> = draws.iter().map(|draw| How::of(draw, vocab)).collect();
     let here: Vec<How> = hows.iter().copied().flatten().collect();
-    let rows_of = |kernels: bool| -> Tensor {
-        let wanted = draws.iter().zip(&hows).filter(|(_, how)| how.is_some() == kernels);
-        let rows: Vec<i64> = wanted.map(|(draw, _)| draw.row as i64).collect();
-        let all = rows.iter().copied().eq(0..logits.size()[0]);
-        let rows = Tensor::from_slice(&rows).to_device(logits.device());
-        if all { logits.shallow_clone() } else { logits.index_select(0, &rows) }
+    if here.is_empty() {
+        return Ok(hows.iter().map(|_| None).collect());
+    }
+    let summed = draws.iter().zip(&hows).filter(|(_, how)| how.is_some());
+    let rows: Vec<i64> = summed.map(|(draw, _)| draw.row as i64).collect();
+    let chosen = match rows.iter().copied().eq(0..logits.size()[0]) {
+        true => logits.shallow_clone(),
+        false => logits.index_select(0, &upload(&rows, logits.device())),
     };
-    let mut numbers = None;
-    if !here.is_empty() {
-        numbers = Some(draw(&rows_of(true), &DrawPlan::new(&here, logits.device()))?);
-    }
-    let mut elsewhere = Vec::new();
-    if here.len() < draws.len() {
-        let whole = rows_of(false).to_kind(Kind::Float).to_device(Device::Cpu).contiguous();
-        let rows: Vec<&[f32]> = floats(&whole).chunks(vocab).collect();
-        let theirs: Vec<_> = draws.iter().zip(&hows).filter(|(_, how)| how.is_none()).collect();
-        elsewhere = disjoint::map(rows.len(), &|i| sample_row(rows[i], theirs[i].0));
-    }
-    let mut made =
-        [numbers.map_or_else(Vec::new, |numbers| drawn(&numbers)), elsewhere].map(Vec::into_iter);
-    let next = |how: &Option<How>| made[usize::from(how.is_none())].next().expect("one for each");
-    Ok(hows.iter().map(next).collect())
+    let numbers = draw(&chosen, &DrawPlan::new(&here, logits.device()))?;
+    let mut made = drawn(&numbers).into_iter();
+    Ok(hows.iter().map(|how| how.and_then(|_| made.next())).collect())
 }
 
 /// What was drawn, or what is wrong with a row, as the sampler says it. Waits for the device.

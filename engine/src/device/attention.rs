@@ -30,8 +30,9 @@ pub struct SpanShape {
     pub context: usize,
 }
 
-/// Attention of rows over pages.
-pub struct Paged<'a> {
+/// Attention of rows over pages; `Plan` is that of what computes it.
+#[derive(Debug)]
+pub struct Paged<'a, Plan> {
     /// `[N, heads, head_dim]`
     pub q: &'a Tensor,
     /// `[num_blocks, kv_heads, BLOCK_SIZE, head_dim]`
@@ -39,7 +40,7 @@ pub struct Paged<'a> {
     /// As `k_pages`.
     pub v_pages: &'a Tensor,
     /// Which rows read which pages.
-    pub plan: &'a PagedPlan,
+    pub plan: &'a Plan,
     /// Factor of the products of `q` and `k`.
     pub scale: f64,
     /// Positions that a row sees, its own included; all before it if none.
@@ -95,7 +96,7 @@ pub fn write_kv(k: &Tensor, v: &Tensor, k_pages: &Tensor, v_pages: &Tensor, plan
 ///
 /// # Panics
 /// If a shape does not fit.
-pub fn attend(paged: &Paged<'_>) -> Tensor {
+pub fn attend(paged: &Paged<'_, PagedPlan>) -> Tensor {
     let (rows, heads, head_dim) = paged.q.size3().expect("q has three axes");
     let out = if paged.plan.spans.iter().all(|span| span.rows.len() == 1) {
         attend_single_rows(paged)
@@ -118,7 +119,7 @@ fn gather(pages: &Tensor, blocks: &Tensor, tokens: usize) -> Tensor {
 }
 
 /// Several rows of one sequence, `[n, heads, head_dim]`.
-fn attend_span(paged: &Paged<'_>, index: usize, span: &SpanShape) -> Tensor {
+fn attend_span(paged: &Paged<'_, PagedPlan>, index: usize, span: &SpanShape) -> Tensor {
     let q = paged.q.narrow(0, span.rows.start as i64, span.rows.len() as i64);
     let width = span.context.div_ceil(BLOCK_SIZE) as i64;
     let blocks = paged.plan.block_table.narrow(0, index as i64, 1).narrow(1, 0, width);
@@ -128,7 +129,7 @@ fn attend_span(paged: &Paged<'_>, index: usize, span: &SpanShape) -> Tensor {
 }
 
 /// One row of each sequence, `[N, heads, 1, head_dim]`.
-fn attend_single_rows(paged: &Paged<'_>) -> Tensor {
+fn attend_single_rows(paged: &Paged<'_, PagedPlan>) -> Tensor {
     let (plan, tokens) = (paged.plan, paged.plan.longest());
     let [k, v] =
         [paged.k_pages, paged.v_pages].map(|pages| gather(pages, &plan.block_table, tokens));

@@ -40,7 +40,7 @@ pub(crate) fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Ten
 
 /// The bytes of a tensor, row by row, little-endian, as safetensors stores them. Waits for the
 /// device.
-pub(crate) fn bytes(tensor: &Tensor) -> Vec<u8> {
+pub fn bytes(tensor: &Tensor) -> Vec<u8> {
     const { assert!(cfg!(target_endian = "little")) };
     let host = tensor.to_device(Device::Cpu).contiguous();
     let mut bytes = vec![0; host.numel() * host.kind().elt_size_in_bytes()];

@@ -54,25 +54,29 @@ impl StepPlan {
     /// Brings the rows to `device`; attention is by kernels of our own if `machine` is given, which
     /// says for what device and heads.
     pub fn new(rows: &StepRows<'_>, device: Device, machine: Option<Machine>) -> Self {
-        let all_slots: Vec<i64> = rows.slots.iter().map(|&slot| i64::from(slot)).collect();
-        let numbers = rows.tokens.iter().chain(&rows.positions).chain(&all_slots);
-        let numbers: Vec<i64> = numbers.chain(&rows.sampled).copied().collect();
-        let (count, numbers) = (rows.tokens.len() as i64, upload(&numbers, device));
-        let [tokens, positions, slots] = [0, 1, 2].map(|i| numbers.narrow(0, i * count, count));
+        let slots: Vec<i64> = rows.slots.iter().map(|&slot| i64::from(slot)).collect();
+        // The kernels' plan has slots of its own.
+        let sent = if machine.is_some() { &[][..] } else { &slots };
+        let numbers = rows.tokens.iter().chain(&rows.positions).chain(&rows.sampled).chain(sent);
+        let numbers: Vec<i64> = numbers.copied().collect();
+        let (count, drawn) = (rows.tokens.len() as i64, rows.sampled.len() as i64);
+        let numbers = upload(&numbers, device);
+        let [tokens, positions] = [0, 1].map(|i| numbers.narrow(0, i * count, count));
         let begins = rows.spans.iter().all(|span| span.first_position == 0);
         let prompts = || Varlen::of_prompts(rows.spans.iter().map(|s| s.rows.clone()), device);
         Self {
             tokens,
             positions,
-            sampled: numbers.narrow(0, 3 * count, rows.sampled.len() as i64),
+            sampled: numbers.narrow(0, 2 * count, drawn),
             paged: match machine {
-                Some(machine) => Paging::Kernels(kernel::PagedPlan::new(
-                    &rows.spans,
-                    &all_slots,
-                    machine,
-                    device,
-                )),
-                None => Paging::Operations(PagedPlan::new(&rows.spans, slots, device)),
+                Some(machine) => {
+                    let plan = kernel::PagedPlan::new(&rows.spans, &slots, machine, device);
+                    Paging::Kernels(plan)
+                }
+                None => {
+                    let slots = numbers.narrow(0, 2 * count + drawn, count);
+                    Paging::Operations(PagedPlan::new(&rows.spans, slots, device))
+                }
             },
             prompts: begins.then(prompts),
         }
@@ -105,7 +109,7 @@ impl StepPlan {
             Paging::Operations(plan) => attend(&Paged { q, k_pages, v_pages, plan, scale, window }),
             Paging::Kernels(plan) => {
                 let q = &q.contiguous();
-                let paged = kernel::Paged { q, k_pages, v_pages, plan, scale, window };
+                let paged = Paged { q, k_pages, v_pages, plan, scale, window };
                 kernel::attend(&paged).unwrap_or_else(|error| panic!("{error}"))
             }
         }

@@ -29,15 +29,23 @@ const ROWS: i64 = 128;
 /// # Panics
 /// If a draw's row is not among the logits, or a kernel cannot be launched.
 pub fn sample(logits: &Tensor, draws: &[Draw<'_>]) -> Vec<Result<Drawn, String>> {
-    let (rows, vocab) = logits.size2().expect("logits have two axes");
+    let (rows, _) = logits.size2().expect("logits have two axes");
     assert!(draws.iter().all(|draw| draw.row < rows as usize), "a draw's row is not among them");
-    if logits.device().is_cuda() {
-        match kernel::sample(logits, draws) {
-            Err(CudaError::Unsupported(_)) => {}
-            made => return made.unwrap_or_else(|error| panic!("{error}")),
-        }
-    }
-    let mut drawn = draw_on_device(logits, draws);
+    let kernels = logits.device().is_cuda().then(|| kernel::sample_some(logits, draws));
+    let drawn = match kernels {
+        None | Some(Err(CudaError::Unsupported(_))) => draw_on_device(logits, draws),
+        Some(made) => made.unwrap_or_else(|error| panic!("{error}")),
+    };
+    completed(logits, draws, drawn)
+}
+
+/// `drawn`, and the draws that it lacks: their rows of `logits` come to the host whole.
+pub(crate) fn completed(
+    logits: &Tensor,
+    draws: &[Draw<'_>],
+    mut drawn: Vec<Option<Result<Drawn, String>>>,
+) -> Vec<Result<Drawn, String>> {
+    let vocab = logits.size()[1];
     let rest: Vec<usize> = (0..draws.len()).filter(|&i| drawn[i].is_none()).collect();
     if !rest.is_empty() {
         let mut rows: Vec<i64> = rest.iter().map(|&i| draws[i].row as i64).collect();

@@ -399,7 +399,5 @@ fn draw_error(reason: String, live: &LiveRequest) -> EngineError {
 
 /// What a panic said.
 pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-    text.unwrap_or("a panic without a message").to_string()
+    crate::panic::message(panic).unwrap_or("a panic without a message").to_string()
 }

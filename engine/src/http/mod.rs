@@ -271,8 +271,7 @@ async fn no_method() -> ApiError {
 }
 
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    let text = crate::panic::message(&*panic).unwrap_or("no message");
     tracing::error!("a handler panicked: {text}");
     ApiError::internal("the server failed on this request; see its log").into_response()
 }

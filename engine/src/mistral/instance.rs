@@ -1,7 +1,10 @@
 //! One version of the weights in memory, and the thread of mistral.rs that serves it.
 
 use super::Options;
-use crate::model::loading::{Description, LoadError, describe};
+use crate::{
+    model::loading::{Description, LoadError, describe},
+    panic::message,
+};
 use mistralrs::{
     GgufModelBuilder, MistralRs, ModelBuilder, ModelCategory, NormalRequest,
     PagedAttentionMetaBuilder, Request, TextModelBuilder, TokenSource, UqffTextModelBuilder,
@@ -159,7 +162,5 @@ fn quantised_already(what: &str, options: &Options) -> Result<(), String> {
 
 /// What a panic said.
 fn text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-    format!("mistral.rs panicked: {}", text.unwrap_or("no message"))
+    format!("mistral.rs panicked: {}", message(panic).unwrap_or("no message"))
 }

@@ -48,29 +48,13 @@ pub fn golden(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error> {
     let got = answers.iter().flat_map(|answer| &answer.prompt_logprobs);
     let engine = Distance::of(got.map(|&logprob| f64::from(logprob)), want.iter().copied())?;
     served.shutdown();
-    let name = name(path);
+    let most = limits(place, path);
     Ok(vec![
-        Check::new(
-            format!("{name}: trainer's log-probs, mean distance"),
-            trainer.mean,
-            place.most(1e-4, 3e-2),
-        ),
-        Check::new(
-            format!("{name}: trainer's log-probs, largest"),
-            trainer.most,
-            place.most(1e-3, 3e-1),
-        ),
-        Check::new(format!("{name}: entropy, largest"), entropy.most, place.most(1e-3, 2e-1)),
-        Check::new(
-            format!("{name}: engine's log-probs, mean distance"),
-            engine.mean,
-            place.most(1e-4, 3e-2),
-        ),
-        Check::new(
-            format!("{name}: engine's log-probs, largest"),
-            engine.most,
-            place.most(1e-3, 3e-1),
-        ),
+        most("trainer's log-probs, mean distance", trainer.mean, 1e-4, 3e-2),
+        most("trainer's log-probs, largest", trainer.most, 1e-3, 3e-1),
+        most("entropy, largest", entropy.most, 1e-3, 2e-1),
+        most("engine's log-probs, mean distance", engine.mean, 1e-4, 3e-2),
+        most("engine's log-probs, largest", engine.most, 1e-3, 3e-1),
     ])
 }
 
@@ -92,14 +76,14 @@ pub fn engine(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error> {
         };
         ask(&served, vec![Request::new(prompt.clone(), params)])
     };
-    let name = name(path);
+    let most = limits(place, path);
     let mut checks = Vec::new();
     if place.placement.element_bytes() == 4 {
         let drawn = draw(0.0, 1, greedy.len())?;
         let same = drawn[0].samples[0].tokens.iter().zip(&greedy).filter(|(a, b)| a.id == **b);
         let (count, all) = (same.count() as f64, greedy.len() as f64);
         checks.push(Check::new(
-            format!("{name}: greedy tokens as transformers'"),
+            format!("{}: greedy tokens as transformers'", name(path)),
             count,
             Limit::Least(all),
         ));
@@ -117,21 +101,9 @@ pub fn engine(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error> {
     let (logprob, baseline) = (column(|s| s.logprob)?, column(|s| s.baseline)?);
     served.shutdown();
     checks.extend([
-        Check::new(
-            format!("{name}: engine against trainer, mean distance"),
-            logprob.mean,
-            place.most(1e-5, 3e-2),
-        ),
-        Check::new(
-            format!("{name}: engine against trainer, largest"),
-            logprob.most,
-            place.most(1e-4, 3e-1),
-        ),
-        Check::new(
-            format!("{name}: baselines, largest distance"),
-            baseline.most,
-            place.most(1e-4, 1e-1),
-        ),
+        most("engine against trainer, mean distance", logprob.mean, 1e-5, 3e-2),
+        most("engine against trainer, largest", logprob.most, 1e-4, 3e-1),
+        most("baselines, largest distance", baseline.most, 1e-4, 1e-1),
     ]);
     Ok(checks)
 }
@@ -154,6 +126,15 @@ impl Distance {
         let sum: f64 = off.iter().sum();
         let most = if sum.is_nan() { f64::NAN } else { off.iter().copied().fold(0.0, f64::max) };
         Ok(Self { mean: sum / off.len().max(1) as f64, most })
+    }
+}
+
+/// Makes checks of the model at `path`: what is measured, the number, and its limits in f32 and in
+/// narrower types.
+fn limits<'a>(place: &'a Place, path: &Path) -> impl Fn(&str, f64, f64, f64) -> Check + use<'a> {
+    let name = name(path);
+    move |what, number, wide, narrow| {
+        Check::new(format!("{name}: {what}"), number, place.most(wide, narrow))
     }
 }
 

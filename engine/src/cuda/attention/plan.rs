@@ -7,6 +7,7 @@ use crate::{
         plan::{Machine, Sizes, Work},
         source::ATTENDING_BLOCKS,
     },
+    device::upload,
     kernels::attention::Span,
 };
 use tch::{Device, Kind, Tensor};
@@ -199,11 +200,6 @@ impl PagedPlan {
     pub(super) fn tile_rows(&self) -> &Tensor {
         &self.tile_rows
     }
-}
-
-/// On the device, without waiting for what it does.
-fn upload(numbers: &[i32], device: Device) -> Tensor {
-    Tensor::from_slice(numbers).to_device_(device, Kind::Int, true, false)
 }
 
 /// All numbers of a plan, in the order of [`Capacity::parts`].

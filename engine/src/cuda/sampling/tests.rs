@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::{
+    device::sampling::completed,
     logits::{batch_stats, logprob_gradient},
     sampler::{Draw as OneDraw, stream_of},
 };
@@ -168,14 +169,14 @@ fn draws_of_all_kinds_in_one_step() {
         .into_iter()
         .map(|(row, params)| OneDraw { stream: 99, position: row, ..OneDraw::new(row, params) })
         .collect();
-    let got = sample(&logits, &draws).unwrap();
+    let got = completed(&logits, &draws, sample_some(&logits, &draws).unwrap());
     let want = sampler::sample(floats(&logits), 5000, &draws);
     for (i, (got, want)) in got.into_iter().zip(want).enumerate() {
         let (got, want) = (got.unwrap(), want.unwrap());
         assert_eq!((got.id, &got.top), (want.id, &want.top), "draw {i}");
         assert!(close(got.stats, want.stats), "{got:?} instead of {want:?}");
     }
-    let none = sample(&logits, &[]).unwrap();
+    let none = completed(&logits, &[], sample_some(&logits, &[]).unwrap());
     assert!(none.is_empty());
 }
 

@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn only_what_lies_below_a_root_is_admitted() {
         let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (root, other) = (inside.path().join("root"), outside.path());
+        let (root, other) = (inside.path().join("weights"), outside.path());
         let step = root.join("step_1");
         fs::create_dir_all(&step).unwrap();
         fs::write(step.join("model.safetensors"), "").unwrap();
@@ -123,11 +123,11 @@ mod tests {
         assert_eq!(status(&roots, &other.join("nothing")), 403);
         assert_eq!(status(&roots, &root.join("nothing")), 400);
         assert_eq!(status(&roots, &step.join("model.safetensors")), 400);
-        assert_eq!(status(&roots, &root.join("../root/step_1")), 400);
+        assert_eq!(status(&roots, &root.join("../weights/step_1")), 400);
         assert_eq!(status(&roots, Path::new("")), 400);
         assert_eq!(status(&roots, Path::new("src")), 403, "below the working directory");
         // A name that begins like the root's is another directory.
-        let twin = inside.path().join("root-2");
+        let twin = inside.path().join("weights-2");
         fs::create_dir(&twin).unwrap();
         assert_eq!(status(&roots, &twin), 403);
         assert!(Roots::new([root.join("nothing")]).is_err());

@@ -1,0 +1,23 @@
+//! What is left of a panic that was caught.
+
+use std::any::Any;
+
+/// What a panic said; none if that was no text.
+pub fn message(panic: &(dyn Any + Send)) -> Option<&str> {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::{catch_unwind, panic_any};
+
+    #[test]
+    fn texts_of_both_kinds_are_read() {
+        let caught = |work: fn()| catch_unwind(work).unwrap_err();
+        assert_eq!(message(&*caught(|| panic!("a bug"))), Some("a bug"));
+        assert_eq!(message(&*caught(|| panic!("bug {}", 2))), Some("bug 2"));
+        assert_eq!(message(&*caught(|| panic_any(3))), None);
+    }
+}
