@@ -2,10 +2,15 @@
 
 use std::any::Any;
 
-/// What a panic said; none if that was no text.
+/// What a panic said; none if that was no text. Of an error of libtorch's what went wrong, not where
+/// in its sources.
 pub fn message(panic: &(dyn Any + Send)) -> Option<&str> {
     let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied())
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied())?;
+    // Behind a panic of `Result::unwrap` the text is quoted, its line ends with it.
+    let traces = ["\nException raised from", "\\nException raised from", "\nframe #", "\\nframe #"];
+    let ends = traces.iter().filter_map(|trace| text.find(trace));
+    Some(&text[..ends.min().unwrap_or(text.len())])
 }
 
 #[cfg(test)]
@@ -19,5 +24,11 @@ mod tests {
         assert_eq!(message(&*caught(|| panic!("a bug"))), Some("a bug"));
         assert_eq!(message(&*caught(|| panic!("bug {}", 2))), Some("bug 2"));
         assert_eq!(message(&*caught(|| panic_any(3))), None);
+        let failed: fn() = || {
+            let error = "no memory\nException raised from malloc at a.cpp\nframe #0: f";
+            Err::<(), _>(error).unwrap();
+        };
+        let said = "called `Result::unwrap()` on an `Err` value: \"no memory";
+        assert_eq!(message(&*caught(failed)), Some(said));
     }
 }

@@ -2,10 +2,11 @@
 //! Each check is one number beside the most (or least) that it may be.
 //!
 //! # Layout
-//! - `numbers`: log-probs against those that transformers computed, and the engine's against the
+//! - `kernels`: the engine's operations, one by one. `numbers`: log-probs against those that transformers computed, and the engine's against the
 //!   trainer's. `training`: updates in place, checkpoints, twenty steps that learn. `memory`:
 //!   allocations that fail.
 
+mod kernels;
 mod memory;
 mod numbers;
 mod training;
@@ -128,11 +129,13 @@ pub fn run(arguments: &Arguments) -> Result<(), anyhow::Error> {
     let place = Place { keys, placement };
     let models = models(&arguments.golden)?;
     let mut checks = Vec::new();
+    attempt(&mut checks, "kernels", || kernels::equal_references(&place));
     for path in &models {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         attempt(&mut checks, &format!("{name}: log-probs"), || numbers::golden(&place, path));
         attempt(&mut checks, &format!("{name}: engine"), || numbers::engine(&place, path));
     }
+    attempt(&mut checks, "decode steps", || numbers::decoding(&place, &models[0]));
     attempt(&mut checks, "training", || training::learns(&place, &models[0]));
     attempt(&mut checks, "a checkpoint", || training::checkpoint(&place, &models[0]));
     attempt(&mut checks, "memory", || memory::failures(&place));

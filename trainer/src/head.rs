@@ -3,6 +3,7 @@
 //! are f32 where the weights are narrower.
 
 use onpolicy_engine::{
+    cuda::sampling as kernel,
     device::{is_native, stats},
     logits,
     model::decoder::Decoder,
@@ -33,40 +34,60 @@ impl Head {
 
     /// Logits of `hidden` (`[rows, hidden]`), and the statistics of the token `targets[i]` in row
     /// `i`, which are all that leaves a device.
-    pub fn forward(&self, hidden: &Tensor, targets: &[u32]) -> (Tensor, Vec<TokenStats>) {
+    pub fn forward(&self, hidden: &Tensor, targets: &[u32]) -> (Logits, Vec<TokenStats>) {
         let rows = linear::logits(hidden, &self.weight);
         let temperature = self.inverse_temperature;
-        let stats = match is_native(&rows) {
-            true => logits::batch_stats(floats(&rows), self.vocab, targets, temperature),
-            false => {
-                let ids = ids(targets, rows.device());
-                numbers(&stats::batch_stats(&rows, &ids, f64::from(temperature)))
-            }
-        };
-        (rows, stats)
+        if is_native(&rows) {
+            let stats = logits::batch_stats(floats(&rows), self.vocab, targets, temperature);
+            return (Logits { rows, sums: None }, stats);
+        }
+        let ids = ids(targets, rows.device());
+        if rows.device().is_cuda() {
+            let looked = kernel::stats(&rows, &ids, temperature);
+            let looked = looked.unwrap_or_else(|error| panic!("{error}"));
+            let stats = numbers(&looked.numbers.narrow(1, 1, 3));
+            return (Logits { rows, sums: Some(looked.sums) }, stats);
+        }
+        let stats = numbers(&stats::batch_stats(&rows, &ids, f64::from(temperature)));
+        (Logits { rows, sums: None }, stats)
     }
 
     /// Adds the gradient of `sum_i slopes[i] * ln p_i(targets[i])` to that of the weight, and
-    /// returns the gradient by `hidden`. `rows` are the logits of the forward pass.
-    pub fn backward(
-        &self,
-        mut rows: Tensor,
-        (targets, slopes): (&[u32], &[f32]),
-        hidden: &Tensor,
-    ) -> Tensor {
-        let temperature = self.inverse_temperature;
-        if is_native(&rows) {
-            let rows = floats_mut(&mut rows);
-            logits::logprob_gradient(rows, self.vocab, targets, slopes, temperature);
-        } else {
-            let ids = ids(targets, rows.device());
-            let slopes = Tensor::from_slice(slopes).to_device(rows.device()).to_kind(rows.kind());
-            stats::logprob_gradient(&mut rows, &ids, &slopes, f64::from(temperature));
-        }
+    /// returns the gradient by `hidden`.
+    pub fn backward(&self, logits: Logits, targets: (&[u32], &[f32]), hidden: &Tensor) -> Tensor {
+        let rows = self.by_logits(logits, targets);
         let by_hidden = input_gradient(&rows, &self.weight);
         accumulate_weight_gradient(&self.leaf, &rows, hidden);
         by_hidden
     }
+
+    /// The gradient by the logits, in the type of the weight.
+    fn by_logits(&self, logits: Logits, (targets, slopes): (&[u32], &[f32])) -> Tensor {
+        let (Logits { mut rows, sums }, temperature) = (logits, self.inverse_temperature);
+        if is_native(&rows) {
+            let values = floats_mut(&mut rows);
+            logits::logprob_gradient(values, self.vocab, targets, slopes, temperature);
+            return rows;
+        }
+        let ids = ids(targets, rows.device());
+        let slopes = Tensor::from_slice(slopes).to_device(rows.device());
+        match sums {
+            Some(sums) => kernel::gradient(&mut rows, &ids, &slopes, temperature, &sums)
+                .unwrap_or_else(|error| panic!("{error}")),
+            None => {
+                let slopes = slopes.to_kind(rows.kind());
+                stats::logprob_gradient(&mut rows, &ids, &slopes, f64::from(temperature));
+            }
+        }
+        rows.to_kind(self.weight.kind())
+    }
+}
+
+/// Logits, `[rows, vocab]`, between the passes.
+pub struct Logits {
+    rows: Tensor,
+    /// What the kernels of a CUDA device know of each row.
+    sums: Option<Tensor>,
 }
 
 /// Token ids, i64, on a device.

@@ -12,10 +12,13 @@ use onpolicy_engine::{
     torch::{TorchError, autograd::backward},
 };
 use onpolicy_plugin_api::TokenStats;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-/// Rows of the head that exist at a time; `[rows, vocabulary]` is the largest tensor made.
-pub const HEAD_ROWS: usize = 256;
+/// Rows of the head that exist at a time; `[rows, vocabulary]` is the largest tensor made. A GPU takes
+/// more of them, because every chunk adds to the whole of the head's gradient.
+pub fn head_rows(device: Device) -> usize {
+    if device.is_cuda() { 1024 } else { 256 }
+}
 
 /// The clipped objective of PPO (arXiv 1707.06347) with dual clip (arXiv 1912.09729).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -195,8 +198,9 @@ fn head_gradient(
     let hidden = rows.detach();
     let by_hidden = hidden.empty_like();
     let head = Head::new(decoder, settings.temperature);
-    for start in (0..micro.targets.len()).step_by(HEAD_ROWS) {
-        let len = HEAD_ROWS.min(micro.targets.len() - start);
+    let most = head_rows(rows.device());
+    for start in (0..micro.targets.len()).step_by(most) {
+        let len = most.min(micro.targets.len() - start);
         let targets = &micro.targets[start..start + len];
         let [chunk, mut gradient] =
             [&hidden, &by_hidden].map(|all| all.narrow(0, start as i64, len as i64));
@@ -215,9 +219,10 @@ pub fn token_stats(decoder: &Decoder, micro: &MicroBatch, temperature: f32) -> V
         let tokens = micro.pack.tokens();
         let hidden = predicting_rows(decoder, micro, decoder.embed(&tokens));
         let head = Head::new(decoder, temperature);
-        let chunks = micro.targets.chunks(HEAD_ROWS).enumerate();
+        let most = head_rows(hidden.device());
+        let chunks = micro.targets.chunks(most).enumerate();
         let stats = chunks.flat_map(|(number, targets)| {
-            let start = (number * HEAD_ROWS) as i64;
+            let start = (number * most) as i64;
             head.forward(&hidden.narrow(0, start, targets.len() as i64), targets).1
         });
         stats.collect()

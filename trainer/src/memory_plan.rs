@@ -6,7 +6,7 @@ mod sizes;
 use crate::{
     config::{Config, EngineKind, Mode},
     error::TrainError,
-    loss::HEAD_ROWS,
+    loss::head_rows,
 };
 use onpolicy_engine::{
     block_manager::BLOCK_SIZE, device::Placement, kv_cache::KvCache, model::config::ModelConfig,
@@ -21,8 +21,11 @@ pub const HOST_KV: usize = 1 << 30;
 const CONTEXT: usize = 1 << 30;
 /// Share of a device that is left to the allocator, whose pieces do not fit without gaps.
 pub const SLACK: f64 = 0.05;
-/// Tensors of `[rows, vocabulary]` in f32 that statistics and gradients hold at once.
+/// Tensors of `[rows, vocabulary]` in f32 that statistics and gradients hold at once, in libtorch's
+/// operations.
 const WIDE_LOGITS: usize = 8;
+/// The same with kernels of our own: the logits themselves, and their narrow copy or some chosen rows.
+const KERNELS_LOGITS: usize = 2;
 
 /// What a plan is made for.
 #[derive(Debug, Clone, Copy)]
@@ -156,7 +159,7 @@ impl Subject<'_> {
             ("AdamW moments", 2 * weights),
             ("activations", rows * kept * float),
             ("their gradients", rows * sizes::gradient_numbers(model) * float),
-            ("output head", HEAD_ROWS * (model.vocab_size + 2 * model.hidden_size) * float),
+            ("output head", self.head_rows() * (model.vocab_size + 2 * model.hidden_size) * float),
             ("weights on their way", self.underway(weights)),
             (REST, self.others),
         ])
@@ -194,12 +197,17 @@ impl Subject<'_> {
     /// made at the same time.
     fn logits(&self) -> usize {
         let Config { rollout, engine, train, .. } = self.config;
-        let of = |rows: usize| rows * self.model.vocab_size * size_of::<f32>() * WIDE_LOGITS;
+        let wide = if self.placement.device.is_cuda() { KERNELS_LOGITS } else { WIDE_LOGITS };
+        let of = |rows: usize| rows * self.model.vocab_size * size_of::<f32>() * wide;
         let drawn = (self.prompts.len() * rollout.group_size).min(engine.max_num_seqs);
         match train.mode {
-            Mode::Overlapped => of(HEAD_ROWS) + of(drawn),
-            Mode::Online | Mode::Batch => of(HEAD_ROWS).max(of(drawn)),
+            Mode::Overlapped => of(self.head_rows()) + of(drawn),
+            Mode::Online | Mode::Batch => of(self.head_rows()).max(of(drawn)),
         }
+    }
+
+    fn head_rows(&self) -> usize {
+        head_rows(self.placement.device)
     }
 
     /// Two versions lie there, and a third while it is written.

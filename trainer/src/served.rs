@@ -212,5 +212,6 @@ fn engine_config(config: &Config) -> EngineConfig {
         on_update: engine.on_update,
         profile: engine.profile,
         serve_dtype: engine.serve_dtype,
+        enforce_eager: engine.enforce_eager,
     }
 }

@@ -30,6 +30,7 @@ struct Attend {
     values: *const c_void,
     out: *mut c_void,
     tables: *const i32,
+    table_width: *const i32,
     row_span: *const i32,
     row_position: *const i32,
     row_pieces: *const i32,
@@ -40,7 +41,6 @@ struct Attend {
     rows: i32,
     heads: i32,
     kv_heads: i32,
-    table_width: i32,
     window: i32,
     scale: f32,
 }
@@ -79,7 +79,7 @@ pub fn write_kv(
 pub fn attend(paged: &Paged<'_, PagedPlan>) -> Result<Tensor, CudaError> {
     let Paged { q, k_pages, v_pages, plan, .. } = *paged;
     let pages = Pages::of(k_pages, v_pages)?;
-    let device = device_of(&[q, k_pages, v_pages, &plan.block_table])?;
+    let device = device_of(&[q, k_pages, v_pages, &plan.row_span])?;
     let heads = check(paged, &pages)?;
     let (rows, kind) = (plan.rows(), q.kind());
     let shape = [rows as i64, (heads * pages.head_dim) as i64];
@@ -162,7 +162,8 @@ fn argument(
         keys: paged.k_pages.data_ptr(),
         values: paged.v_pages.data_ptr(),
         out: out.data_ptr(),
-        tables: ints(&plan.block_table),
+        tables: ints(plan.block_tables()),
+        table_width: ints(plan.table_width()),
         row_span: ints(&plan.row_span),
         row_position: ints(&plan.row_position),
         row_pieces: ints(plan.row_pieces()),
@@ -173,7 +174,6 @@ fn argument(
         rows: plan.rows() as i32,
         heads: heads as i32,
         kv_heads: pages.kv_heads as i32,
-        table_width: plan.block_table.size()[1] as i32,
         window: paged.window.map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX)),
         scale: (paged.scale * std::f64::consts::LOG2_E) as f32,
     }

@@ -7,10 +7,11 @@
 //! - [`placement`]: device and type of a model's tensors, out of a configuration.
 //! - [`varlen`]: causal attention of rows that belong to sequences of different lengths.
 //! - [`attention`]: attention over pages. [`plan`]: which rows of a step read which pages.
-//! - [`pages`]: the pages of all layers.
+//! - [`pages`]: the pages of all layers. [`graphs`]: decode steps that are recorded.
 //! - [`stats`]: log-prob, entropy and baseline of rows of logits. [`sampling`]: draws from them.
 
 pub mod attention;
+pub mod graphs;
 pub mod pages;
 pub mod placement;
 pub mod plan;

@@ -6,10 +6,10 @@ use super::{
     varlen::{Varlen, varlen_attention},
 };
 use crate::{
-    cuda::{attention as kernel, plan::Machine},
+    cuda::{CudaError, attention as kernel, plan::Machine},
     kernels::attention::Span,
 };
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The rows of a step, as the host gathers them; one for each token.
 #[derive(Debug, Default)]
@@ -24,6 +24,18 @@ pub struct StepRows<'a> {
     pub spans: Vec<Span<'a>>,
     /// Rows that tokens are drawn from.
     pub sampled: Vec<i64>,
+}
+
+impl StepRows<'_> {
+    /// Whether every sequence has one row, all before it in the pages, and draws a token.
+    pub fn is_decode(&self) -> bool {
+        let decodes = |span: &Span<'_>| span.rows.len() == 1 && span.first_position > 0;
+        self.sampled.len() == self.tokens.len() && self.spans.iter().all(decodes)
+    }
+
+    fn slots(&self) -> Vec<i64> {
+        self.slots.iter().map(|&slot| i64::from(slot)).collect()
+    }
 }
 
 /// The same on a device.
@@ -54,7 +66,7 @@ impl StepPlan {
     /// Brings the rows to `device`; attention is by kernels of our own if `machine` is given, which
     /// says for what device and heads.
     pub fn new(rows: &StepRows<'_>, device: Device, machine: Option<Machine>) -> Self {
-        let slots: Vec<i64> = rows.slots.iter().map(|&slot| i64::from(slot)).collect();
+        let slots = rows.slots();
         // The kernels' plan has slots of its own.
         let sent = if machine.is_some() { &[][..] } else { &slots };
         let numbers = rows.tokens.iter().chain(&rows.positions).chain(&rows.sampled).chain(sent);
@@ -80,6 +92,36 @@ impl StepPlan {
             },
             prompts: begins.then(prompts),
         }
+    }
+
+    /// A plan for kernels of our own without rows, with room for some: for graphs. Tokens are drawn
+    /// from none of them.
+    pub fn with_capacity(capacity: kernel::Capacity, machine: Machine, device: Device) -> Self {
+        let numbers = Tensor::zeros([2, capacity.rows as i64], (Kind::Int64, device));
+        let plan = kernel::PagedPlan::with_capacity(capacity, machine, device);
+        Self {
+            tokens: numbers.get(0),
+            positions: numbers.get(1),
+            sampled: numbers.flatten(0, 1).narrow(0, 0, 0),
+            paged: Paging::Kernels(plan),
+            prompts: None,
+        }
+    }
+
+    /// Overwrites a plan that was made with room for these rows, where it lies. Rows beyond them are
+    /// not in use.
+    ///
+    /// # Errors
+    /// If there is no room, or the plan was made for other rows.
+    pub fn refill(&mut self, rows: &StepRows<'_>) -> Result<(), CudaError> {
+        let Paging::Kernels(plan) = &mut self.paged else {
+            return Err(CudaError::Unsupported("a plan that is not the kernels'".into()));
+        };
+        plan.refill(&rows.spans, &rows.slots())?;
+        for (values, own) in [(&rows.tokens, &self.tokens), (&rows.positions, &self.positions)] {
+            own.narrow(0, 0, values.len() as i64).copy_(&upload(values, own.device()));
+        }
+        Ok(())
     }
 
     /// Writes K and V of one layer to their slots, and attends with scale `1 / sqrt(head_dim)`: `q`

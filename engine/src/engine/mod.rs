@@ -69,6 +69,9 @@ pub struct EngineConfig {
     pub profile: bool,
     /// The type that linear layers and the head are served in.
     pub serve_dtype: ServeDtype,
+    /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
+    /// graphs.
+    pub enforce_eager: bool,
 }
 
 impl Default for EngineConfig {
@@ -83,6 +86,7 @@ impl Default for EngineConfig {
             on_update: OnUpdate::Keep,
             profile: false,
             serve_dtype: ServeDtype::F32,
+            enforce_eager: false,
         }
     }
 }
@@ -179,6 +183,8 @@ pub struct EngineStats {
     pub prefix_hits: u64,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_queries: u64,
+    /// Decode steps that ran as a recorded graph of a CUDA device.
+    pub graph_steps: u64,
     /// Bytes of the copies that are served in a narrow type.
     pub copied_bytes: usize,
     /// How long the last update took to make them anew.
@@ -267,6 +273,7 @@ impl EngineHandle {
         let (commands, inbox) = mpsc::channel();
         let worker_shared = shared.clone();
         let blocks = limits.num_blocks;
+        let recorded = if config.enforce_eager { 0 } else { limits.max_model_len };
         let model_config = model.config.clone();
         let thread = std::thread::Builder::new()
             .name("engine".into())
@@ -275,7 +282,7 @@ impl EngineHandle {
                     profile::start();
                 }
                 let weights = (&model.weights, dtype);
-                let runner = runner::Runner::new(&model.config, weights, (pages, blocks));
+                let runner = runner::Runner::new(&model.config, weights, (pages, blocks), recorded);
                 Worker::new(runner, scheduler, worker_shared, config.on_update).run(&inbox);
             })
             .map_err(|error| EngineError::Internal(format!("no thread: {error}")))?;

@@ -5,6 +5,7 @@ use crate::{
     cuda::{attention::fits, plan::Machine},
     device::{
         self, Placement, download,
+        graphs::DecodeGraphs,
         pages::DevicePages,
         plan::{StepPlan, StepRows},
         sampling, stats,
@@ -44,6 +45,8 @@ pub struct Runner {
     pages: Pages,
     /// For kernels of our own, where there are some for this device and model.
     machine: Option<Machine>,
+    /// Decode steps that are recorded, where the machine has kernels.
+    graphs: Option<DecodeGraphs>,
     eos_token_ids: Vec<u32>,
     copied_bytes: usize,
 }
@@ -62,20 +65,25 @@ pub struct StepOutput {
     hidden: Tensor,
     /// First row of each chunk.
     first_rows: Vec<usize>,
-    /// Rows that tokens are drawn from, i64.
-    sampled: Tensor,
+    /// Rows that tokens are drawn from, i64; none if it is all of them.
+    sampled: Option<Tensor>,
 }
 
 impl Runner {
     /// A runner over handles to `weights`, which serves them as `dtype`, with `num_blocks` blocks
-    /// of KV: those of `pages`, unless the weights are native.
+    /// of KV: those of `pages`, unless the weights are native. On a CUDA device decode steps of
+    /// sequences of up to `recorded` tokens are recorded as graphs; none are if that is 0.
     pub fn new(
         config: &ModelConfig,
         (weights, dtype): (&Weights, ServeDtype),
         (pages, num_blocks): (Option<DevicePages>, usize),
+        recorded: usize,
     ) -> Self {
         let mut decoder = Decoder::serving(config, weights, dtype);
+        let device = decoder.placement().device;
         let machine = machine(config, decoder.placement());
+        let blocks = recorded.div_ceil(BLOCK_SIZE).min(num_blocks);
+        let graphs = machine.filter(|_| blocks > 0);
         let storages = || Storages::of(weights.iter().map(|(_, tensor)| tensor));
         Self {
             copied_bytes: decoder.copied_bytes(),
@@ -86,6 +94,7 @@ impl Runner {
                 None => Pages::Native(KvCache::new(config, num_blocks)),
             },
             machine,
+            graphs: graphs.map(|machine| DecodeGraphs::new(device, machine, blocks)),
             eos_token_ids: config.eos_token_ids.clone(),
         }
     }
@@ -98,6 +107,11 @@ impl Runner {
     /// Bytes of the weights' copies in a narrow type; 0 where f32 is served.
     pub fn copied_bytes(&self) -> usize {
         self.copied_bytes
+    }
+
+    /// Decode steps that ran as a recorded graph.
+    pub fn graph_steps(&self) -> u64 {
+        self.graphs.as_ref().map_or(0, DecodeGraphs::runs)
     }
 
     /// Makes those copies anew, out of the weights as they are now; says how long it took: no time
@@ -141,6 +155,8 @@ impl Runner {
     /// Gives the memory of all pages back to the system; false if it does not take it.
     pub fn give_back_pages(&mut self) -> bool {
         let device = self.decoder.placement().device;
+        // They read and write where the pages are now.
+        self.graphs.iter_mut().for_each(DecodeGraphs::clear);
         match &mut self.pages {
             Pages::Native(cache) => cache.give_back(),
             Pages::OnDevice(pages, _) => {
@@ -189,7 +205,7 @@ impl Runner {
                 for &(from, to) in &step.copies {
                     cache.copy(from, to);
                 }
-                let sampled = Tensor::from_slice(&rows.sampled);
+                let sampled = Some(Tensor::from_slice(&rows.sampled));
                 let [tokens, positions] =
                     [&rows.tokens, &rows.positions].map(|x| Tensor::from_slice(x));
                 let batch = PagedBatch { cache, spans: rows.spans, slots: rows.slots };
@@ -199,11 +215,17 @@ impl Runner {
             }
             Pages::OnDevice(pages, _) => {
                 pages.copy(&step.copies);
+                let graphs = self.graphs.as_mut();
+                let recorded = graphs.and_then(|g| g.hidden(&rows, &self.decoder, pages));
+                // Every row of a decode step is drawn from.
+                if let Some(hidden) = recorded {
+                    return StepOutput { hidden, first_rows, sampled: None };
+                }
                 let device = self.decoder.placement().device;
                 let plan = StepPlan::new(&rows, device, self.machine);
                 let attention = &mut Attention::OnDevice(DeviceBatch { pages, plan: &plan });
                 let hidden = self.decoder.hidden(&plan.tokens, &plan.positions, attention);
-                StepOutput { hidden, first_rows, sampled: plan.sampled }
+                StepOutput { hidden, first_rows, sampled: Some(plan.sampled) }
             }
         }
     }
@@ -211,7 +233,10 @@ impl Runner {
     /// Draws tokens; the rows of `draws` are the last ones of the chunks that sample, in the step's
     /// order.
     pub fn sample(&self, output: &StepOutput, draws: &[Draw]) -> Vec<Result<Drawn, String>> {
-        let hidden = output.hidden.index_select(0, &output.sampled);
+        let hidden = match &output.sampled {
+            Some(rows) => output.hidden.index_select(0, rows),
+            None => output.hidden.shallow_clone(),
+        };
         if let Pages::OnDevice(..) = &self.pages {
             return sampling::sample(&self.decoder.logits(&hidden), draws);
         }

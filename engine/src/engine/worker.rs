@@ -366,6 +366,7 @@ impl Worker {
             preemptions: counters.preemptions,
             prefix_hits: counters.prefix_hits,
             prefix_queries: counters.prefix_queries,
+            graph_steps: self.runner.graph_steps(),
             copied_bytes: self.runner.copied_bytes(),
             refresh: self.refresh,
         }
@@ -380,6 +381,7 @@ impl Worker {
         metrics::gauge!("onpolicy_kv_blocks_used").set(stats.blocks_used as f64);
         metrics::gauge!("onpolicy_kv_blocks_total").set(stats.blocks_total as f64);
         metrics::gauge!("onpolicy_weight_copies_bytes").set(stats.copied_bytes as f64);
+        metrics::counter!("onpolicy_graph_steps_total").absolute(stats.graph_steps);
         metrics::counter!("onpolicy_preemptions_total").absolute(stats.preemptions);
         metrics::counter!("onpolicy_prefix_cache_hit_tokens_total").absolute(stats.prefix_hits);
         metrics::counter!("onpolicy_prefix_cache_query_tokens_total")

@@ -1,5 +1,6 @@
 //! The decoder's operations, with gradients where they are recorded: kernels of our own behind
-//! tensors of f32 on the CPU, libtorch's operations for all others ([`crate::device`]).
+//! tensors of f32 on the CPU, and where nothing is recorded on a CUDA device ([`crate::cuda`]);
+//! libtorch's operations for all others ([`crate::device`]).
 
 pub mod embedding;
 pub mod linear;
@@ -10,10 +11,26 @@ pub mod swiglu;
 #[cfg(test)]
 mod testing;
 
-use crate::torch::autograd::recording;
+use crate::{cuda::CudaError, torch::autograd::recording};
 use tch::Tensor;
 
 /// True if a function of these inputs needs a graph.
 fn may_record(inputs: &[&Tensor]) -> bool {
     recording() && inputs.iter().any(|input| input.requires_grad())
+}
+
+/// What a kernel of our own makes of these inputs; none if they are not on a CUDA device, need a graph,
+/// or are not for the kernel.
+///
+/// # Panics
+/// If the kernel cannot be launched.
+fn on_cuda<T>(inputs: &[&Tensor], kernel: impl FnOnce() -> Result<T, CudaError>) -> Option<T> {
+    if !inputs[0].device().is_cuda() || may_record(inputs) {
+        return None;
+    }
+    match kernel() {
+        Ok(made) => Some(made),
+        Err(CudaError::Unsupported(_)) => None,
+        Err(error) => panic!("{error}"),
+    }
 }

@@ -1,7 +1,8 @@
 //! Root-mean-square norm over the last axis.
 
-use super::may_record;
+use super::{may_record, on_cuda};
 use crate::{
+    cuda::elementwise as cuda,
     device::is_native,
     kernels::elementwise::norm::{RmsNorm as Kernel, add_norm},
     torch::{
@@ -19,7 +20,8 @@ use tch::Tensor;
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     assert_eq!(x.size().last(), Some(&(weight.numel() as i64)), "rows as long as the weight");
     if !is_native(x) {
-        return x.rms_norm(weight.size(), Some(weight), eps);
+        let made = on_cuda(&[x, weight], || cuda::rms_norm(x, weight, eps));
+        return made.unwrap_or_else(|| x.rms_norm(weight.size(), Some(weight), eps));
     }
     let (norm, x, weight) = (RmsNorm { eps }, x.contiguous(), weight.contiguous());
     if !may_record(&[&x, &weight]) {
@@ -35,6 +37,9 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
 /// As [`rms_norm`]; or if `y` has another shape than `x`.
 pub fn add_rms_norm(x: &Tensor, y: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     assert_eq!(x.size(), y.size(), "a sum of equal shapes");
+    if let Some(made) = on_cuda(&[x, y, weight], || cuda::add_rms_norm(x, y, weight, eps)) {
+        return made;
+    }
     if !is_native(x) || may_record(&[x, y, weight]) {
         let sum = x + y;
         let normed = rms_norm(&sum, weight, eps);

@@ -1,7 +1,8 @@
 //! Rotary position embedding, applied.
 
-use super::may_record;
+use super::{may_record, on_cuda};
 use crate::{
+    cuda::elementwise as cuda,
     device::{is_native, wide},
     kernels::elementwise::rotary::Rotary,
     torch::{
@@ -26,7 +27,8 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
         );
     }
     if !is_native(x) {
-        return turn(x, cos, sin);
+        let made = on_cuda(&[x, cos, sin], || cuda::rotate(x, cos, sin));
+        return made.unwrap_or_else(|| turn(x, cos, sin));
     }
     let (x, cos, sin) = (x.contiguous(), cos.contiguous(), sin.contiguous());
     if !may_record(&[&x]) {

@@ -1,7 +1,8 @@
 //! The gate of the MLP.
 
-use super::may_record;
+use super::{may_record, on_cuda};
 use crate::{
+    cuda::elementwise as cuda,
     device::is_native,
     kernels::elementwise::gate::SwiGlu as Kernel,
     torch::{
@@ -18,7 +19,7 @@ use tch::Tensor;
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     assert_eq!(gate.size(), up.size(), "gate and up of one shape");
     if !is_native(gate) {
-        return gate.silu() * up;
+        return on_cuda(&[gate, up], || cuda::swiglu(gate, up)).unwrap_or_else(|| gate.silu() * up);
     }
     let (gate, up) = (gate.contiguous(), up.contiguous());
     if !may_record(&[&gate, &up]) {

@@ -10,6 +10,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <utility>
 
 namespace {
@@ -51,6 +53,18 @@ c10::Device device(int64_t index) {
   return c10::Device(CUDA, static_cast<c10::DeviceIndex>(index));
 }
 
+// One stream of the pool for each device: libraries keep a workspace for every stream they have seen.
+c10::Stream side_stream(const c10::impl::VirtualGuardImpl &guard, int64_t index) {
+  static std::mutex mutex;
+  static std::map<int64_t, c10::Stream> streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto known = streams.find(index);
+  if (known == streams.end()) {
+    known = streams.emplace(index, guard.getStreamFromGlobalPool(device(index), false)).first;
+  }
+  return known->second;
+}
+
 // `function` of libtorch_cuda, by its mangled name.
 template <typename F> F *named(const char *name) {
   void *symbol = dlsym(RTLD_DEFAULT, name);
@@ -78,12 +92,12 @@ char *op_stream(int64_t index, void **handle) {
   });
 }
 
-// Makes a stream of the pool the current one; `before` identifies the one that was.
+// Makes the device's side stream the current one; `before` identifies the one that was.
 char *op_side_stream(int64_t index, int64_t *before) {
   return guarded([&] {
     const auto guard = streams();
     guard.synchronizeDevice(static_cast<c10::DeviceIndex>(index));
-    *before = guard.exchangeStream(guard.getStreamFromGlobalPool(device(index), false)).id();
+    *before = guard.exchangeStream(side_stream(guard, index)).id();
   });
 }
 

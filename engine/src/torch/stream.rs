@@ -23,7 +23,7 @@ pub fn synchronize(index: usize) -> Result<(), TorchError> {
     check(unsafe { op_synchronize(index as i64) })
 }
 
-/// A stream of libtorch's pool, which is this thread's current one until it is dropped. All before
+/// A stream of libtorch's pool, the same for all, which is this thread's current one until it is dropped. All before
 /// has been done when it begins, and all of it when it ends.
 #[derive(Debug)]
 pub struct SideStream {

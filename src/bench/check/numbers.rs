@@ -1,13 +1,13 @@
 //! Log-probs: against transformers', and the engine's against the trainer's.
 
-use super::{Check, Limit, Place};
+use super::{super::shapes::Shape, Check, Limit, Place};
 use anyhow::{Context, ensure};
 use onpolicy_engine::{
     collect::{Samples, collect},
     model::loading::load_to,
     sampler::stream_of,
 };
-use onpolicy_plugin_api::{Request, SamplingParams, TokenStats};
+use onpolicy_plugin_api::{Engine, Memory, Request, SamplingParams, Sleep, TokenStats};
 use onpolicy_trainer::{
     batch::{TrainBatch, TrainGroup, TrainSample},
     entropy::KeepAll,
@@ -89,22 +89,101 @@ pub fn engine(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error> {
         ));
     }
     let drawn = draw(1.0, SAMPLES, TOKENS)?;
-    let samples = &drawn[0].samples;
-    let ids: Vec<Vec<u32>> =
-        samples.iter().map(|sample| sample.tokens.iter().map(|token| token.id).collect()).collect();
-    let own = trained(&served, ids.iter().map(|ids| (&prompt[..], &ids[..])).collect());
-    let told = samples.iter().flat_map(|sample| &sample.tokens).map(|token| token.stats);
-    let column = |of: fn(&TokenStats) -> f32| {
-        let own = own.iter().map(move |stats| f64::from(of(stats)));
-        Distance::of(told.clone().map(move |stats| f64::from(of(&stats))), own)
-    };
-    let (logprob, baseline) = (column(|s| s.logprob)?, column(|s| s.baseline)?);
+    let [logprob, baseline] = against_trainer(&served, &[prompt.clone()], &drawn)?;
     served.shutdown();
     checks.extend([
         most("engine against trainer, mean distance", logprob.mean, 1e-5, 3e-2),
         most("engine against trainer, largest", logprob.most, 1e-4, 3e-1),
         most("baselines, largest distance", baseline.most, 1e-4, 1e-1),
     ]);
+    Ok(checks)
+}
+
+/// Log-probs and baselines of samples: what the engine said of them, and what the trainer says.
+fn against_trainer(
+    served: &Served,
+    prompts: &[Vec<u32>],
+    drawn: &[Samples],
+) -> Result<[Distance; 2], anyhow::Error> {
+    let ids = |samples: &Samples| -> Vec<Vec<u32>> {
+        let tokens = samples.samples.iter().map(|sample| sample.tokens.iter());
+        tokens.map(|tokens| tokens.map(|token| token.id).collect()).collect()
+    };
+    let ids: Vec<Vec<Vec<u32>>> = drawn.iter().map(ids).collect();
+    let sequences = prompts.iter().zip(&ids);
+    let sequences =
+        sequences.flat_map(|(prompt, ids)| ids.iter().map(|ids| (&prompt[..], &ids[..])));
+    let own = trained(served, sequences.collect());
+    let samples = drawn.iter().flat_map(|drawn| &drawn.samples);
+    let told: Vec<TokenStats> =
+        samples.flat_map(|sample| &sample.tokens).map(|token| token.stats).collect();
+    let column = |of: fn(&TokenStats) -> f32| {
+        let numbers = |stats: &[TokenStats]| -> Vec<f64> {
+            stats.iter().map(|stats| f64::from(of(stats))).collect()
+        };
+        Distance::of(numbers(&told).into_iter(), numbers(&own).into_iter())
+    };
+    Ok([column(|s| s.logprob)?, column(|s| s.baseline)?])
+}
+
+/// Decode steps of batches of changing sizes, which a CUDA device runs as recorded graphs: before and
+/// after an update of the weights in place, and after the pages were given back and taken again.
+/// Random weights in a shape whose heads the kernels take; the tokenizer is that of the model at `path`.
+pub fn decoding(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error> {
+    let config = place.config(path, &["engine.max_model_len=512"])?;
+    let shape = Shape::parse("tiny").map_err(anyhow::Error::msg)?;
+    let model = shape.random(&config.model.path, place.placement)?;
+    let served = Served::over(model, &config, None)?;
+    let engine = served.native().context("the native engine")?.clone();
+    let prompts: Vec<Vec<u32>> =
+        [3u32, 90, 200].iter().map(|&len| (0..len).map(|i| 7 * i % 500).collect()).collect();
+    let mut checks = Vec::new();
+    for what in ["as loaded", "updated", "woken up"] {
+        match what {
+            "updated" => {
+                let weights = served.weights.share();
+                engine.update(move || {
+                    tch::no_grad(|| {
+                        for (_, tensor) in weights.iter() {
+                            let _ = tensor.shallow_clone().g_mul_scalar_(1.5);
+                        }
+                    });
+                    Ok(())
+                })?;
+            }
+            "woken up" => {
+                engine.sleep(Sleep::KvCache)?;
+                engine.wake_up(&[Memory::KvCache])?;
+            }
+            _ => {}
+        }
+        // Samples that end one after the other, in batches of up to eighteen.
+        let requests = prompts.iter().enumerate().map(|(index, prompt)| {
+            let params = SamplingParams {
+                n: 6,
+                temperature: 1.0,
+                max_tokens: 20 + 15 * index,
+                ignore_eos: true,
+                seed: Some(stream_of(4, index)),
+                ..Default::default()
+            };
+            Request::new(prompt.clone(), params)
+        });
+        let drawn = ask(&served, requests.collect())?;
+        let [logprob, _] = against_trainer(&served, &prompts, &drawn)?;
+        let name = |which: &str| format!("decode steps, {what}: engine against trainer, {which}");
+        checks.extend([
+            Check::new(name("mean"), logprob.mean, place.most(1e-5, 3e-2)),
+            Check::new(name("largest"), logprob.most, place.most(1e-4, 3e-1)),
+        ]);
+    }
+    let stats = engine.stats()?;
+    served.shutdown();
+    // The first step of each size is not a graph's.
+    let least = if place.placement.device.is_cuda() { 100.0 } else { 0.0 };
+    let graphs =
+        Check::new("decode steps: recorded", stats.graph_steps as f64, Limit::Least(least));
+    checks.push(Check { note: format!("of {} steps", stats.steps), ..graphs });
     Ok(checks)
 }
 

@@ -96,6 +96,7 @@ impl Engine {
         let checks = [
             ("serve_dtype", self.serve_dtype == ServeDtype::F32),
             ("profile", !self.profile),
+            ("enforce_eager", !self.enforce_eager),
             ("on_update", self.on_update == OnUpdate::Keep),
             ("prefix_cache", self.prefix_cache),
             ("max_batched_tokens", self.max_batched_tokens == default.max_batched_tokens),

@@ -73,6 +73,9 @@ pub struct Engine {
     pub profile: bool,
     /// Type that the linear layers and the head are served in.
     pub serve_dtype: ServeDtype,
+    /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
+    /// graphs.
+    pub enforce_eager: bool,
     /// With `remote`: how the servers are spoken to.
     #[serde(skip_serializing_if = "is_default")]
     pub remote: RemoteOptions,
@@ -100,6 +103,7 @@ impl Default for Engine {
             on_update: OnUpdate::Keep,
             profile: false,
             serve_dtype: ServeDtype::F32,
+            enforce_eager: false,
             remote: RemoteOptions::default(),
             options: Map::new(),
         }

@@ -20,9 +20,7 @@ const TILE: usize = 6;
 pub struct Capacity {
     /// Rows of the batch.
     pub rows: usize,
-    /// Spans.
-    pub spans: usize,
-    /// Blocks of a span.
+    /// Blocks of all spans, if each had as many as the longest.
     pub blocks: usize,
     /// Tiles and pieces.
     pub sizes: Sizes,
@@ -31,19 +29,22 @@ pub struct Capacity {
 impl Capacity {
     /// For any step of up to `rows` sequences with one row and up to `blocks` blocks each.
     pub fn of_decode(rows: usize, blocks: usize, machine: &Machine) -> Self {
-        Self { rows, spans: rows, blocks, sizes: machine.most_of_decode(rows) }
+        Self { rows, blocks: rows * blocks, sizes: machine.most_of_decode(rows) }
     }
 
     /// Just what a step needs.
     fn of(spans: &[Span], work: &Work) -> Self {
-        let blocks = spans.iter().map(|span| span.blocks.len()).max().unwrap_or(0);
-        Self { rows: work.pieces.len(), spans: spans.len(), blocks, sizes: work.sizes() }
+        let blocks = spans.len() * width(spans);
+        Self { rows: work.pieces.len(), blocks, sizes: work.sizes() }
+    }
+
+    fn len(&self) -> usize {
+        self.parts().iter().sum()
     }
 
     fn holds(&self, other: &Self) -> bool {
         let pairs = [
             (self.rows, other.rows),
-            (self.spans, other.spans),
             (self.blocks, other.blocks),
             (self.sizes.tiles, other.sizes.tiles),
             (self.sizes.tile_rows, other.sizes.tile_rows),
@@ -52,13 +53,19 @@ impl Capacity {
         pairs.iter().all(|(own, others)| own >= others)
     }
 
-    /// Lengths of the plan's parts, in i32: slots (two each), block tables, spans and positions of
-    /// rows, where the pieces of rows begin, tiles, rows of tiles.
-    fn parts(&self) -> [usize; 7] {
+    /// Lengths of the plan's parts, in i32: slots (two each), width of the block tables, spans and
+    /// positions of rows, where the pieces of rows begin, tiles, rows of tiles, block tables. These are
+    /// the last, because a step seldom fills them: only what it needs is sent.
+    fn parts(&self) -> [usize; 8] {
         let Sizes { tiles, tile_rows, .. } = self.sizes;
-        let table = self.spans * self.blocks;
-        [2 * self.rows, table, self.rows, self.rows, self.rows + 1, tiles * TILE, tile_rows]
+        let rows = self.rows;
+        [2 * rows, 1, rows, rows, rows + 1, tiles * TILE, tile_rows, self.blocks]
     }
+}
+
+/// Blocks of the span that has the most.
+fn width(spans: &[Span]) -> usize {
+    spans.iter().map(|span| span.blocks.len()).max().unwrap_or(0)
 }
 
 impl Machine {
@@ -89,8 +96,6 @@ impl Machine {
 /// One step's rows and blocks.
 #[derive(Debug)]
 pub struct PagedPlan {
-    /// `[spans, max_blocks]`, i32.
-    pub block_table: Tensor,
     /// `[N]`, i32: the span of each row.
     pub row_span: Tensor,
     /// `[N]`, i32; -1 where a row is not in use.
@@ -100,6 +105,10 @@ pub struct PagedPlan {
     row_pieces: Tensor,
     tiles: Tensor,
     tile_rows: Tensor,
+    /// One i32: the most blocks of a span.
+    table_width: Tensor,
+    /// `[spans, table_width]`, i32, and what else there is room for.
+    block_tables: Tensor,
     /// All of the above.
     whole: Tensor,
     capacity: Capacity,
@@ -123,7 +132,9 @@ impl PagedPlan {
 
     /// A plan without rows, with room for some, on `device`: for graphs.
     pub fn with_capacity(capacity: Capacity, machine: Machine, device: Device) -> Self {
-        let whole = upload(&numbers(&capacity, &[], &[], &Work::default()), device);
+        let numbers = numbers(&capacity, &[], &[], &Work::default());
+        let whole = Tensor::zeros([capacity.len() as i64], (Kind::Int, device));
+        whole.narrow(0, 0, numbers.len() as i64).copy_(&upload(&numbers, device));
         Self::over(whole, capacity, machine, true)
     }
 
@@ -142,7 +153,8 @@ impl PagedPlan {
             return Err(CudaError::Unsupported(reason));
         }
         let numbers = numbers(&self.capacity, spans, slots, &work);
-        self.whole.copy_(&upload(&numbers, self.whole.device()));
+        let mut part = self.whole.narrow(0, 0, numbers.len() as i64);
+        part.copy_(&upload(&numbers, self.whole.device()));
         Ok(())
     }
 
@@ -150,20 +162,28 @@ impl PagedPlan {
     fn over(whole: Tensor, capacity: Capacity, machine: Machine, refillable: bool) -> Self {
         let parts = capacity.parts();
         let mut at = 0;
-        let [slots, table, row_span, row_position, row_pieces, tiles, tile_rows] =
-            parts.map(|len| {
-                at += len as i64;
-                whole.narrow(0, at - len as i64, len as i64)
-            });
-        let table_shape = [capacity.spans as i64, capacity.blocks as i64];
+        let [
+            slots,
+            table_width,
+            row_span,
+            row_position,
+            row_pieces,
+            tiles,
+            tile_rows,
+            block_tables,
+        ] = parts.map(|len| {
+            at += len as i64;
+            whole.narrow(0, at - len as i64, len as i64)
+        });
         Self {
-            block_table: table.view(table_shape),
             row_span,
             row_position,
             slots: slots.view_dtype(Kind::Int64),
             row_pieces,
             tiles,
             tile_rows,
+            table_width,
+            block_tables,
             whole,
             capacity,
             machine,
@@ -200,9 +220,17 @@ impl PagedPlan {
     pub(super) fn tile_rows(&self) -> &Tensor {
         &self.tile_rows
     }
+
+    pub(super) fn table_width(&self) -> &Tensor {
+        &self.table_width
+    }
+
+    pub(super) fn block_tables(&self) -> &Tensor {
+        &self.block_tables
+    }
 }
 
-/// All numbers of a plan, in the order of [`Capacity::parts`].
+/// The numbers of a plan, in the order of [`Capacity::parts`], up to where its block tables end.
 fn numbers(capacity: &Capacity, spans: &[Span], slots: &[i64], work: &Work) -> Vec<i32> {
     let int = |number: usize| i32::try_from(number).expect("a plan's numbers fit into 31 bits");
     let parts = capacity.parts();
@@ -218,18 +246,8 @@ fn numbers(capacity: &Capacity, spans: &[Span], slots: &[i64], work: &Work) -> V
     let rows = spans.last().map_or(0, |span| span.rows.end);
     assert_eq!(rows, slots.len(), "one slot for each row");
     append(&mut slots.iter().flat_map(|&slot| [slot as i32, (slot >> 32) as i32]), -1);
-    append(
-        &mut spans.iter().flat_map(|span| {
-            let end = span.first_position + span.rows.len();
-            assert!(
-                span.blocks.len() >= end.div_ceil(16),
-                "a block table is too short for its span"
-            );
-            let blocks = span.blocks.iter().map(|&block| block as i32);
-            blocks.chain(std::iter::repeat(0)).take(capacity.blocks)
-        }),
-        0,
-    );
+    let width = width(spans);
+    append(&mut std::iter::once(int(width)), 0);
     let mut next = 0;
     append(
         &mut spans.iter().enumerate().flat_map(|(index, span)| {
@@ -254,5 +272,11 @@ fn numbers(capacity: &Capacity, spans: &[Span], slots: &[i64], work: &Work) -> V
     });
     append(&mut tiles, 0);
     append(&mut work.tile_rows.iter().map(|&row| int(row)), 0);
+    for span in spans {
+        let end = span.first_position + span.rows.len();
+        assert!(span.blocks.len() >= end.div_ceil(16), "a block table is too short for its span");
+        numbers.extend(span.blocks.iter().map(|&block| block as i32));
+        numbers.resize(numbers.len() + width - span.blocks.len(), 0);
+    }
     numbers
 }

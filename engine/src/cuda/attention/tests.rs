@@ -207,7 +207,7 @@ fn a_plan_is_filled_again_where_it_lies() {
     let machine = case.machine(20);
     let mut plan =
         PagedPlan::with_capacity(Capacity::of_decode(5, 60, &machine), machine, Device::Cpu);
-    let address = plan.block_table.data_ptr();
+    let address = plan.block_tables().data_ptr();
     let q = Tensor::cat(&[&case.q, &Tensor::full([2, 14, 64], f64::NAN, (BF16, Device::Cpu))], 0);
     let Case { k_pages, v_pages, .. } = &case;
     let run = |plan: &PagedPlan| {
@@ -220,12 +220,15 @@ fn a_plan_is_filled_again_where_it_lies() {
         let got = run(&plan);
         assert!(got.narrow(0, 0, 3).equal(&want));
         assert_eq!(got.narrow(0, 3, 2).abs().max().double_value(&[]), 0.0);
-        assert_eq!(plan.block_table.data_ptr(), address);
+        assert_eq!(plan.block_tables().data_ptr(), address);
         plan.refill(&case.spans()[..1], &[-1]).unwrap();
         assert!(run(&plan).get(0).equal(&want.get(0)));
     }
-    let long = Case::new(11, BF16, ((14, 2), 64), &[(1000, 1)], 0);
-    assert!(plan.refill(&long.spans(), &[-1]).is_err(), "63 blocks do not fit into 60");
+    let long = Case::new(11, BF16, ((14, 2), 64), &[(4000, 1), (900, 1)], 0);
+    assert!(
+        plan.refill(&long.spans(), &[-1; 2]).is_err(),
+        "two tables of 250 blocks, room for 300"
+    );
 }
 
 #[test]

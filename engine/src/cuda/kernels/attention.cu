@@ -13,7 +13,8 @@ struct Attend {
   const void *keys;        // [blocks, kv_heads, 16, HD]
   const void *values;      // as keys
   void *out;               // [rows, heads, HD]
-  const int *tables;       // [spans, table_width]
+  const int *tables;       // [spans, *table_width]
+  const int *table_width;  // there too, because it changes between runs of a graph
   const int *row_span;     // [rows]
   const int *row_position; // [rows]; -1: the row is not in use
   const int *row_pieces;   // [rows + 1]: where a row's pieces begin; none: it is written at once
@@ -24,7 +25,6 @@ struct Attend {
   int rows;
   int heads;
   int kv_heads;
-  int table_width;
   int window; // positions that a row sees, its own included
   float scale; // of the scores, times log2(e)
 };
@@ -61,7 +61,7 @@ template <class T, int HD> struct Stage {
 template <class T, int HD>
 DEVICE void load_step(Stage<T, HD> &stage, const Attend &a, const Tile &tile, int token, int head) {
   constexpr int LINES = HD * sizeof(T) / 16;
-  const int *table = a.tables + (i64)tile.span * a.table_width;
+  const int *table = a.tables + (i64)tile.span * *a.table_width;
   for (int i = threadIdx.x; i < STEP * LINES; i += THREADS) {
     const int row = i / LINES, part = i % LINES * (16 / (int)sizeof(T));
     const bool valid = token + row < tile.end;
@@ -338,7 +338,7 @@ template <class T, int HD> DEVICE void attend_plainly(const Attend &a) {
   const int row = index / a.heads, head = index % a.heads;
   const int position = a.row_position[row];
   if (position < 0) return;
-  const int *table = a.tables + (i64)a.row_span[row] * a.table_width;
+  const int *table = a.tables + (i64)a.row_span[row] * *a.table_width;
   float q[EACH], out[EACH];
   for (int i = 0; i < EACH; ++i) {
     const int d = lane + i * WARP;

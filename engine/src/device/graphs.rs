@@ -1,0 +1,184 @@
+//! Decode steps recorded as CUDA graphs, one for each of some sizes of batch: a step then costs one
+//! launch, not some hundred, which is what bounds small models and small batches.
+//!
+//! A batch takes the smallest size that holds it; rows beyond it write nothing and attend to nothing.
+//! What changes from step to step lies in a [`StepPlan`] that is filled anew where it lies. A size is
+//! recorded when it is first needed: that step runs as it always does, later ones run the graph.
+
+use super::{
+    pages::DevicePages,
+    plan::{StepPlan, StepRows},
+};
+use crate::{
+    cuda::{CudaError, attention::Capacity, plan::Machine},
+    model::{
+        attention::{Attention, DeviceBatch},
+        decoder::Decoder,
+    },
+    torch::{
+        TorchError,
+        graph::{Graph, Pool},
+    },
+};
+use std::collections::BTreeMap;
+use tch::{Device, Tensor};
+
+/// Larger batches are bound by arithmetic, not by launches.
+const MOST_ROWS: usize = 512;
+
+/// The recorded steps of a model on a device.
+pub struct DecodeGraphs {
+    device: Device,
+    machine: Machine,
+    /// Most blocks of a sequence.
+    blocks: usize,
+    /// Where the tensors of all graphs lie; they never run at the same time.
+    pool: Option<Pool>,
+    /// By rows.
+    steps: BTreeMap<usize, Recorded>,
+    /// Steps that ran as a graph.
+    runs: u64,
+    /// Recording has failed, and is not tried again.
+    off: bool,
+}
+
+struct Recorded {
+    plan: StepPlan,
+    replay: Replay,
+}
+
+/// What a recorded step does.
+enum Replay {
+    /// The graph; hidden states, `[size, hidden]`, which each run fills.
+    Graph(Graph, Tensor),
+    /// The same operations once more.
+    #[cfg(test)]
+    Again,
+}
+
+impl Recorded {
+    fn forward(plan: &StepPlan, decoder: &Decoder, pages: &DevicePages) -> Tensor {
+        let attention = &mut Attention::OnDevice(DeviceBatch { pages, plan });
+        decoder.hidden(&plan.tokens, &plan.positions, attention)
+    }
+
+    #[cfg_attr(not(test), expect(unused_variables, reason = "a graph knows them"))]
+    fn run(
+        &mut self,
+        rows: &StepRows<'_>,
+        decoder: &Decoder,
+        pages: &DevicePages,
+    ) -> Result<Tensor, CudaError> {
+        self.plan.refill(rows)?;
+        match &mut self.replay {
+            Replay::Graph(graph, hidden) => {
+                graph.run()?;
+                Ok(hidden.shallow_clone())
+            }
+            #[cfg(test)]
+            Replay::Again => Ok(Self::forward(&self.plan, decoder, pages)),
+        }
+    }
+}
+
+/// The size of graph for a batch; none if it is run without one.
+fn size_for(rows: usize) -> Option<usize> {
+    match rows {
+        0 => None,
+        1..=8 => Some(rows.next_power_of_two()),
+        9..=64 => Some(rows.next_multiple_of(8)),
+        65..=256 => Some(rows.next_multiple_of(32)),
+        257..=MOST_ROWS => Some(rows.next_multiple_of(64)),
+        _ => None,
+    }
+}
+
+impl DecodeGraphs {
+    /// No graphs yet, for sequences of up to `blocks` blocks. They are of use where kernels of our own
+    /// run, which `machine` is about.
+    pub fn new(device: Device, machine: Machine, blocks: usize) -> Self {
+        let (pool, steps) = (None, BTreeMap::new());
+        Self { device, machine, blocks, pool, steps, runs: 0, off: false }
+    }
+
+    /// Steps that ran as a graph.
+    pub fn runs(&self) -> u64 {
+        self.runs
+    }
+
+    /// Forgets the graphs: the weights or the pages will lie elsewhere.
+    pub fn clear(&mut self) {
+        self.steps.clear();
+        self.pool = None;
+    }
+
+    /// Hidden states of a decode step, `[rows, hidden]`, until the next one; none if it has to be run
+    /// without a graph.
+    ///
+    /// # Panics
+    /// If the device fails.
+    pub fn hidden(
+        &mut self,
+        rows: &StepRows<'_>,
+        decoder: &Decoder,
+        pages: &DevicePages,
+    ) -> Option<Tensor> {
+        let size = size_for(rows.tokens.len()).filter(|_| !self.off && rows.is_decode())?;
+        let hidden = match self.steps.get_mut(&size) {
+            Some(recorded) => {
+                self.runs += 1;
+                recorded.run(rows, decoder, pages).unwrap_or_else(|error| panic!("{error}"))
+            }
+            None => self.record(size, rows, decoder, pages),
+        };
+        Some(hidden.narrow(0, 0, rows.tokens.len() as i64))
+    }
+
+    /// Runs a step, and records it for the next one of this size.
+    fn record(
+        &mut self,
+        size: usize,
+        rows: &StepRows<'_>,
+        decoder: &Decoder,
+        pages: &DevicePages,
+    ) -> Tensor {
+        let capacity = Capacity::of_decode(size, self.blocks, &self.machine);
+        let mut plan = StepPlan::with_capacity(capacity, self.machine, self.device);
+        plan.refill(rows).unwrap_or_else(|error| panic!("{error}"));
+        let now = Recorded::forward(&plan, decoder, pages);
+        match self.replay(&plan, decoder, pages) {
+            Ok(replay) => {
+                self.steps.insert(size, Recorded { plan, replay });
+            }
+            Err(error) => {
+                tracing::warn!(%error, size, "decode steps cannot be recorded; going on without");
+                self.off = true;
+                self.clear();
+            }
+        }
+        now
+    }
+
+    fn replay(
+        &mut self,
+        plan: &StepPlan,
+        decoder: &Decoder,
+        pages: &DevicePages,
+    ) -> Result<Replay, TorchError> {
+        let Device::Cuda(index) = self.device else {
+            #[cfg(test)]
+            return Ok(Replay::Again);
+            #[cfg(not(test))]
+            return Err(TorchError(format!("there are no graphs on {:?}", self.device)));
+        };
+        let forward = || Recorded::forward(plan, decoder, pages);
+        let (graph, hidden) = Graph::record(index, self.pool, forward)?;
+        if self.pool.is_none() {
+            self.pool = Some(graph.pool()?);
+        }
+        Ok(Replay::Graph(graph, hidden))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,103 @@
+//! Recorded steps, which the CPU runs again operation by operation over the harness's kernels, against
+//! steps that are not recorded.
+
+use super::*;
+use crate::{
+    block_manager::BLOCK_SIZE, device::Placement, kernels::attention::Span,
+    model::config::ModelConfig, weights::Weights,
+};
+use serde_json::json;
+use tch::Kind;
+
+const PLACEMENT: Placement = Placement { device: Device::Cpu, kind: Kind::BFloat16 };
+const BLOCKS: usize = 40;
+
+/// A model whose heads the kernels take, with random weights.
+fn model() -> (ModelConfig, Decoder) {
+    let config = json!({
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "tie_word_embeddings": true,
+    });
+    let config = ModelConfig::from_hf(&config, None).unwrap();
+    tch::manual_seed(3);
+    let random = |(name, shape): (String, Vec<i64>)| {
+        let tensor = match name.ends_with("norm.weight") {
+            true => Tensor::ones(shape, (Kind::Float, Device::Cpu)),
+            false => Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.2,
+        };
+        (name, tensor.to_kind(Kind::BFloat16))
+    };
+    let weights = Weights::new(config.tensor_shapes().into_iter().map(random).collect());
+    let decoder = Decoder::new(&config, &weights);
+    (config, decoder)
+}
+
+/// The next row of sequences that have so many tokens; sequence `i` has the blocks from `10 i` on.
+fn rows<'a>(lengths: &[usize], blocks: &'a [Vec<u32>]) -> StepRows<'a> {
+    let mut rows = StepRows::default();
+    for (row, (&len, blocks)) in lengths.iter().zip(blocks).enumerate() {
+        rows.tokens.push((7 * row + len) as i64 % 50);
+        rows.positions.push(len as i64);
+        let slot = blocks[len / BLOCK_SIZE] as usize * BLOCK_SIZE + len % BLOCK_SIZE;
+        rows.slots.push(slot as u32);
+        rows.sampled.push(row as i64);
+        rows.spans.push(Span { rows: row..row + 1, first_position: len, blocks });
+    }
+    rows
+}
+
+#[test]
+fn recorded_steps_are_those_that_are_not_recorded() {
+    let (config, decoder) = model();
+    let machine = Machine { group: 2, kv_heads: 1, blocks: 8 };
+    let [own, other] = [0, 1].map(|_| {
+        tch::manual_seed(4);
+        let pages = DevicePages::new(&config, BLOCKS, PLACEMENT).unwrap();
+        for layer in 0..2 {
+            let (k, v) = pages.layer(layer);
+            let _ = (k.shallow_clone().normal_(0.0, 1.0), v.shallow_clone().normal_(0.0, 1.0));
+        }
+        pages
+    });
+    let mut graphs = DecodeGraphs::new(Device::Cpu, machine, 10);
+    let blocks: Vec<Vec<u32>> = (0..4).map(|i| (10 * i..10 * i + 10).collect()).collect();
+    let batches: [&[usize]; 6] =
+        [&[3, 40, 100], &[4, 41, 101], &[159, 1, 16, 15], &[5, 42, 102], &[6], &[103, 7, 9]];
+    for lengths in batches {
+        let step = rows(lengths, &blocks);
+        let got = tch::no_grad(|| graphs.hidden(&step, &decoder, &own)).unwrap();
+        let plan = StepPlan::new(&step, Device::Cpu, Some(machine));
+        let want = tch::no_grad(|| Recorded::forward(&plan, &decoder, &other));
+        let error = (got.to_kind(Kind::Float) - want.to_kind(Kind::Float)).abs().max();
+        // A product of more rows may be summed in another order.
+        assert!(error.double_value(&[]) < 0.05, "{lengths:?}: {error:?}");
+        assert!(want.abs().max().double_value(&[]) > 1.0);
+    }
+    assert_eq!(graphs.steps.keys().copied().collect::<Vec<_>>(), [1, 4]);
+    assert_eq!(graphs.runs(), 4);
+    for layer in 0..2 {
+        let written = own.layer(layer).0 - other.layer(layer).0;
+        assert!(written.abs().max().double_value(&[]) < 0.05, "layer {layer}");
+    }
+    graphs.clear();
+    assert!(graphs.steps.is_empty());
+}
+
+#[test]
+fn prompts_and_large_batches_are_not_recorded() {
+    let (config, decoder) = model();
+    let machine = Machine { group: 2, kv_heads: 1, blocks: 8 };
+    let pages = DevicePages::new(&config, BLOCKS, PLACEMENT).unwrap();
+    let mut graphs = DecodeGraphs::new(Device::Cpu, machine, 10);
+    let blocks = [(0..10).collect::<Vec<u32>>()];
+    let first = rows(&[0], &blocks);
+    assert!(graphs.hidden(&first, &decoder, &pages).is_none(), "it is not a decode step");
+    assert_eq!(
+        [1, 3, 8, 9, 64, 65, 257, 512].map(size_for).map(Option::unwrap),
+        [1, 4, 8, 16, 64, 96, 320, 512]
+    );
+    assert_eq!((size_for(0), size_for(513)), (None, None));
+}

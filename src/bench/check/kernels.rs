@@ -1,0 +1,230 @@
+//! The engine's operations on a device, one by one, against the same in f64 on the CPU. On a CUDA
+//! device these are kernels of our own; elsewhere libtorch's operations.
+
+use super::{Check, Limit, Place};
+use anyhow::ensure;
+use onpolicy_engine::{
+    cuda::{attention as kernel, plan::Machine},
+    device::{
+        attention::{Paged, PagedPlan, attend, write_kv},
+        sampling,
+    },
+    kernels::{attention::Span, pages::BLOCK},
+    ops::{rms_norm::add_rms_norm, rope::rotate, swiglu::swiglu},
+    sampler::{self, Draw, stream_of},
+};
+use onpolicy_plugin_api::SamplingParams;
+use tch::{Device, Kind, Tensor};
+
+/// Types that are served, and how far a result may be from that in f64: its own rounding, and that
+/// of what is rounded on the way.
+const KINDS: [(Kind, f64); 3] = [(Kind::BFloat16, 2e-2), (Kind::Half, 2.5e-3), (Kind::Float, 1e-5)];
+
+/// Query heads, KV heads and dimensions of a head.
+const HEADS: [[i64; 3]; 4] = [[14, 2, 64], [28, 4, 128], [32, 8, 80], [4, 4, 128]];
+
+/// Sequences: length, and how many of the last positions are queried; the second batch begins with
+/// one prompt.
+const DECODE: [(usize, usize); 6] = [(1, 1), (300, 1), (16, 1), (65, 1), (1100, 1), (4000, 1)];
+const CHUNKS: [(usize, usize); 5] = [(100, 100), (33, 1), (330, 47), (1, 1), (700, 300)];
+const GROUP: [(usize, usize); 6] = [(340, 1), (341, 1), (350, 1), (335, 1), (400, 20), (322, 1)];
+
+/// Attention over pages, norm, rotary embedding and gate, in every type; draws.
+pub fn equal_references(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
+    tch::manual_seed(1);
+    let mut checks = Vec::new();
+    for (kind, most) in KINDS {
+        let mut worst = [0.0f64; 3];
+        for heads in HEADS {
+            for window in [None, Some(100)] {
+                for (worst, (lengths, shared)) in
+                    worst.iter_mut().zip([(&DECODE[..], 0), (&CHUNKS, 0), (&GROUP, 20)])
+                {
+                    let case = Case::new(kind, heads, lengths, shared);
+                    *worst = larger(*worst, case.distance(place, window)?);
+                }
+            }
+        }
+        for (what, worst) in ["decode", "chunks", "shared prefix"].iter().zip(worst) {
+            let name = format!("kernels: attention over pages, {kind:?}, {what}");
+            checks.push(Check::new(name, worst, Limit::Most(most)));
+        }
+        let name = format!("kernels: norm, rotation, gate, {kind:?}");
+        checks.push(Check::new(name, elementwise(place, kind), Limit::Most(most / 2.0)));
+    }
+    checks.extend(draws(place)?);
+    Ok(checks)
+}
+
+/// The larger one; no number where one is none.
+fn larger(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
+}
+
+/// The largest distance, relative to what is larger: 1 or the number that is wanted.
+fn distance(got: &Tensor, want: &Tensor) -> f64 {
+    let got = got.to_device(Device::Cpu).to_kind(Kind::Double);
+    ((got - want).abs() / want.abs().clamp_min(1.0)).max().double_value(&[])
+}
+
+fn random(shape: &[i64], kind: Kind) -> Tensor {
+    Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+}
+
+/// Sequences in the pages of one layer, and rows that are written and attend.
+struct Case {
+    /// `[blocks, kv_heads, BLOCK, head_dim]`
+    pages: [Tensor; 2],
+    /// Block table and queried positions of each sequence.
+    sequences: Vec<(Vec<u32>, std::ops::Range<usize>)>,
+    /// `[rows, heads or kv_heads, head_dim]`
+    qkv: [Tensor; 3],
+}
+
+impl Case {
+    /// Scattered blocks; the first `shared` ones are those of the first sequence.
+    fn new(
+        kind: Kind,
+        [heads, kv_heads, head_dim]: [i64; 3],
+        lengths: &[(usize, usize)],
+        shared: usize,
+    ) -> Self {
+        let count: usize = lengths.iter().map(|(len, _)| len.div_ceil(BLOCK)).sum();
+        let order = Tensor::randperm(count as i64, (Kind::Int64, Device::Cpu));
+        let mut free = Vec::<i64>::try_from(order).expect("one axis").into_iter();
+        let mut sequences: Vec<(Vec<u32>, std::ops::Range<usize>)> = Vec::new();
+        for &(len, rows) in lengths {
+            let mut blocks: Vec<u32> =
+                free.by_ref().take(len.div_ceil(BLOCK)).map(|block| block as u32).collect();
+            if let Some((first, _)) = sequences.first() {
+                blocks[..shared].copy_from_slice(&first[..shared]);
+            }
+            sequences.push((blocks, len - rows..len));
+        }
+        let rows = lengths.iter().map(|(_, rows)| *rows as i64).sum();
+        let shape = [count as i64, kv_heads, BLOCK as i64, head_dim];
+        Self {
+            pages: [0, 1].map(|_| random(&shape, kind)),
+            sequences,
+            qkv: [heads, kv_heads, kv_heads].map(|heads| random(&[rows, heads, head_dim], kind)),
+        }
+    }
+
+    fn spans(&self) -> Vec<Span<'_>> {
+        let mut row = 0;
+        let span = |(blocks, positions): &'_ (Vec<u32>, std::ops::Range<usize>)| {
+            row += positions.len();
+            (row - positions.len()..row, positions.start, blocks.len())
+        };
+        let places: Vec<_> = self.sequences.iter().map(span).collect();
+        let spans = places.into_iter().zip(&self.sequences);
+        spans
+            .map(|((rows, first_position, _), (blocks, _))| Span { rows, first_position, blocks })
+            .collect()
+    }
+
+    fn slots(&self) -> Vec<i64> {
+        let slot =
+            |blocks: &[u32], at: usize| i64::from(blocks[at / BLOCK]) * 16 + (at % 16) as i64;
+        let rows = self.sequences.iter();
+        rows.flat_map(|(blocks, at)| at.clone().map(move |at| slot(blocks, at))).collect()
+    }
+
+    /// Writes and attends on a device, and in f64 on the CPU.
+    fn distance(&self, place: &Place, window: Option<usize>) -> Result<f64, anyhow::Error> {
+        let device = place.placement.device;
+        let want = self.operations(Kind::Double, Device::Cpu, window);
+        let got = if device.is_cuda() {
+            self.kernels(device, window)?
+        } else {
+            self.operations(self.qkv[0].kind(), device, window)
+        };
+        ensure!(got.size() == want.size(), "{got:?} where {want:?} is wanted");
+        Ok(distance(&got, &want))
+    }
+
+    fn operations(&self, kind: Kind, device: Device, window: Option<usize>) -> Tensor {
+        let there = |x: &Tensor| x.to_device(device).to_kind(kind).copy();
+        let ([k_pages, v_pages], [q, k, v]) =
+            (self.pages.each_ref().map(there), self.qkv.each_ref().map(there));
+        let slots = Tensor::from_slice(&self.slots()).to_device(device);
+        let plan = &PagedPlan::new(&self.spans(), slots, device);
+        write_kv(&k, &v, &k_pages, &v_pages, plan);
+        let scale = 1.0 / (q.size()[2] as f64).sqrt();
+        attend(&Paged { q: &q, k_pages: &k_pages, v_pages: &v_pages, plan, scale, window })
+    }
+
+    fn kernels(&self, device: Device, window: Option<usize>) -> Result<Tensor, anyhow::Error> {
+        let there = |x: &Tensor| x.to_device(device);
+        let ([k_pages, v_pages], [q, k, v]) =
+            (self.pages.each_ref().map(there), self.qkv.each_ref().map(there));
+        let [heads, kv_heads, head_dim] =
+            [q.size()[1], k.size()[1], q.size()[2]].map(|axis| axis as usize);
+        let machine = Machine::of(device, heads, kv_heads, head_dim)?;
+        let plan = &kernel::PagedPlan::new(&self.spans(), &self.slots(), machine, device);
+        kernel::write_kv(&k, &v, &k_pages, &v_pages, plan)?;
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let paged = Paged { q: &q, k_pages: &k_pages, v_pages: &v_pages, plan, scale, window };
+        Ok(kernel::attend(&paged)?)
+    }
+}
+
+/// Norm of a sum, rotation and gate, without gradients.
+fn elementwise(place: &Place, kind: Kind) -> f64 {
+    let rows = 70;
+    let inputs = [
+        random(&[rows, 896], kind),
+        random(&[rows, 896], kind),
+        random(&[896], kind),
+        random(&[rows, 14, 64], kind),
+        random(&[rows, 4864], kind),
+        random(&[rows, 4864], kind),
+    ];
+    let angles = random(&[rows, 32], Kind::Float);
+    let run = |kind: Kind, device: Device| {
+        let there = |x: &Tensor| x.to_device(device).to_kind(kind);
+        let [x, y, weight, heads, gate, up] = inputs.each_ref().map(there);
+        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+        let [cos, sin] = [angles.cos(), angles.sin()].map(|x| x.to_device(device).to_kind(wide));
+        tch::no_grad(|| {
+            // The sum is rounded before its norm is taken.
+            let normed = add_rms_norm(&x, &y, &weight, 1e-6).1;
+            [normed, rotate(&heads, &cos, &sin), swiglu(&gate, &up)]
+        })
+    };
+    let (got, want) = (run(kind, place.placement.device), run(Kind::Double, Device::Cpu));
+    got.iter().zip(&want).map(|(got, want)| distance(got, want)).fold(0.0, larger)
+}
+
+/// Draws from logits of a large vocabulary, against those of the sampler on the CPU.
+fn draws(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
+    let (rows, vocab) = (64usize, 151_936);
+    let logits = random(&[rows as i64, vocab], Kind::Float) * 3.0;
+    let params = [0.0, 1.0, 0.6, 1.7]
+        .map(|temperature| SamplingParams { temperature, ..SamplingParams::default() });
+    let draw = |row: usize| Draw {
+        stream: stream_of(5, row),
+        position: 3 * row,
+        ..Draw::new(row, &params[row % params.len()])
+    };
+    let draws: Vec<Draw<'_>> = (0..rows).map(draw).collect();
+    let plain = Vec::<f32>::try_from(logits.flatten(0, 1))?;
+    let want = sampler::sample(&plain, vocab as usize, &draws);
+    let got = sampling::sample(&logits.to_device(place.placement.device), &draws);
+    let (mut others, mut worst) = (0.0, 0.0f64);
+    for (got, want) in got.into_iter().zip(want) {
+        let (got, want) = (got.map_err(anyhow::Error::msg)?, want.map_err(anyhow::Error::msg)?);
+        if got.id != want.id {
+            others += 1.0;
+            continue;
+        }
+        let columns = |s: onpolicy_plugin_api::TokenStats| [s.logprob, s.entropy, s.baseline];
+        for (got, want) in columns(got.stats).into_iter().zip(columns(want.stats)) {
+            worst = larger(worst, f64::from((got - want).abs() / want.abs().max(1.0)));
+        }
+    }
+    Ok(vec![
+        Check::new("kernels: draws of another token than the sampler's", others, Limit::Most(0.0)),
+        Check::new("kernels: log-prob, entropy, baseline of draws", worst, Limit::Most(1e-5)),
+    ])
+}
