@@ -1,5 +1,6 @@
 //! What is left of a panic that was caught.
 
+use crate::torch::without_trace;
 use std::any::Any;
 
 /// What a panic said; none if that was no text. Of an error of libtorch's what went wrong, not where
@@ -7,10 +8,7 @@ use std::any::Any;
 pub fn message(panic: &(dyn Any + Send)) -> Option<&str> {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied())?;
-    // Behind a panic of `Result::unwrap` the text is quoted, its line ends with it.
-    let traces = ["\nException raised from", "\\nException raised from", "\nframe #", "\\nframe #"];
-    let ends = traces.iter().filter_map(|trace| text.find(trace));
-    Some(&text[..ends.min().unwrap_or(text.len())])
+    Some(without_trace(text))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Where a thread's time goes, by phase of a step. Each moment counts for one phase only: a phase
 //! inside another interrupts it.
 
+use crate::torch::stream::synchronize;
 use std::{cell::RefCell, fmt, time::Instant};
 
 /// What a thread is at.
@@ -13,6 +14,8 @@ pub enum Phase {
     Schedule,
     /// Token ids, positions and slots of the batch, and rows of the embedding.
     Gather,
+    /// A decode step recorded as a graph, from the embedding to the last norm.
+    Recorded,
     /// Norms, rotary embedding, gate and residual sums.
     Elementwise,
     /// Linear layers.
@@ -31,10 +34,11 @@ pub enum Phase {
 
 impl Phase {
     /// All phases, in a step's order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Idle,
         Self::Schedule,
         Self::Gather,
+        Self::Recorded,
         Self::Elementwise,
         Self::Linear,
         Self::Attention,
@@ -49,6 +53,7 @@ impl Phase {
             Self::Idle => "idle",
             Self::Schedule => "schedule",
             Self::Gather => "gather",
+            Self::Recorded => "recorded step",
             Self::Elementwise => "norm, rope, gate",
             Self::Linear => "linear layers",
             Self::Attention => "attention",
@@ -116,6 +121,8 @@ impl fmt::Display for Profile {
 }
 
 struct Clock {
+    /// CUDA device whose work is waited for at the end of each phase.
+    device: Option<usize>,
     profile: Profile,
     phase: Phase,
     since: Instant,
@@ -124,6 +131,8 @@ struct Clock {
 impl Clock {
     /// Charges the time until now to the current phase and goes on in `phase`.
     fn switch(&mut self, phase: Phase) -> Phase {
+        // A device that fails will say so where its results are asked for.
+        let _ = self.device.map(synchronize);
         let now = Instant::now();
         self.profile.seconds[self.phase as usize] += (now - self.since).as_secs_f64();
         self.since = now;
@@ -135,10 +144,20 @@ thread_local! {
     static CLOCK: RefCell<Option<Clock>> = const { RefCell::new(None) };
 }
 
-/// Starts the clock of the calling thread, in [`Phase::Idle`]. Without this nothing is timed.
-pub fn start() {
-    let clock = Clock { profile: Profile::default(), phase: Phase::Idle, since: Instant::now() };
+/// Starts the clock of the calling thread, in [`Phase::Idle`]. Without this nothing is timed. At the end
+/// of each phase the work of a CUDA `device`, if one is given, is waited for.
+pub fn start(device: Option<usize>) {
+    let clock =
+        Clock { device, profile: Profile::default(), phase: Phase::Idle, since: Instant::now() };
     CLOCK.set(Some(clock));
+}
+
+/// Runs `work` without a look at the clock, or a wait for a device, in between.
+pub fn untimed<T>(work: impl FnOnce() -> T) -> T {
+    let clock = CLOCK.take();
+    let made = work();
+    CLOCK.set(clock);
+    made
 }
 
 /// The calling thread's times so far; none if its clock was not started.
@@ -199,7 +218,7 @@ mod tests {
     fn every_moment_counts_for_the_innermost_phase() {
         assert_eq!(read(), None);
         timed(Phase::Linear, || pause(1));
-        start();
+        start(None);
         timed(Phase::Schedule, || {
             pause(20);
             timed(Phase::Linear, || pause(60));

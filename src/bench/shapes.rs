@@ -4,6 +4,7 @@ use onpolicy_engine::{
     device::Placement,
     model::{
         config::ModelConfig,
+        joined::join,
         loading::{Checkpoint, load, shape},
     },
 };
@@ -78,7 +79,10 @@ impl Shape {
             let tensor = random(&name, &shape, placement)?;
             Ok((name, tensor))
         });
-        let tensors = tensors.collect::<Result<Vec<_>, tch::TchError>>()?;
+        let mut tensors = tensors.collect::<Result<Vec<_>, tch::TchError>>()?;
+        if !placement.is_native() {
+            join(&mut tensors)?;
+        }
         let Checkpoint { tokenizer, source, .. } = load(tokenizer)?;
         let name = format!("{} (random weights)", self.name);
         Ok(Checkpoint { name, config, tensors, tokenizer, source })

@@ -10,11 +10,12 @@ use super::{
 use anyhow::Context;
 use clap::Args;
 use onpolicy_engine::{
-    engine::EngineHandle, model::loading::Checkpoint, torch::autograd::set_grad,
+    model::loading::Checkpoint,
+    torch::{autograd::set_grad, stream::synchronize},
 };
 use onpolicy_trainer::optimizer::{Optimizer, OptimizerSettings};
 use std::time::{Duration, Instant};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Tokens that every sample gets before the update, and again after it.
 const TOKENS: usize = 16;
@@ -117,11 +118,11 @@ fn one_run(
     let engine = &session.engine;
     let prompt = workload.prompts(&session.served.tokenizer, round.seed)?.remove(0);
     let norm = gradients(session, round.seed)?;
-    let (optimizer, alone) = apply(engine, optimizer, norm)?;
+    let (optimizer, alone) = apply(session, optimizer, norm)?;
     let norm = gradients(session, round.seed)?;
     let mut stream = Stream::start(engine, workload, &prompt, round.seed)?;
     stream.wait(TOKENS).context("before the update")?;
-    let (optimizer, loaded) = apply(engine, optimizer, norm)?;
+    let (optimizer, loaded) = apply(session, optimizer, norm)?;
     stream.wait(TOKENS).context("after the update")?;
     let tokens = stream.stop(engine);
     let run = Run {
@@ -161,14 +162,18 @@ impl Applied {
 }
 
 fn apply(
-    engine: &EngineHandle,
+    session: &Session,
     mut optimizer: Optimizer,
     norm: f64,
 ) -> Result<(Optimizer, Applied), anyhow::Error> {
+    let (engine, device) = (&session.engine, session.served.placement().device);
     let asked = Instant::now();
     let ((optimizer, start, end), _) = engine.update(move || {
         let start = Instant::now();
         optimizer.step(LEARNING_RATE, norm).map_err(|error| error.to_string())?;
+        if let Device::Cuda(index) = device {
+            synchronize(index).map_err(|error| error.to_string())?;
+        }
         Ok((optimizer, start, Instant::now()))
     })?;
     Ok((optimizer, Applied { start, end, waited: asked.elapsed() }))

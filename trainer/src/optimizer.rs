@@ -3,6 +3,7 @@
 
 use crate::config::Train;
 use onpolicy_engine::{
+    cuda::adamw::{FusedAdamW, Parameter},
     device::wide,
     torch::{
         TorchError,
@@ -52,6 +53,8 @@ pub struct Optimizer {
     second: Vec<Tensor>,
     steps: Vec<Tensor>,
     taken: u64,
+    /// Steps on a CUDA device.
+    fused: FusedAdamW,
 }
 
 impl Optimizer {
@@ -77,6 +80,7 @@ impl Optimizer {
             second: each(zeros)?,
             steps: each(|weight| told(Tensor::f_zeros([0i64; 0], (Kind::Float, weight.device()))))?,
             taken: 0,
+            fused: FusedAdamW::default(),
         })
     }
 
@@ -109,6 +113,30 @@ impl Optimizer {
             )));
         }
         self.taken += 1;
+        let settings = self.adamw(lr, grad_norm);
+        match self.params.first() {
+            Some(param) if param.device().is_cuda() => self.step_fused(&settings),
+            _ => self.step_of_libtorch(settings),
+        }
+    }
+
+    /// One kernel for everything.
+    fn step_fused(&mut self, settings: &AdamW) -> Result<(), TorchError> {
+        let (served, grads): (Vec<Tensor>, Vec<Tensor>) =
+            self.params.iter().map(|param| (param.detach(), param.grad())).unzip();
+        let parameter = |index: usize| Parameter {
+            served: &served[index],
+            master: &self.masters[index],
+            gradient: &grads[index],
+            moments: [&self.first[index], &self.second[index]],
+        };
+        let parameters: Vec<Parameter<'_>> = (0..served.len()).map(parameter).collect();
+        let stepped = self.fused.step(settings, self.taken, &parameters);
+        stepped.map_err(|error| TorchError(error.to_string()))
+    }
+
+    /// libtorch's kernel; then the served tensors, and the gradients.
+    fn step_of_libtorch(&mut self, settings: AdamW) -> Result<(), TorchError> {
         let updated = self.params.iter().enumerate().filter(|(_, param)| param.grad().defined());
         let updated: Vec<usize> = updated.map(|(index, _)| index).collect();
         let pick = |tensors: &[Tensor]| -> Vec<Tensor> {
@@ -120,7 +148,6 @@ impl Optimizer {
             for step in &steps {
                 let _ = step.shallow_clone().g_add_scalar_(1.0);
             }
-            let settings = self.adamw(lr, grad_norm);
             let (first, second) = (pick(&self.first), pick(&self.second));
             let (params, first) = (&params[..], &first[..]);
             let state = AdamWState { params, grads: &grads, first, second: &second, steps: &steps };
@@ -170,11 +197,16 @@ impl Optimizer {
     /// # Errors
     /// What libtorch or the file system refuses.
     pub fn save(&self, path: &Path) -> Result<(), TorchError> {
+        if self.params.first().is_some_and(|param| param.device().is_cuda()) {
+            // There all tensors take the same steps, and nobody counts them for each.
+            let count = |step: &Tensor| drop(step.shallow_clone().fill_(self.taken as f64));
+            self.steps.iter().for_each(count);
+        }
         let mut named: Vec<(String, &Tensor)> = Vec::new();
         for (column, tensors) in self.columns() {
             named.extend(tensors.into_iter().map(|(name, t)| (format!("{column}.{name}"), t)));
         }
-        Tensor::write_safetensors(&named, path).map_err(|e| TorchError(e.to_string()))
+        Tensor::write_safetensors(&named, path).map_err(TorchError::from)
     }
 
     /// Reads what [`Optimizer::save`] wrote; `taken` is the number of steps behind it. Narrow
@@ -183,7 +215,7 @@ impl Optimizer {
     /// # Errors
     /// A file that is damaged, or of another model, or of a run with another `model.dtype`.
     pub fn load(&mut self, path: &Path, taken: u64) -> Result<(), TorchError> {
-        let stored = Tensor::read_safetensors(path).map_err(|e| TorchError(e.to_string()))?;
+        let stored = Tensor::read_safetensors(path).map_err(TorchError::from)?;
         let stored: std::collections::HashMap<String, Tensor> = stored.into_iter().collect();
         for (column, tensors) in self.columns() {
             for (name, tensor) in tensors {
@@ -250,5 +282,5 @@ fn prepare_gradient(weight: &Tensor) -> Result<(), TorchError> {
 }
 
 fn told<T>(result: Result<T, tch::TchError>) -> Result<T, TorchError> {
-    result.map_err(|error| TorchError(error.to_string()))
+    result.map_err(TorchError::from)
 }

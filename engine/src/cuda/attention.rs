@@ -5,6 +5,7 @@ mod plan;
 pub use self::plan::{Capacity, PagedPlan};
 use super::{
     CudaError,
+    elementwise::rotate_write,
     launch::{Argument, Launch, device_of, require},
     pages::{self, Pages},
     source::{Element, HEAD_DIMS, Program},
@@ -56,6 +57,20 @@ pub fn fits(kind: Kind, heads: usize, kv_heads: usize, head_dim: usize) -> bool 
         && (1..=super::plan::MOST_ROWS).contains(&(heads / kv_heads))
 }
 
+/// Turns `q` (`[N, heads, head_dim]`) by these cosines and sines, and stores `k`, turned too, and `v`
+/// (`[N, kv_heads, head_dim]`) in the step's slots.
+///
+/// # Errors
+/// As [`rotate_write`].
+pub fn turn_and_write(
+    qkv: [&Tensor; 3],
+    angles: [&Tensor; 2],
+    pages: (&Tensor, &Tensor),
+    plan: &PagedPlan,
+) -> Result<Tensor, CudaError> {
+    rotate_write(qkv, angles, pages, &plan.slots)
+}
+
 /// Stores the step's K and V rows, `[N, kv_heads, head_dim]` each, in their slots.
 ///
 /// # Errors
@@ -72,7 +87,8 @@ pub fn write_kv(
 
 /// Attends: `[N, heads * head_dim]`, of the kind of `q`, which is contiguous and of the pages' kind. The query heads of KV head `h` are those from
 /// `h * heads / kv_heads` on. Scores, weights and sums are f32; weights are rounded to the pages' kind
-/// before they meet the values. Rows that the plan does not use are 0.
+/// before they meet the values. Rows that the plan does not use may hold
+/// anything.
 ///
 /// # Errors
 /// Shapes or types that do not fit (see [`fits`]), or what [`Launch::run`] says.
@@ -83,10 +99,7 @@ pub fn attend(paged: &Paged<'_, PagedPlan>) -> Result<Tensor, CudaError> {
     let heads = check(paged, &pages)?;
     let (rows, kind) = (plan.rows(), q.kind());
     let shape = [rows as i64, (heads * pages.head_dim) as i64];
-    let out = match plan.has_unused_rows() {
-        true => Tensor::zeros(shape, (kind, device)),
-        false => Tensor::empty(shape, (kind, device)),
-    };
+    let out = Tensor::empty(shape, (kind, device));
     let room = Room::new(plan, heads, pages.head_dim, device);
     let argument = argument(paged, &pages, heads, &out, &room);
     let program = Program::Attention(pages.element, pages.head_dim);

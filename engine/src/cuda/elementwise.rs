@@ -3,6 +3,7 @@
 use super::{
     CudaError,
     launch::{Argument, Launch, device_of, require},
+    pages::Pages,
     source::{Element, Program},
 };
 use std::{
@@ -40,6 +41,29 @@ struct Rotate {
 }
 
 impl Argument for Rotate {}
+
+/// As in elementwise.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RotateWrite {
+    q: *const c_void,
+    k: *const c_void,
+    v: *const c_void,
+    cos: *const f32,
+    sin: *const f32,
+    slots: *const i64,
+    out: *mut c_void,
+    keys: *mut c_void,
+    values: *mut c_void,
+    heads: i32,
+    kv_heads: i32,
+    half: i32,
+    q_stride: i32,
+    k_stride: i32,
+    v_stride: i32,
+}
+
+impl Argument for RotateWrite {}
 
 /// As in elementwise.cu.
 #[repr(C)]
@@ -152,6 +176,61 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, CudaErro
     Ok(out)
 }
 
+/// [`rotate`] of `q` `[N, heads, head_dim]`, and what stands in the slots of the pages afterwards: `k`
+/// turned, and `v`, `[N, kv_heads, head_dim]` each. Rows may lie apart; a row whose slot is -1 is
+/// written nowhere, and no slot lies outside of the pages.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn rotate_write(
+    [q, k, v]: [&Tensor; 3],
+    [cos, sin]: [&Tensor; 2],
+    (k_pages, v_pages): (&Tensor, &Tensor),
+    slots: &Tensor,
+) -> Result<Tensor, CudaError> {
+    let Pages { element, kv_heads, head_dim } = Pages::of(k_pages, v_pages)?;
+    let device = device_of(&[q, k, v, cos, sin, k_pages, v_pages, slots])?;
+    let (rows, heads) = (slots.numel() as i64, q.size().get(1).copied().unwrap_or(0));
+    let (kv, dim) = (kv_heads as i64, head_dim as i64);
+    for (part, heads) in [(q, heads), (k, kv), (v, kv)] {
+        let stride = part.stride();
+        let fits = part.size() == [rows, heads, dim]
+            && part.kind() == k_pages.kind()
+            && stride[1..] == [dim, 1];
+        require(fits, || format!("{part:?} of stride {stride:?} for pages {k_pages:?}"))?;
+    }
+    for angles in [cos, sin] {
+        let plain = angles.kind() == Kind::Float && angles.is_contiguous();
+        require(plain && angles.size() == [rows, dim / 2], || format!("angles {angles:?}"))?;
+    }
+    let plain = slots.kind() == Kind::Int64 && slots.is_contiguous();
+    require(plain, || format!("slots {slots:?}"))?;
+    let out = Tensor::empty([rows, heads, dim], (q.kind(), device));
+    let argument = RotateWrite {
+        q: q.data_ptr(),
+        k: k.data_ptr(),
+        v: v.data_ptr(),
+        cos: cos.data_ptr().cast(),
+        sin: sin.data_ptr().cast(),
+        slots: slots.data_ptr().cast(),
+        out: out.data_ptr(),
+        keys: k_pages.data_ptr(),
+        values: v_pages.data_ptr(),
+        heads: heads as i32,
+        kv_heads: kv_heads as i32,
+        half: head_dim as i32 / 2,
+        q_stride: q.stride()[0] as i32,
+        k_stride: k.stride()[0] as i32,
+        v_stride: v.stride()[0] as i32,
+    };
+    let grid = [rows as usize, heads as usize + 2 * kv_heads];
+    let program = Program::Elementwise(element);
+    let launch = Launch { program, name: "rotate_write", grid, shared: 0 };
+    // SAFETY: shapes and types were checked; the caller vouches for the slots.
+    unsafe { launch.run(device, &argument) }?;
+    Ok(out)
+}
+
 /// `silu(gate) * up`, element by element: `[N, width]` each, whose rows may lie apart in the same way,
 /// as the halves of one product do; width a multiple of 8. Rounded once.
 ///
@@ -242,6 +321,29 @@ mod tests {
                 -1,
             );
             assert!(error(&got, &want) < allowed, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn rotations_into_pages() {
+        tch::manual_seed(4);
+        for (kind, _) in KINDS {
+            // q, k and v as parts of one product.
+            let wide = random(&[4, 9 * 16], kind);
+            let part =
+                |from: i64, heads: i64| wide.narrow(1, 16 * from, 16 * heads).view([4, heads, 16]);
+            let (q, k, v) = (part(0, 5), part(5, 2), part(7, 2));
+            let angles = random(&[4, 8], Kind::Float) * 3.0;
+            let (cos, sin) = (angles.cos(), angles.sin());
+            let slots = Tensor::from_slice(&[5i64, -1, 47, 16]);
+            let pages = || random(&[3, 2, 16, 16], kind);
+            let (keys, values) = (pages(), pages());
+            let want = (keys.copy(), values.copy());
+            let turned = rotate(&k, &cos, &sin).unwrap();
+            super::super::pages::write_kv((&turned, &v), (&want.0, &want.1), &slots).unwrap();
+            let got = rotate_write([&q, &k, &v], [&cos, &sin], (&keys, &values), &slots).unwrap();
+            assert!(got.equal(&rotate(&q, &cos, &sin).unwrap()), "{kind:?}");
+            assert!(keys.equal(&want.0) && values.equal(&want.1), "{kind:?}");
         }
     }
 

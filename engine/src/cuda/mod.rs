@@ -9,22 +9,11 @@
 //! - [`attention`]: attention over pages; [`plan`]: how its work is cut. [`pages`]: writing and
 //!   copying pages.
 //! - [`sampling`]: logits to tokens, statistics and gradients.
-//! - [`elementwise`]: norm, rotary embedding, gate.
+//! - [`elementwise`]: norm, rotary embedding, gate. [`adamw`]: the optimizer's step.
 //! - [`source`]: the programs. [`nvrtc`]: compiles them. `modules`: keeps them. [`launch`]: runs them.
 //! - [`library`], [`driver`]: shared objects and what is called in them.
-//!
-//! # What no GPU has confirmed yet
-//! Every program compiles for compute capability 8.0 and 9.0, and every kernel runs on the harness. On
-//! a device these have yet to be seen:
-//! - the PTX of `kernels/device.cuh`, which the harness replaces, and with it the fragments of
-//!   `mma.sync` and `ldmatrix` as the harness lays them out;
-//! - [`load`] beyond its errors, launches by the driver on libtorch's stream, and dynamic shared memory
-//!   above 48 KiB;
-//! - [`graph`](crate::torch::graph), whose calls are tested against a class of the same declaration, and
-//!   [`device_memory`](crate::torch::device_memory);
-//! - any speed: how many blocks a multiprocessor holds, and the sizes in [`plan`], are computed, not
-//!   measured.
 
+pub mod adamw;
 pub mod attention;
 pub mod driver;
 pub mod elementwise;

@@ -63,6 +63,8 @@ pub enum Program {
     Elementwise(Element),
     /// Logits to tokens.
     Sampling(Element),
+    /// The optimizer's step, for served tensors of a type.
+    AdamW(Element),
 }
 
 /// A kernel of a program.
@@ -82,7 +84,8 @@ impl Program {
         let mut all = Vec::new();
         for element in Element::ALL {
             all.extend(HEAD_DIMS.map(|dim| Self::Attention(element, dim)));
-            all.extend([Self::Pages(element), Self::Elementwise(element), Self::Sampling(element)]);
+            all.extend([Self::Pages(element), Self::Elementwise(element)]);
+            all.extend([Self::Sampling(element), Self::AdamW(element)]);
         }
         all
     }
@@ -93,6 +96,7 @@ impl Program {
             Self::Pages(_) => include_str!("kernels/pages.cu"),
             Self::Elementwise(_) => include_str!("kernels/elementwise.cu"),
             Self::Sampling(_) => include_str!("kernels/sampling.cu"),
+            Self::AdamW(_) => include_str!("kernels/adamw.cu"),
         }
     }
 
@@ -123,6 +127,7 @@ impl Program {
                 vec![
                     entry("rms_norm", "Norm", 256, &parameters),
                     entry("rotate", "Rotate", 128, &parameters),
+                    entry("rotate_write", "RotateWrite", 64, &parameters),
                     entry("swiglu", "Gate", 256, &parameters),
                 ]
             }
@@ -133,6 +138,9 @@ impl Program {
                     entry("draw", "Draw", 256, &parameters),
                     entry("gradient", "Gradient", 256, &parameters),
                 ]
+            }
+            Self::AdamW(element) => {
+                vec![entry("adamw", "AdamW", 256, &format!("<{}>", element.name()))]
             }
         }
     }
@@ -181,6 +189,7 @@ impl fmt::Display for Program {
             Self::Pages(element) => write!(f, "pages of {}", element.name()),
             Self::Elementwise(element) => write!(f, "elementwise of {}", element.name()),
             Self::Sampling(element) => write!(f, "sampling of {}", element.name()),
+            Self::AdamW(element) => write!(f, "AdamW of {}", element.name()),
         }
     }
 }

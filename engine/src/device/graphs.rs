@@ -15,6 +15,7 @@ use crate::{
         attention::{Attention, DeviceBatch},
         decoder::Decoder,
     },
+    profile::{Phase, timed, untimed},
     torch::{
         TorchError,
         graph::{Graph, Pool},
@@ -72,7 +73,7 @@ impl Recorded {
         self.plan.refill(rows)?;
         match &mut self.replay {
             Replay::Graph(graph, hidden) => {
-                graph.run()?;
+                timed(Phase::Recorded, || graph.run())?;
                 Ok(hidden.shallow_clone())
             }
             #[cfg(test)]
@@ -172,7 +173,7 @@ impl DecodeGraphs {
             return Err(TorchError(format!("there are no graphs on {:?}", self.device)));
         };
         let forward = || Recorded::forward(plan, decoder, pages);
-        let (graph, hidden) = Graph::record(index, self.pool, forward)?;
+        let (graph, hidden) = untimed(|| Graph::record(index, self.pool, forward))?;
         if self.pool.is_none() {
             self.pool = Some(graph.pool()?);
         }

@@ -25,7 +25,7 @@ impl Pool {
     fn new(shape: [i64; 5], placement: Placement) -> Result<Self, TorchError> {
         // Zeros: what was never written must be a number.
         let whole = Tensor::f_zeros(shape, (placement.kind, placement.device));
-        let whole = whole.map_err(|error| TorchError(error.to_string()))?;
+        let whole = whole.map_err(TorchError::from)?;
         let layer = |layer| (whole.get(2 * layer), whole.get(2 * layer + 1));
         Ok(Self { layers: (0..shape[0] / 2).map(layer).collect(), whole })
     }

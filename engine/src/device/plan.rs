@@ -8,6 +8,7 @@ use super::{
 use crate::{
     cuda::{CudaError, attention as kernel, plan::Machine},
     kernels::attention::Span,
+    model::rope::Rotation,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -124,17 +125,28 @@ impl StepPlan {
         Ok(())
     }
 
-    /// Writes K and V of one layer to their slots, and attends with scale `1 / sqrt(head_dim)`: `q`
-    /// `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]`; `[N, heads * head_dim]`.
+    /// Turns `q` (`[N, heads, head_dim]`) and `k`, writes `k` and `v` (`[N, kv_heads, head_dim]`) of one
+    /// layer to their slots, and attends with scale `1 / sqrt(head_dim)`; `[N, heads * head_dim]`.
     ///
     /// # Panics
     /// What a kernel is refused for; `machine` vouched for the shapes.
     pub fn attend(
         &self,
         [q, k, v]: [&Tensor; 3],
+        rotation: &Rotation,
         (k_pages, v_pages): (&Tensor, &Tensor),
         window: Option<usize>,
     ) -> Tensor {
+        let (_, _, head_dim) = q.size3().expect("q has three axes");
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let pages = (k_pages, v_pages);
+        if let (Paging::Kernels(plan), None) = (&self.paged, &self.prompts) {
+            let turned = kernel::turn_and_write([q, k, v], rotation.angles(), pages, plan);
+            let q = &turned.unwrap_or_else(|error| panic!("{error}"));
+            let paged = Paged { q, k_pages, v_pages, plan, scale, window };
+            return kernel::attend(&paged).unwrap_or_else(|error| panic!("{error}"));
+        }
+        let (q, k) = (&rotation.apply(q), &rotation.apply(k));
         match &self.paged {
             Paging::Operations(plan) => write_kv(k, v, k_pages, v_pages, plan),
             Paging::Kernels(plan) => {
@@ -142,18 +154,12 @@ impl StepPlan {
                 written.unwrap_or_else(|error| panic!("{error}"));
             }
         }
-        if let Some(prompts) = &self.prompts {
-            return varlen_attention([q, k, v], prompts, window);
-        }
-        let (_, _, head_dim) = q.size3().expect("q has three axes");
-        let scale = 1.0 / (head_dim as f64).sqrt();
-        match &self.paged {
-            Paging::Operations(plan) => attend(&Paged { q, k_pages, v_pages, plan, scale, window }),
-            Paging::Kernels(plan) => {
-                let q = &q.contiguous();
-                let paged = Paged { q, k_pages, v_pages, plan, scale, window };
-                kernel::attend(&paged).unwrap_or_else(|error| panic!("{error}"))
+        match (&self.prompts, &self.paged) {
+            (Some(prompts), _) => varlen_attention([q, k, v], prompts, window),
+            (None, Paging::Operations(plan)) => {
+                attend(&Paged { q, k_pages, v_pages, plan, scale, window })
             }
+            (None, Paging::Kernels(_)) => unreachable!("attended to above"),
         }
     }
 }

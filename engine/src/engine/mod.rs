@@ -20,6 +20,7 @@ use crate::{
     model::config::ModelConfig,
     profile::{self, Profile},
     scheduler::{Scheduler, SchedulerConfig},
+    torch::stream,
     weights::{ServeDtype, Version, Weights},
 };
 use hold::Status;
@@ -33,6 +34,7 @@ use std::{
     thread::JoinHandle,
     time::Duration,
 };
+use tch::Device;
 use worker::{Command, Worker};
 
 /// What running samples do when the weights change.
@@ -128,12 +130,15 @@ impl EngineConfig {
             );
             return Err(EngineError::invalid("serve_dtype", why));
         }
-        if placement.device.is_cuda() && self.profile {
-            let why = "takes the time of the CPU, which does not wait for a CUDA device's work; use \
-                       the device's own tools";
-            return Err(EngineError::invalid("profile", why));
-        }
         Ok(())
+    }
+}
+
+/// Number of the CUDA device that the weights lie on.
+fn cuda_index(placement: Placement) -> Option<usize> {
+    match placement.device {
+        Device::Cuda(index) => Some(index),
+        _ => None,
     }
 }
 
@@ -278,8 +283,13 @@ impl EngineHandle {
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
+                let device = cuda_index(placement);
+                // The trainer's work on the device does not stand before the engine's then.
+                if let Some(Err(error)) = device.map(stream::own) {
+                    tracing::warn!(%error, "the engine shares the trainer's stream");
+                }
                 if config.profile {
-                    profile::start();
+                    profile::start(device);
                 }
                 let weights = (&model.weights, dtype);
                 let runner = runner::Runner::new(&model.config, weights, (pages, blocks), recorded);

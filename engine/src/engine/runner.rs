@@ -27,13 +27,14 @@ use crate::{
         memory::give_back,
         slices::{bytes, floats, floats_mut},
         storage::{Storages, empty_cache},
+        stream::synchronize,
     },
     weights::{ServeDtype, Weights},
 };
 use onpolicy_plugin_api::{Memory, PromptToken};
 use rapidhash::v3::rapidhash_v3;
 use std::time::{Duration, Instant};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Rows whose logits are in memory at a time when a prompt's log-probs are wanted.
 const HEAD_ROWS: usize = 256;
@@ -107,6 +108,17 @@ impl Runner {
     /// Bytes of the weights' copies in a narrow type; 0 where f32 is served.
     pub fn copied_bytes(&self) -> usize {
         self.copied_bytes
+    }
+
+    /// Waits until the weights' device has done all that it was given.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn synchronize(&self) -> Result<(), String> {
+        match self.decoder.placement().device {
+            Device::Cuda(index) => synchronize(index).map_err(|error| error.to_string()),
+            _ => Ok(()),
+        }
     }
 
     /// Decode steps that ran as a recorded graph.

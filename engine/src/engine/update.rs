@@ -75,13 +75,15 @@ impl Worker {
             Change::Reset => true,
         };
         let write = || -> Result<(), String> {
+            // Gradients come from another thread's stream, and weights are read there.
+            self.runner.synchronize()?;
             match change {
                 Change::Write(write) => write()?,
                 Change::Load(tensors) => self.runner.load(&tensors),
                 Change::Reset => self.runner.reset_weights(),
             }
             self.refresh = self.runner.refresh();
-            Ok(())
+            self.runner.synchronize()
         };
         let written = catch_unwind(AssertUnwindSafe(write));
         written

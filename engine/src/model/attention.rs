@@ -10,7 +10,9 @@ use crate::{
     },
     kernels::attention::{Span, paged_attention},
     kv_cache::KvCache,
+    model::rope::Rotation,
     ops::packed_attention::packed_attention,
+    profile::{Phase, timed},
     torch::slices::{floats, floats_mut},
 };
 use std::{cell::OnceCell, sync::Arc};
@@ -54,9 +56,25 @@ pub struct LayerShape {
 }
 
 impl Attention<'_> {
-    /// Attends with `q` `[N, heads, head_dim]`, `k` and `v` `[N, kv_heads, head_dim]`, already
-    /// rotated; scale is `1 / sqrt(head_dim)`. Returns `[N, heads * head_dim]`.
-    pub fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, layer: LayerShape) -> Tensor {
+    /// Attends with `q` `[N, heads, head_dim]` and `k` `[N, kv_heads, head_dim]`, after both are
+    /// rotated, and `v` of the shape of `k`; scale is `1 / sqrt(head_dim)`. Returns `[N, heads *
+    /// head_dim]`.
+    pub fn attend(
+        &mut self,
+        [q, k, v]: [&Tensor; 3],
+        rotation: &Rotation,
+        layer: LayerShape,
+    ) -> Tensor {
+        if let Attention::OnDevice(batch) = self {
+            let pages = batch.pages.layer(layer.index);
+            let attend = || batch.plan.attend([q, k, v], rotation, pages, layer.window);
+            return timed(Phase::Attention, attend);
+        }
+        let (q, k) = (&rotation.apply(q), &rotation.apply(k));
+        timed(Phase::Attention, || self.attend_rotated([q, k, v], layer))
+    }
+
+    fn attend_rotated(&mut self, [q, k, v]: [&Tensor; 3], layer: LayerShape) -> Tensor {
         match self {
             Attention::Causal(pack) if is_native(q) => {
                 packed_attention([q, k, v], &pack.groups, layer.window)
@@ -65,9 +83,7 @@ impl Attention<'_> {
                 varlen_attention([q, k, v], pack.varlen(q.device()), layer.window)
             }
             Attention::Paged(batch) => batch.attend(q, k, v, layer),
-            Attention::OnDevice(batch) => {
-                batch.plan.attend([q, k, v], batch.pages.layer(layer.index), layer.window)
-            }
+            Attention::OnDevice(_) => unreachable!("a step's plan rotates itself"),
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::{
     attention::{Attention, LayerShape},
     config::ModelConfig,
+    joined::joined,
     rope::{Rope, Rotation},
 };
 use crate::{
@@ -46,13 +47,47 @@ impl Linear {
     }
 }
 
-/// [`Linear::forward`] of several layers with the same input.
-fn forward_each<const N: usize>(layers: [&Linear; N], x: &Tensor) -> [Tensor; N] {
-    if layers.iter().any(|layer| layer.narrow.is_some()) {
-        return layers.map(|layer| layer.forward(x));
+/// Linear layers with the same input.
+struct Parallel<const N: usize> {
+    layers: [Linear; N],
+    /// All of them as one, where their weights lie one after the other.
+    joined: Option<Linear>,
+}
+
+impl<const N: usize> Parallel<N> {
+    fn new(layers: [Linear; N]) -> Self {
+        let weights = joined(&layers.each_ref().map(|layer| &layer.weight));
+        let biases: Option<Vec<&Tensor>> = layers.iter().map(|layer| layer.bias.as_ref()).collect();
+        let bias = biases.map(|biases| joined(&biases));
+        let narrow = layers.iter().any(|layer| layer.narrow.is_some());
+        let joined = match (weights, bias) {
+            (Some(weight), None) if layers.iter().all(|layer| layer.bias.is_none()) => {
+                Some(Linear { weight, bias: None, narrow: None })
+            }
+            (Some(weight), Some(Some(bias))) => {
+                Some(Linear { weight, bias: Some(bias), narrow: None })
+            }
+            _ => None,
+        };
+        Self { layers, joined: joined.filter(|_| !narrow) }
     }
-    let layers = layers.map(|layer| (&layer.weight, layer.bias.as_ref()));
-    timed(Phase::Linear, || linear_each(x, layers))
+
+    /// [`Linear::forward`] of each.
+    fn forward(&self, x: &Tensor) -> [Tensor; N] {
+        if let Some(joined) = &self.joined {
+            let (y, mut end) = (joined.forward(x), 0);
+            return self.layers.each_ref().map(|layer| {
+                let width = layer.weight.size()[0];
+                end += width;
+                y.narrow(1, end - width, width)
+            });
+        }
+        if self.layers.iter().any(|layer| layer.narrow.is_some()) {
+            return self.layers.each_ref().map(|layer| layer.forward(x));
+        }
+        let layers = self.layers.each_ref().map(|layer| (&layer.weight, layer.bias.as_ref()));
+        timed(Phase::Linear, || linear_each(x, layers))
+    }
 }
 
 /// Root-mean-square norm over the last axis.
@@ -79,9 +114,7 @@ impl RmsNorm {
 }
 
 struct SelfAttention {
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    qkv: Parallel<3>,
     o: Linear,
     q_norm: Option<RmsNorm>,
     k_norm: Option<RmsNorm>,
@@ -91,27 +124,25 @@ struct SelfAttention {
 
 impl SelfAttention {
     fn forward(&self, x: &Tensor, rotation: &Rotation, attention: &mut Attention<'_>) -> Tensor {
-        let [q, k, v] = forward_each([&self.q, &self.k, &self.v], x)
-            .map(|rows| rows.view([x.size()[0], -1, self.head_dim]));
-        let turned = |rows: Tensor, norm: &Option<RmsNorm>| match norm {
-            Some(norm) => rotation.apply(&norm.forward(&rows)),
-            None => rotation.apply(&rows),
+        let [q, k, v] = self.qkv.forward(x).map(|rows| rows.view([x.size()[0], -1, self.head_dim]));
+        let normed = |rows: Tensor, norm: &Option<RmsNorm>| match norm {
+            Some(norm) => norm.forward(&rows),
+            None => rows,
         };
-        let (q, k) = (turned(q, &self.q_norm), turned(k, &self.k_norm));
-        let attended = timed(Phase::Attention, || attention.attend(&q, &k, &v, self.shape));
+        let (q, k) = (normed(q, &self.q_norm), normed(k, &self.k_norm));
+        let attended = attention.attend([&q, &k, &v], rotation, self.shape);
         self.o.forward(&attended)
     }
 }
 
 struct Mlp {
-    gate: Linear,
-    up: Linear,
+    gate_up: Parallel<2>,
     down: Linear,
 }
 
 impl Mlp {
     fn forward(&self, x: &Tensor) -> Tensor {
-        let [gate, up] = forward_each([&self.gate, &self.up], x);
+        let [gate, up] = self.gate_up.forward(x);
         self.down.forward(&swiglu(&gate, &up))
     }
 }
@@ -126,8 +157,9 @@ struct Layer {
 impl Layer {
     fn linears(&mut self) -> [&mut Linear; 7] {
         let (attention, mlp) = (&mut self.attention, &mut self.mlp);
-        let [q, k, v] = [&mut attention.q, &mut attention.k, &mut attention.v];
-        [q, k, v, &mut attention.o, &mut mlp.gate, &mut mlp.up, &mut mlp.down]
+        let [q, k, v] = attention.qkv.layers.each_mut();
+        let [gate, up] = mlp.gate_up.layers.each_mut();
+        [q, k, v, &mut attention.o, gate, up, &mut mlp.down]
     }
 
     /// From the residual stream `x`, to which `last`, if there is one, has yet to be added, to the
@@ -338,9 +370,9 @@ impl Builder<'_> {
         Layer {
             input_norm: self.norm(&name("input_layernorm")),
             attention: SelfAttention {
-                q: projection("q_proj", config.qkv_bias),
-                k: projection("k_proj", config.qkv_bias),
-                v: projection("v_proj", config.qkv_bias),
+                qkv: Parallel::new(
+                    ["q_proj", "k_proj", "v_proj"].map(|part| projection(part, config.qkv_bias)),
+                ),
                 o: projection("o_proj", config.o_bias),
                 q_norm: head_norm("self_attn.q_norm"),
                 k_norm: head_norm("self_attn.k_norm"),
@@ -348,7 +380,10 @@ impl Builder<'_> {
                 shape: LayerShape { index, window: config.layer_window[index] },
             },
             post_attention_norm: self.norm(&name("post_attention_layernorm")),
-            mlp: Mlp { gate: mlp("gate_proj"), up: mlp("up_proj"), down: mlp("down_proj") },
+            mlp: Mlp {
+                gate_up: Parallel::new(["gate_proj", "up_proj"].map(mlp)),
+                down: mlp("down_proj"),
+            },
         }
     }
 }

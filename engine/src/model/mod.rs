@@ -4,5 +4,6 @@ pub mod attention;
 pub mod checkpointing;
 pub mod config;
 pub mod decoder;
+pub mod joined;
 pub mod loading;
 pub mod rope;

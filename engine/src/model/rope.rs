@@ -35,6 +35,16 @@ impl Rope {
 }
 
 impl Rotation {
+    /// By these cosines and sines, `[N, head_dim / 2]` each.
+    pub fn new(cos: Tensor, sin: Tensor) -> Self {
+        Self { cos, sin }
+    }
+
+    /// Cosines and sines, `[N, head_dim / 2]` each.
+    pub fn angles(&self) -> [&Tensor; 2] {
+        [&self.cos, &self.sin]
+    }
+
     /// Rotates `x`, `[N, heads, head_dim]`, halves against each other.
     pub fn apply(&self, x: &Tensor) -> Tensor {
         rotate(x, &self.cos, &self.sin)

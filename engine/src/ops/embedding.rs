@@ -19,7 +19,7 @@ pub fn accumulate_embedding_gradient(
     let tokens = tokens.to_device(embedding.device());
     let mut sum = embedding.grad();
     let added = sum.f_index_add_(0, &tokens, &gradient.to_kind(sum.kind()));
-    added.map(|_| ()).map_err(|error| TorchError(error.to_string()))
+    added.map(|_| ()).map_err(TorchError::from)
 }
 
 #[cfg(test)]

@@ -92,6 +92,15 @@ char *op_stream(int64_t index, void **handle) {
   });
 }
 
+// Gives this thread a stream of the pool, of high priority, once all that was queued is done.
+char *op_own_stream(int64_t index) {
+  return guarded([&] {
+    const auto guard = streams();
+    guard.synchronizeDevice(static_cast<c10::DeviceIndex>(index));
+    guard.exchangeStream(guard.getStreamFromGlobalPool(device(index), true));
+  });
+}
+
 // Makes the device's side stream the current one; `before` identifies the one that was.
 char *op_side_stream(int64_t index, int64_t *before) {
   return guarded([&] {

@@ -20,6 +20,21 @@ use std::ffi::{CStr, c_char, c_void};
 #[error("libtorch: {0}")]
 pub struct TorchError(pub String);
 
+impl From<tch::TchError> for TorchError {
+    /// What went wrong, without where in libtorch's sources.
+    fn from(error: tch::TchError) -> Self {
+        Self(without_trace(&error.to_string()).to_string())
+    }
+}
+
+/// The first part of what libtorch says of an error, before the functions that it happened in.
+pub fn without_trace(text: &str) -> &str {
+    // Inside of a quoted text the lines' ends are written as two characters.
+    let traces = ["\nException raised from", "\\nException raised from", "\nframe #", "\\nframe #"];
+    let ends = traces.iter().filter_map(|trace| text.find(trace));
+    &text[..ends.min().unwrap_or(text.len())]
+}
+
 /// A pointer to a C++ `at::Tensor`, as tch holds it.
 type RawTensor = *const torch_sys::C_tensor;
 
@@ -70,6 +85,7 @@ unsafe extern "C" {
 // CUDA, see cuda_shim.cpp.
 unsafe extern "C" {
     fn op_stream(index: i64, handle: *mut *mut c_void) -> *mut c_char;
+    fn op_own_stream(index: i64) -> *mut c_char;
     fn op_side_stream(index: i64, before: *mut i64) -> *mut c_char;
     fn op_restore_stream(index: i64, before: i64) -> *mut c_char;
     fn op_synchronize(index: i64) -> *mut c_char;

@@ -148,10 +148,11 @@ char *op_give_back(at::Tensor *tensor) {
   });
 }
 
-// Takes as much memory again.
+// Takes as much memory again, if none is there.
 char *op_take(at::Tensor *tensor) {
   return guarded([&] {
     auto *storage = tensor->storage().unsafeGetStorageImpl();
+    if (storage->data() != nullptr) return;
     storage->set_data_ptr_noswap(storage->allocator()->allocate(storage->nbytes()));
   });
 }

@@ -3,7 +3,7 @@
 use super::{TorchError, check, op_empty_cache, op_give_back, op_take};
 use tch::{Device, Tensor};
 
-/// Tensors that share no storage with each other.
+/// Tensors that are all there is in their storages.
 #[derive(Debug)]
 pub struct Storages {
     tensors: Vec<Tensor>,
@@ -42,7 +42,7 @@ impl Storages {
             return Ok(());
         }
         for tensor in &self.tensors {
-            // SAFETY: a valid tensor, whose storage holds no memory, or some that nothing reads.
+            // SAFETY: a valid tensor.
             check(unsafe { op_take(tensor.as_ptr()) })?;
             let _ = tch::no_grad(|| tensor.shallow_clone().zero_());
         }
@@ -66,6 +66,19 @@ pub fn empty_cache(device: Device) -> Result<(), TorchError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_of_one_storage() {
+        let whole = Tensor::from_slice(&[1f32, 2.0, 3.0]);
+        let parts = [whole.narrow(0, 0, 1), whole.narrow(0, 1, 2)];
+        let mut storages = Storages::of(parts.iter());
+        storages.give_back().unwrap();
+        assert!(whole.data_ptr().is_null());
+        storages.take().unwrap();
+        assert_eq!(Vec::<f32>::try_from(&whole).unwrap(), [0.0; 3]);
+        let _ = parts[1].shallow_clone().fill_(3.0);
+        assert_eq!(Vec::<f32>::try_from(&whole).unwrap(), [0.0, 3.0, 3.0]);
+    }
 
     #[test]
     fn handles_outlive_the_memory() {

@@ -1,6 +1,8 @@
 //! The streams of a CUDA device that libtorch's operations run on.
 
-use super::{TorchError, check, op_restore_stream, op_side_stream, op_stream, op_synchronize};
+use super::{
+    TorchError, check, op_own_stream, op_restore_stream, op_side_stream, op_stream, op_synchronize,
+};
 use std::{ffi::c_void, ptr::null_mut};
 
 /// The stream that this thread's operations on CUDA device `index` run on, as the driver knows it.
@@ -12,6 +14,16 @@ pub fn current(index: usize) -> Result<*mut c_void, TorchError> {
     // SAFETY: a place for the answer.
     check(unsafe { op_stream(index as i64, &raw mut handle) })?;
     Ok(handle)
+}
+
+/// Gives this thread a stream of CUDA device `index` for itself, of high priority: its operations do not
+/// queue behind those of other threads. What these write it reads only after a [`synchronize`].
+///
+/// # Errors
+/// As [`current`].
+pub fn own(index: usize) -> Result<(), TorchError> {
+    // SAFETY: any number may be asked for.
+    check(unsafe { op_own_stream(index as i64) })
 }
 
 /// Waits until all that CUDA device `index` was given is done.
@@ -65,6 +77,7 @@ mod tests {
         for error in [
             current(0).unwrap_err(),
             synchronize(0).unwrap_err(),
+            own(0).unwrap_err(),
             SideStream::enter(0).unwrap_err(),
         ] {
             assert!(error.0.contains("CUDA"), "{error}");

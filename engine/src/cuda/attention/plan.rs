@@ -113,8 +113,6 @@ pub struct PagedPlan {
     whole: Tensor,
     capacity: Capacity,
     machine: Machine,
-    /// Rows in use may be fewer than there is room for.
-    refillable: bool,
 }
 
 impl PagedPlan {
@@ -127,7 +125,7 @@ impl PagedPlan {
         let work = Work::new(spans, &machine);
         let capacity = Capacity::of(spans, &work);
         let whole = upload(&numbers(&capacity, spans, slots, &work), device);
-        Self::over(whole, capacity, machine, false)
+        Self::over(whole, capacity, machine)
     }
 
     /// A plan without rows, with room for some, on `device`: for graphs.
@@ -135,7 +133,7 @@ impl PagedPlan {
         let numbers = numbers(&capacity, &[], &[], &Work::default());
         let whole = Tensor::zeros([capacity.len() as i64], (Kind::Int, device));
         whole.narrow(0, 0, numbers.len() as i64).copy_(&upload(&numbers, device));
-        Self::over(whole, capacity, machine, true)
+        Self::over(whole, capacity, machine)
     }
 
     /// Overwrites the plan where it lies. Rows from the last span's on are not in use.
@@ -159,7 +157,7 @@ impl PagedPlan {
     }
 
     /// Over all of its numbers.
-    fn over(whole: Tensor, capacity: Capacity, machine: Machine, refillable: bool) -> Self {
+    fn over(whole: Tensor, capacity: Capacity, machine: Machine) -> Self {
         let parts = capacity.parts();
         let mut at = 0;
         let [
@@ -187,7 +185,6 @@ impl PagedPlan {
             whole,
             capacity,
             machine,
-            refillable,
         }
     }
 
@@ -199,10 +196,6 @@ impl PagedPlan {
     /// Query heads per KV head that it was made for.
     pub fn group(&self) -> usize {
         self.machine.group
-    }
-
-    pub(super) fn has_unused_rows(&self) -> bool {
-        self.refillable
     }
 
     pub(super) fn sizes(&self) -> Sizes {

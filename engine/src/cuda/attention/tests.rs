@@ -213,13 +213,10 @@ fn a_plan_is_filled_again_where_it_lies() {
     let run = |plan: &PagedPlan| {
         attend(&Paged { q: &q, k_pages, v_pages, plan, scale: 0.125, window: None }).unwrap()
     };
-    assert_eq!(run(&plan).abs().max().double_value(&[]), 0.0, "no row is in use");
     let want = case.run(&case.plan(20), None);
     for _ in 0..2 {
         plan.refill(&case.spans(), &[-1; 3]).unwrap();
-        let got = run(&plan);
-        assert!(got.narrow(0, 0, 3).equal(&want));
-        assert_eq!(got.narrow(0, 3, 2).abs().max().double_value(&[]), 0.0);
+        assert!(run(&plan).narrow(0, 0, 3).equal(&want));
         assert_eq!(plan.block_tables().data_ptr(), address);
         plan.refill(&case.spans()[..1], &[-1]).unwrap();
         assert!(run(&plan).get(0).equal(&want.get(0)));

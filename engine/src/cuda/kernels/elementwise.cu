@@ -76,6 +76,50 @@ template <class T> DEVICE void rotate(const Rotate &a) {
   }
 }
 
+struct RotateWrite {
+  const void *q;    // [rows, heads, head_dim], a row `q_stride` elements after the one before
+  const void *k;    // [rows, kv_heads, head_dim]
+  const void *v;    // as k
+  const float *cos; // [rows, head_dim / 2]
+  const float *sin;
+  const i64 *slots; // [rows]: block * 16 + offset; -1: the row is not in use
+  void *out;        // [rows, heads, head_dim]: q, turned
+  void *keys;       // [blocks, kv_heads, 16, head_dim]: k, turned
+  void *values;     // as keys
+  int heads;
+  int kv_heads;
+  int half;
+  int q_stride;
+  int k_stride;
+  int v_stride;
+};
+
+// Turns q and k, and stores k and v in their pages. Grid: rows, heads and twice the KV heads. Block: 64.
+template <class T> DEVICE void rotate_write(const RotateWrite &a) {
+  const i64 row = blockIdx.x, slot = a.slots[row];
+  const int head = blockIdx.y, kv = (head - a.heads) % a.kv_heads, dim = 2 * a.half;
+  const bool is_q = head < a.heads, is_v = head >= a.heads + a.kv_heads;
+  if (!is_q && slot < 0) return;
+  const T *x = is_q   ? (const T *)a.q + row * a.q_stride + head * dim
+               : is_v ? (const T *)a.v + row * a.v_stride + kv * dim
+                      : (const T *)a.k + row * a.k_stride + kv * dim;
+  const i64 page = is_q ? 0 : ((slot / 16 * a.kv_heads + kv) * 16 + slot % 16) * dim;
+  T *out = is_q   ? (T *)a.out + (row * a.heads + head) * dim
+           : is_v ? (T *)a.values + page
+                  : (T *)a.keys + page;
+  for (int d = threadIdx.x; d < a.half; d += 64) {
+    if (is_v) {
+      out[d] = x[d];
+      out[d + a.half] = x[d + a.half];
+      continue;
+    }
+    const float cos = a.cos[row * a.half + d], sin = a.sin[row * a.half + d];
+    const float low = number(x[d]), high = number(x[d + a.half]);
+    put(out[d], low * cos - high * sin);
+    put(out[d + a.half], high * cos + low * sin);
+  }
+}
+
 struct Gate {
   const void *gate; // [rows, width], a row `stride` elements after the one before
   const void *up;   // as gate

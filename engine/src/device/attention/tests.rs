@@ -5,6 +5,7 @@ use crate::{
         plan::{StepPlan, StepRows},
     },
     kernels::attention::{Pages, PagesMut, paged_attention, write_pages},
+    model::rope::Rotation,
     torch::slices::{floats, floats_mut},
 };
 
@@ -92,7 +93,11 @@ fn check(shapes: &[(usize, usize)], shared: usize, [heads, kv_heads]: [i64; 2]) 
         // Block 0 belongs to nobody, and what lies behind a sequence's end to nobody either.
         pages.iter().for_each(|pages| drop(pages.get(0).fill_(f64::NAN)));
         let wide = qkv.each_ref().map(|x| x.to_kind(Kind::Double));
-        let got = plan.attend(wide.each_ref(), (&pages[0], &pages[1]), window);
+        // Angles of zero.
+        let options = (Kind::Double, Device::Cpu);
+        let half = [rows.tokens.len() as i64, HEAD_DIM / 2];
+        let rotation = Rotation::new(Tensor::ones(half, options), Tensor::zeros(half, options));
+        let got = plan.attend(wide.each_ref(), &rotation, (&pages[0], &pages[1]), window);
         let error = (got - want).abs().max().double_value(&[]);
         assert!(error < 1e-5, "{shapes:?}, {heads}/{kv_heads}, window {window:?}: {error:e}");
     }

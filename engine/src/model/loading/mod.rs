@@ -24,7 +24,11 @@ pub use error::LoadError;
 pub use replacement::load_weights;
 pub use shape::shape;
 
-use crate::{chat::ChatTokenizer, device::Placement, model::config::ModelConfig};
+use crate::{
+    chat::ChatTokenizer,
+    device::Placement,
+    model::{config::ModelConfig, joined::join},
+};
 use std::path::Path;
 
 /// A model in memory.
@@ -121,17 +125,23 @@ fn not_found(spec: &str) -> LoadError {
 }
 
 fn load_path(path: &Path, name: String, placement: Placement) -> Result<Checkpoint, LoadError> {
-    if path.is_dir() {
-        return directory::load(path, name, placement);
+    let is_gguf = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    let mut checkpoint = match path {
+        path if path.is_dir() => directory::load(path, name, placement)?,
+        path if is_gguf(path) => gguf::load(path, name, placement)?,
+        _ => {
+            return Err(LoadError::unsupported(
+                "model file",
+                path.display().to_string(),
+                "a .gguf file, or the directory that holds config.json and the safetensors",
+            ));
+        }
+    };
+    if !placement.is_native() {
+        let joined = join(&mut checkpoint.tensors);
+        joined.map_err(|e| LoadError::Tensor { name: "*".into(), reason: e.to_string() })?;
     }
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-        return gguf::load(path, name, placement);
-    }
-    Err(LoadError::unsupported(
-        "model file",
-        path.display().to_string(),
-        "a .gguf file, or the directory that holds config.json and the safetensors",
-    ))
+    Ok(checkpoint)
 }
 
 /// The last part of a path, without the extension of a file.
