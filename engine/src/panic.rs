@@ -24,7 +24,7 @@ mod tests {
         assert_eq!(message(&*caught(|| panic_any(3))), None);
         let failed: fn() = || {
             let error = "no memory\nException raised from malloc at a.cpp\nframe #0: f";
-            Err::<(), _>(error).unwrap();
+            panic!("called `Result::unwrap()` on an `Err` value: {error:?}")
         };
         let said = "called `Result::unwrap()` on an `Err` value: \"no memory";
         assert_eq!(message(&*caught(failed)), Some(said));

@@ -4,7 +4,8 @@ use super::report::Line;
 use onpolicy_engine::profile::{Phase, Profile};
 
 /// Phases that run the model; all other time of a rollout serves it.
-const MODEL: [Phase; 4] = [Phase::Elementwise, Phase::Linear, Phase::Attention, Phase::Head];
+const MODEL: [Phase; 5] =
+    [Phase::Recorded, Phase::Elementwise, Phase::Linear, Phase::Attention, Phase::Head];
 
 /// One rollout, as the engine saw it.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -71,15 +71,14 @@ impl Head {
         }
         let ids = ids(targets, rows.device());
         let slopes = Tensor::from_slice(slopes).to_device(rows.device());
-        match sums {
-            Some(sums) => kernel::gradient(&mut rows, &ids, &slopes, temperature, &sums)
-                .unwrap_or_else(|error| panic!("{error}")),
-            None => {
-                let slopes = slopes.to_kind(rows.kind());
-                stats::logprob_gradient(&mut rows, &ids, &slopes, f64::from(temperature));
-            }
+        let kind = self.weight.kind();
+        if let Some(sums) = sums {
+            let made = kernel::gradient(rows, (&ids, &slopes), temperature, &sums, kind);
+            return made.unwrap_or_else(|error| panic!("{error}"));
         }
-        rows.to_kind(self.weight.kind())
+        let slopes = slopes.to_kind(rows.kind());
+        stats::logprob_gradient(&mut rows, &ids, &slopes, f64::from(temperature));
+        rows.to_kind(kind)
     }
 }
 

@@ -172,7 +172,7 @@ impl Subject<'_> {
         let numbers = model.parameter_count();
         let rows = sizes::pack_rows(self.config, self.prompts);
         let keys = sizes::pack_keys(self.config, self.prompts, rows);
-        let (of_row, of_key) = sizes::layer_bytes(model, element);
+        let (of_row, of_key) = sizes::layer_bytes(model, self.placement);
         let layer = rows * of_row + keys * of_key;
         let kept = match self.config.train.activation_checkpointing {
             true => model.num_layers * rows * model.hidden_size * element + layer,

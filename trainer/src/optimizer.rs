@@ -122,15 +122,14 @@ impl Optimizer {
 
     /// One kernel for everything.
     fn step_fused(&mut self, settings: &AdamW) -> Result<(), TorchError> {
-        let (served, grads): (Vec<Tensor>, Vec<Tensor>) =
-            self.params.iter().map(|param| (param.detach(), param.grad())).unzip();
+        let grads: Vec<Tensor> = self.params.iter().map(Tensor::grad).collect();
         let parameter = |index: usize| Parameter {
-            served: &served[index],
+            served: &self.params[index],
             master: &self.masters[index],
             gradient: &grads[index],
             moments: [&self.first[index], &self.second[index]],
         };
-        let parameters: Vec<Parameter<'_>> = (0..served.len()).map(parameter).collect();
+        let parameters: Vec<Parameter<'_>> = (0..grads.len()).map(parameter).collect();
         let stepped = self.fused.step(settings, self.taken, &parameters);
         stepped.map_err(|error| TorchError(error.to_string()))
     }

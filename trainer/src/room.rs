@@ -89,14 +89,9 @@ fn too_long(rows: usize, error: &TorchError) -> TrainError {
 /// panic with the text of libtorch's error.
 fn attempt<T>(work: impl FnOnce() -> Result<T, TorchError>) -> Result<T, TorchError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| match message(&*panic) {
-        Some(text) if is_out_of_memory(text) => Err(TorchError(first_line(text))),
+        Some(text) if is_out_of_memory(text) => Err(TorchError(text.to_string())),
         _ => resume_unwind(panic),
     })
-}
-
-/// Without the trace of calls that libtorch may add.
-fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_string()
 }
 
 /// Whether this is how an allocation fails: in libtorch's allocators (CPU, CUDA), in libraries that

@@ -81,19 +81,14 @@ impl FusedAdamW {
         parameters: &[Parameter<'_>],
     ) -> Result<(), CudaError> {
         let Some(first) = parameters.first() else { return Ok(()) };
-        let kind = first.served.kind();
-        let element = Element::of(kind).filter(|_| parameters.iter().all(|p| p.fits(kind)));
-        let element = element.ok_or_else(|| {
-            CudaError::Unsupported(format!("AdamW over parameters like {first:?}"))
-        })?;
-        let tensors: Vec<&Tensor> = parameters.iter().flat_map(Parameter::tensors).collect();
-        let device = device_of(&tensors)?;
         require(step > 0, || "the steps of AdamW count from 1".into())?;
         let numbers: Vec<i64> = parameters.iter().flat_map(Parameter::numbers).collect();
         if self.told.is_none() || numbers != self.numbers {
-            self.told = Some((upload(&numbers, device), upload(&chunks(parameters), device)));
+            self.told = Some(tell(&numbers, parameters)?);
             self.numbers = numbers;
         }
+        let element = element_of(first)?;
+        let device = first.master.device();
         let (tensors, chunks) = self.told.as_ref().expect("told above");
         let Settings { lr, betas: (beta1, beta2), eps, weight_decay, grad_scale } = *settings;
         let remaining = |beta: f64| 1.0 - beta.powf(step as f64);
@@ -113,6 +108,23 @@ impl FusedAdamW {
         // SAFETY: shapes and types were checked, and the table is of these tensors.
         unsafe { launch.run(device, &argument) }
     }
+}
+
+fn element_of(parameter: &Parameter<'_>) -> Result<Element, CudaError> {
+    let said = || CudaError::Unsupported(format!("AdamW over parameters like {parameter:?}"));
+    Element::of(parameter.served.kind()).ok_or_else(said)
+}
+
+/// Checks the parameters and brings their addresses and chunks to the device.
+fn tell(numbers: &[i64], parameters: &[Parameter<'_>]) -> Result<(Tensor, Tensor), CudaError> {
+    let kind = parameters[0].served.kind();
+    element_of(&parameters[0])?;
+    for parameter in parameters {
+        require(parameter.fits(kind), || format!("AdamW over {parameter:?}"))?;
+    }
+    let tensors: Vec<&Tensor> = parameters.iter().flat_map(Parameter::tensors).collect();
+    let device = device_of(&tensors)?;
+    Ok((upload(numbers, device), upload(&chunks(parameters), device)))
 }
 
 /// Every chunk of every parameter, `[chunks, 2]`: which parameter, and its how manieth.

@@ -79,6 +79,20 @@ struct Gate {
 
 impl Argument for Gate {}
 
+/// As in elementwise.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GateGradient {
+    gate: *const c_void,
+    up: *const c_void,
+    gradient: *const c_void,
+    by_gate: *mut c_void,
+    by_up: *mut c_void,
+    lines: i64,
+}
+
+impl Argument for GateGradient {}
+
 fn element_of(tensor: &Tensor) -> Result<Element, CudaError> {
     Element::of(tensor.kind()).ok_or_else(|| CudaError::Unsupported(format!("{tensor:?}")))
 }
@@ -231,6 +245,12 @@ pub fn rotate_write(
     Ok(out)
 }
 
+/// Whether [`swiglu`] and its gradient have kernels for contiguous tensors like this one.
+pub fn has_gates(gate: &Tensor) -> bool {
+    let size = gate.size();
+    Element::of(gate.kind()).is_some() && size.len() == 2 && size[1] % 8 == 0
+}
+
 /// `silu(gate) * up`, element by element: `[N, width]` each, whose rows may lie apart in the same way,
 /// as the halves of one product do; width a multiple of 8. Rounded once.
 ///
@@ -264,9 +284,42 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor, CudaError> {
     Ok(out)
 }
 
+/// The gradients of [`swiglu`] by `gate` and `up`, out of that by its output: all contiguous, of one
+/// shape and type, and of a multiple of 8 elements.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn swiglu_gradient([gate, up, gradient]: [&Tensor; 3]) -> Result<[Tensor; 2], CudaError> {
+    let element = element_of(gate)?;
+    let device = device_of(&[gate, up, gradient])?;
+    let said = || format!("gate {gate:?}, up {up:?} and gradient {gradient:?}");
+    let plain = |part: &&Tensor| {
+        let same = part.size() == gate.size() && part.kind() == gate.kind();
+        same && part.is_contiguous() && aligned(part)
+    };
+    let fits = gate.numel().is_multiple_of(8) && [gate, up, gradient].iter().all(plain);
+    require(fits, said)?;
+    let made = [gate.empty_like(), up.empty_like()];
+    let lines = gate.numel() * element.bytes() / 16;
+    let argument = GateGradient {
+        gate: gate.data_ptr(),
+        up: up.data_ptr(),
+        gradient: gradient.data_ptr(),
+        by_gate: made[0].data_ptr(),
+        by_up: made[1].data_ptr(),
+        lines: lines as i64,
+    };
+    let (program, name) = (Program::Elementwise(element), "swiglu_gradient");
+    let grid = [lines.div_ceil(program.threads(name) as usize), 1];
+    // SAFETY: shapes and types were checked.
+    unsafe { Launch { program, name, grid, shared: 0 }.run(device, &argument) }?;
+    Ok(made)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::torch::autograd::backward;
     use tch::Device;
 
     const KINDS: [(Kind, f64); 3] =
@@ -354,8 +407,17 @@ mod tests {
             let wide = random(&[9, 2 * 1000], kind) * 4.0;
             let (gate, up) = (wide.narrow(1, 0, 1000), wide.narrow(1, 1000, 1000));
             let got = swiglu(&gate, &up).unwrap();
-            let want = gate.to_kind(Kind::Double).silu() * up.to_kind(Kind::Double);
-            assert!(error(&got, &want) < allowed, "{kind:?}");
+            let leaf = |x: &Tensor| x.to_kind(Kind::Double).copy().set_requires_grad(true);
+            let leaves = [leaf(&gate), leaf(&up)];
+            let want = leaves[0].silu() * &leaves[1];
+            assert!(error(&got, &want.detach()) < allowed, "{kind:?}");
+            let gradient = random(&[9, 1000], kind);
+            backward(&want, &gradient.to_kind(Kind::Double)).unwrap();
+            let [gate, up] = [gate.contiguous(), up.contiguous()];
+            let got = swiglu_gradient([&gate, &up, &gradient]).unwrap();
+            for (got, leaf) in got.iter().zip(&leaves) {
+                assert!(error(got, &leaf.grad()) < allowed, "{kind:?}");
+            }
         }
     }
 

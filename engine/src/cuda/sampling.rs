@@ -49,11 +49,13 @@ impl Argument for Draw {}
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Gradient {
-    logits: *mut c_void,
+    logits: *const c_void,
+    out: *mut c_void,
     tokens: *const i64,
     scales: *const f32,
     sums: *const f64,
     stride: i64,
+    out_stride: i64,
     vocab: i32,
     factor: f32,
 }
@@ -203,22 +205,33 @@ fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowN
     Ok(RowNumbers { numbers, sums })
 }
 
-/// Overwrites `logits`, `[rows, vocab]`, by the gradient of `sum_i scales[i] * ln p_i(tokens[i])`, where
-/// p_i is the softmax of row `i` times `inv_temperature`. `sums` is of [`stats`] of the same logits at
+/// The gradient of `sum_i scales[i] * ln p_i(tokens[i])` by `logits`, `[rows, vocab]`, as numbers of type
+/// `kind`: over the logits themselves where that is their type. p_i is the softmax of row `i` times
+/// `inv_temperature`. `sums` is of [`stats`] of the same logits at
 /// the same temperature, `scales` is `[rows]`, f32. Where a row is no distribution it becomes NaN.
 ///
 /// # Errors
 /// As [`draw`].
 pub fn gradient(
-    logits: &mut Tensor,
-    tokens: &Tensor,
-    scales: &Tensor,
+    logits: Tensor,
+    (tokens, scales): (&Tensor, &Tensor),
     inv_temperature: f32,
     sums: &Tensor,
-) -> Result<(), CudaError> {
+    kind: Kind,
+) -> Result<Tensor, CudaError> {
     let rows = tokens.numel();
-    let (element, stride, vocab) = shape_of(logits, rows)?;
-    let device = device_of(&[logits, tokens, scales, sums])?;
+    let (element, stride, vocab) = shape_of(&logits, rows)?;
+    let device = device_of(&[&logits, tokens, scales, sums])?;
+    let name = match kind {
+        kind if kind == logits.kind() => "gradient",
+        Kind::BFloat16 => "gradient_bf16",
+        Kind::Half => "gradient_f16",
+        _ => return Err(CudaError::Unsupported(format!("gradients of type {kind:?}"))),
+    };
+    let out = match name {
+        "gradient" => logits.shallow_clone(),
+        _ => Tensor::empty([rows as i64, vocab as i64], (kind, device)),
+    };
     let plain =
         [(tokens, Kind::Int64, rows), (scales, Kind::Float, rows), (sums, Kind::Double, 2 * rows)];
     for (tensor, kind, len) in plain {
@@ -226,18 +239,21 @@ pub fn gradient(
         require(fits, || format!("{tensor:?} for {rows} rows"))?;
     }
     let argument = Gradient {
-        logits: logits.data_ptr(),
+        logits: logits.data_ptr().cast_const(),
+        out: out.data_ptr(),
         tokens: tokens.data_ptr().cast(),
         scales: scales.data_ptr().cast(),
         sums: sums.data_ptr().cast(),
         stride,
+        out_stride: out.stride()[0],
         vocab: vocab as i32,
         factor: inv_temperature,
     };
     let grid = [vocab.div_ceil(SLICE), rows];
-    let launch = Launch { program: Program::Sampling(element), name: "gradient", grid, shared: 0 };
+    let launch = Launch { program: Program::Sampling(element), name, grid, shared: 0 };
     // SAFETY: shapes and types were checked.
-    unsafe { launch.run(device, &argument) }
+    unsafe { launch.run(device, &argument) }?;
+    Ok(out)
 }
 
 /// The draws from `logits`, `[rows, vocab]`, that need not see all logits; none for the others. Four

@@ -129,6 +129,7 @@ impl Program {
                     entry("rotate", "Rotate", 128, &parameters),
                     entry("rotate_write", "RotateWrite", 64, &parameters),
                     entry("swiglu", "Gate", 256, &parameters),
+                    entry("swiglu_gradient", "GateGradient", 256, &parameters),
                 ]
             }
             Self::Sampling(element) => {
@@ -137,6 +138,8 @@ impl Program {
                     entry("sum_slices", "Draw", 256, &parameters),
                     entry("draw", "Draw", 256, &parameters),
                     entry("gradient", "Gradient", 256, &parameters),
+                    entry("gradient_bf16", "Gradient", 256, &parameters),
+                    entry("gradient_f16", "Gradient", 256, &parameters),
                 ]
             }
             Self::AdamW(element) => {

@@ -10,7 +10,7 @@ use crate::{
         slices::{floats, floats_mut},
     },
 };
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Turns the halves of every head against each other: `x` `[N, heads, head_dim]`, `cos` and `sin`
 /// `[N, head_dim / 2]`, which get no gradient; the shape of `x`. `x` is not kept for the backward
@@ -27,8 +27,12 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
         );
     }
     if !is_native(x) {
-        let made = on_cuda(&[x, cos, sin], || cuda::rotate(x, cos, sin));
-        return made.unwrap_or_else(|| turn(x, cos, sin));
+        if let Some(made) = on_cuda(&[x], || cuda::rotate(x, cos, sin)) {
+            return made;
+        }
+        if !x.device().is_cuda() || wide(x.kind()) != Kind::Float {
+            return turn(x, cos, sin);
+        }
     }
     let (x, cos, sin) = (x.contiguous(), cos.contiguous(), sin.contiguous());
     if !may_record(&[&x]) {
@@ -46,6 +50,11 @@ fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     Tensor::cat(&turned, -1).to_kind(x.kind())
 }
 
+/// [`rotate`] by a kernel of a CUDA device.
+fn on_device(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    cuda::rotate(x, cos, sin).unwrap_or_else(|error| panic!("{error}"))
+}
+
 struct Rotate;
 
 /// The angles in `inputs`, for rows shaped as those of `x`.
@@ -60,6 +69,9 @@ impl Function for Rotate {
 
     fn forward(&self, inputs: &[Tensor]) -> Tensor {
         let x = &inputs[0];
+        if !is_native(x) {
+            return on_device(x, &inputs[1], &inputs[2]);
+        }
         let mut y = x.empty_like();
         rotary(inputs, x).forward(floats(x), floats_mut(&mut y));
         y
@@ -67,6 +79,10 @@ impl Function for Rotate {
 
     fn backward(&self, inputs: &[Tensor], gradient: &Tensor) -> Vec<Option<Tensor>> {
         let gradient = gradient.contiguous();
+        if !is_native(&gradient) {
+            let by_x = on_device(&gradient, &inputs[1], &inputs[2].neg());
+            return vec![Some(by_x), None, None];
+        }
         let mut by_x = gradient.empty_like();
         rotary(inputs, &gradient).backward(floats(&gradient), floats_mut(&mut by_x));
         vec![Some(by_x), None, None]

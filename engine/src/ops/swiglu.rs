@@ -19,7 +19,12 @@ use tch::Tensor;
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     assert_eq!(gate.size(), up.size(), "gate and up of one shape");
     if !is_native(gate) {
-        return on_cuda(&[gate, up], || cuda::swiglu(gate, up)).unwrap_or_else(|| gate.silu() * up);
+        if let Some(made) = on_cuda(&[gate, up], || cuda::swiglu(gate, up)) {
+            return made;
+        }
+        if !gate.device().is_cuda() || !cuda::has_gates(gate) {
+            return gate.silu() * up;
+        }
     }
     let (gate, up) = (gate.contiguous(), up.contiguous());
     if !may_record(&[&gate, &up]) {
@@ -36,6 +41,10 @@ fn kernel(inputs: &[Tensor]) -> Kernel<'_> {
 
 impl Function for SwiGlu {
     fn forward(&self, inputs: &[Tensor]) -> Tensor {
+        if !is_native(&inputs[0]) {
+            let made = cuda::swiglu(&inputs[0], &inputs[1]);
+            return made.unwrap_or_else(|error| panic!("{error}"));
+        }
         let mut y = inputs[0].empty_like();
         kernel(inputs).forward(floats_mut(&mut y));
         y
@@ -43,6 +52,10 @@ impl Function for SwiGlu {
 
     fn backward(&self, inputs: &[Tensor], gradient: &Tensor) -> Vec<Option<Tensor>> {
         let gradient = gradient.contiguous();
+        if !is_native(&gradient) {
+            let made = cuda::swiglu_gradient([&inputs[0], &inputs[1], &gradient]);
+            return made.unwrap_or_else(|error| panic!("{error}")).map(Some).into();
+        }
         let (mut by_gate, mut by_up) = (inputs[0].empty_like(), inputs[1].empty_like());
         let (gate_slice, up_slice) = (floats_mut(&mut by_gate), floats_mut(&mut by_up));
         kernel(inputs).backward(floats(&gradient), gate_slice, up_slice);

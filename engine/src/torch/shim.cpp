@@ -41,12 +41,18 @@ std::vector<at::Tensor> list(at::Tensor *const *tensors, int64_t count) {
   return out;
 }
 
+// What a function in Rust says of its failure.
+struct Failure {
+  char text[1024] = "the function failed";
+};
+
 // A differentiable function whose work is done in Rust. Rust owns the state; `drop` is called once.
 struct Callbacks {
-  at::Tensor *(*forward)(void *state, at::Tensor *const *inputs, int64_t count);
+  // Null: it failed, and `failure` says why.
+  at::Tensor *(*forward)(void *state, at::Tensor *const *inputs, int64_t count, Failure *failure);
   // Fills `gradients`, one owned tensor (or null) for each input. False: it failed.
   bool (*backward)(void *state, at::Tensor *const *inputs, int64_t count, at::Tensor *gradient,
-                   at::Tensor **gradients);
+                   at::Tensor **gradients, Failure *failure);
   void (*drop)(void *state);
   // Bit i: `backward` reads input i. The others are not kept for it, and undefined there.
   uint64_t reads;
@@ -66,7 +72,6 @@ std::vector<at::Tensor *> pointers(std::vector<at::Tensor> &tensors) {
 }
 
 at::Tensor take(at::Tensor *owned) {
-  TORCH_CHECK(owned != nullptr, "the function failed; its own message says why");
   at::Tensor tensor = std::move(*owned);
   delete owned;
   return tensor;
@@ -82,7 +87,10 @@ struct RustFunction : torch::autograd::Function<RustFunction> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["state"] = c10::IValue::make_capsule(state);
     auto raw = pointers(all);
-    return take(state->callbacks->forward(state->state, raw.data(), raw.size()));
+    Failure failure;
+    auto *made = state->callbacks->forward(state->state, raw.data(), raw.size(), &failure);
+    TORCH_CHECK(made != nullptr, failure.text);
+    return take(made);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext *ctx,
@@ -92,9 +100,10 @@ struct RustFunction : torch::autograd::Function<RustFunction> {
     auto saved = ctx->get_saved_variables();
     auto raw = pointers(saved);
     std::vector<at::Tensor *> owned(saved.size(), nullptr);
+    Failure failure;
     TORCH_CHECK(state->callbacks->backward(state->state, raw.data(), raw.size(), &gradient[0],
-                                           owned.data()),
-                "a function's gradient failed; its own message says why");
+                                           owned.data(), &failure),
+                failure.text);
     torch::autograd::variable_list gradients;
     for (auto *tensor : owned) gradients.push_back(tensor == nullptr ? at::Tensor() : take(tensor));
     gradients.emplace_back(); // the state has none

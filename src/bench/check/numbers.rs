@@ -89,7 +89,7 @@ pub fn engine(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error> {
         ));
     }
     let drawn = draw(1.0, SAMPLES, TOKENS)?;
-    let [logprob, baseline] = against_trainer(&served, &[prompt.clone()], &drawn)?;
+    let [logprob, baseline] = against_trainer(&served, std::slice::from_ref(&prompt), &drawn)?;
     served.shutdown();
     checks.extend([
         most("engine against trainer, mean distance", logprob.mean, 1e-5, 3e-2),

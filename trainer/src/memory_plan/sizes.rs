@@ -3,6 +3,7 @@
 use crate::config::{Config, Rollout};
 use onpolicy_engine::{
     block_manager::{BLOCK_SIZE, blocks_for},
+    device::Placement,
     model::config::ModelConfig,
 };
 
@@ -40,12 +41,16 @@ pub(super) fn layer_floats(model: &ModelConfig) -> usize {
         + 3 * model.intermediate_size
 }
 
-/// Bytes that one layer of the libtorch path keeps of a row and of a key, in a type of `element`
-/// bytes. Prompts are gathered for each of their samples.
-pub(super) fn layer_bytes(model: &ModelConfig, element: usize) -> (usize, usize) {
+/// Bytes that one layer of the libtorch path keeps of a row and of a key in `placement`. Prompts are
+/// gathered for each of their samples.
+pub(super) fn layer_bytes(model: &ModelConfig, placement: Placement) -> (usize, usize) {
     let (q, kv) = widths(model);
-    // As in `layer_floats`; the gate's exponential is kept too, and K and V are counted by key.
-    let numbers = 4 * model.hidden_size + normed_heads(model) + 2 * q + 4 * model.intermediate_size;
+    let element = placement.element_bytes();
+    // As in `layer_floats`; K and V are counted by key, and without a kernel of our own the gate's
+    // exponential is kept too.
+    let gates = if placement.device.is_cuda() { 3 } else { 4 };
+    let numbers =
+        4 * model.hidden_size + normed_heads(model) + 2 * q + gates * model.intermediate_size;
     (element * numbers + size_of::<f32>() * model.num_heads, element * 2 * kv)
 }
 

@@ -41,20 +41,37 @@ template <class T> DEVICE void adamw(const AdamW &a) {
   const i64 end = begin + CHUNK < (i64)parts[5] ? begin + CHUNK : (i64)parts[5];
   const bool aligned = (parts[0] | parts[1] | parts[2] | parts[3] | parts[4]) % 16 == 0;
   const i64 whole = aligned ? begin + (end - begin) / 4 * 4 : begin;
-  for (i64 i = begin + threadIdx.x * 4; i < whole; i += ADAMW_THREADS * 4) {
-    L p = *(L *)(master + i), g = *(L *)(gradient + i), m = *(L *)(first + i), v = *(L *)(second + i);
-    Quad<T> out;
+  // Two lines at a time, so that more loads are under way.
+  constexpr int AT_ONCE = 2, APART = ADAMW_THREADS * 4;
+  for (i64 i = begin + threadIdx.x * 4; i < whole; i += AT_ONCE * APART) {
+    L p[AT_ONCE], g[AT_ONCE], m[AT_ONCE], v[AT_ONCE];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      p.at[j] = step(a, p.at[j], g.at[j], m.at[j], v.at[j]);
-      g.at[j] = 0.0f;
-      put(out.at[j], p.at[j]);
+    for (int n = 0; n < AT_ONCE; ++n) {
+      const i64 at = i + n * APART;
+      if (at >= whole) break;
+      p[n] = *(L *)(master + at);
+      g[n] = *(L *)(gradient + at);
+      m[n] = *(L *)(first + at);
+      v[n] = *(L *)(second + at);
     }
-    *(L *)(master + i) = p;
-    *(L *)(gradient + i) = g;
-    *(L *)(first + i) = m;
-    *(L *)(second + i) = v;
-    *(Quad<T> *)(served + i) = out;
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; ++n) {
+      const i64 at = i + n * APART;
+      if (at >= whole) break;
+      Quad<T> out;
+      L zero;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        p[n].at[j] = step(a, p[n].at[j], g[n].at[j], m[n].at[j], v[n].at[j]);
+        put(out.at[j], p[n].at[j]);
+        zero.at[j] = 0.0f;
+      }
+      *(L *)(master + at) = p[n];
+      *(L *)(gradient + at) = zero;
+      *(L *)(first + at) = m[n];
+      *(L *)(second + at) = v[n];
+      *(Quad<T> *)(served + at) = out;
+    }
   }
   for (i64 i = whole + threadIdx.x; i < end; i += ADAMW_THREADS) {
     const float p = step(a, master[i], gradient[i], first[i], second[i]);

@@ -286,17 +286,20 @@ template <class T, int HD> DEVICE void attend(const Attend &a) {
   __shared__ Rows rows;
   const Tile tile = ((const Tile *)a.tiles)[blockIdx.x];
   if (tile.rows == 0) return;
-  if ((int)threadIdx.x < tile.rows) {
-    const int row = a.tile_rows[tile.first_row + threadIdx.x];
-    rows.row[threadIdx.x] = row;
-    rows.position[threadIdx.x] = a.row_position[row];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    rows.lowest = rows.highest = rows.position[0];
-    for (int i = 1; i < tile.rows; ++i) {
-      rows.lowest = min(rows.lowest, rows.position[i]);
-      rows.highest = max(rows.highest, rows.position[i]);
+  if (threadIdx.x < WARP) {
+    int lowest = 0x7fffffff, highest = 0;
+    for (int i = threadIdx.x; i < tile.rows; i += WARP) {
+      const int row = a.tile_rows[tile.first_row + i], position = a.row_position[row];
+      rows.row[i] = row;
+      rows.position[i] = position;
+      lowest = min(lowest, position);
+      highest = max(highest, position);
+    }
+    lowest = warp_min(lowest);
+    highest = -warp_min(-highest);
+    if (threadIdx.x == 0) {
+      rows.lowest = lowest;
+      rows.highest = highest;
     }
   }
   __syncthreads();
@@ -309,24 +312,41 @@ template <class T, int HD> DEVICE void attend(const Attend &a) {
 
 // Adds up the pieces of the rows that have any: a warp for each row and head.
 template <class T, int HD> DEVICE void merge(const Attend &a) {
-  const int index = blockIdx.x * WARPS + threadIdx.x / WARP;
+  constexpr int EACH = (HD + WARP - 1) / WARP;
+  const int index = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
   if (index >= a.rows * a.heads) return;
   const int row = index / a.heads, head = index % a.heads;
   const int first = a.row_pieces[row], last = a.row_pieces[row + 1];
   if (first == last) return;
   float largest = minus_infinity();
-  for (int piece = first; piece < last; ++piece) {
+  for (int piece = first + lane; piece < last; piece += WARP) {
     largest = fmaxf(largest, a.sums[((i64)piece * a.heads + head) * 2]);
   }
-  for (int d = threadIdx.x % WARP; d < HD; d += WARP) {
-    float out = 0.0f, sum = 0.0f;
-    for (int piece = first; piece < last; ++piece) {
-      const i64 at = (i64)piece * a.heads + head;
-      const float factor = exp2_fast(a.sums[at * 2] - largest);
-      sum += factor * a.sums[at * 2 + 1];
-      out += factor * a.pieces[at * HD + d];
+  largest = warp_max(largest);
+  float out[EACH] = {}, sum = 0.0f;
+  for (int begin = first; begin < last; begin += WARP) {
+    // Each lane weighs a piece, and all lanes add up each of them.
+    float factor = 0.0f;
+    if (begin + lane < last) {
+      const float *sums = a.sums + ((i64)(begin + lane) * a.heads + head) * 2;
+      factor = exp2_fast(sums[0] - largest);
+      sum += factor * sums[1];
     }
-    put(((T *)a.out)[((i64)row * a.heads + head) * HD + d], out / sum);
+    const int count = min(last - begin, WARP);
+    for (int i = 0; i < count; ++i) {
+      const float weight = __shfl_sync(ALL_LANES, factor, i);
+      const float *piece = a.pieces + ((i64)(begin + i) * a.heads + head) * HD;
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        if (lane + e * WARP < HD) out[e] += weight * piece[lane + e * WARP];
+      }
+    }
+  }
+  sum = warp_sum(sum);
+  T *to = (T *)a.out + ((i64)row * a.heads + head) * HD;
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) {
+    if (lane + e * WARP < HD) put(to[lane + e * WARP], out[e] / sum);
   }
 }
 

@@ -144,3 +144,31 @@ template <class T> DEVICE void swiglu(const Gate &a) {
   }
   ((L *)a.out)[i] = out;
 }
+
+struct GateGradient {
+  const void *gate; // [elements], as all of these
+  const void *up;
+  const void *gradient; // by the output
+  void *by_gate;
+  void *by_up;
+  i64 lines; // of 16 bytes
+};
+
+// Grid: as many blocks of 256 as there are lines.
+template <class T> DEVICE void swiglu_gradient(const GateGradient &a) {
+  typedef Line<T> L;
+  const i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
+  if (i >= a.lines) return;
+  const L gate = ((const L *)a.gate)[i], up = ((const L *)a.up)[i];
+  const L gradient = ((const L *)a.gradient)[i];
+  L by_gate, by_up;
+#pragma unroll
+  for (int j = 0; j < L::COUNT; ++j) {
+    const float x = number(gate.at[j]), g = number(gradient.at[j]);
+    const float sigmoid = 1.0f / (1.0f + expf(-x));
+    put(by_up.at[j], g * x * sigmoid);
+    put(by_gate.at[j], g * number(up.at[j]) * sigmoid * (1.0f + x * (1.0f - sigmoid)));
+  }
+  ((L *)a.by_gate)[i] = by_gate;
+  ((L *)a.by_up)[i] = by_up;
+}

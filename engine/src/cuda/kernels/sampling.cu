@@ -260,25 +260,32 @@ template <class T> DEVICE void draw(const Draw &a) {
 }
 
 struct Gradient {
-  void *logits;         // [rows, vocab], overwritten
+  const void *logits;   // [rows, vocab], a row `stride` elements after the one before
+  void *out;            // [rows, vocab]; may be the logits themselves
   const i64 *tokens;    // [rows]
   const float *scales;  // [rows]
   const double *sums;   // [rows, 2], of `draw`
   i64 stride;
+  i64 out_stride;
   int vocab;
   float factor; // 1 / temperature
 };
 
-// scale * factor * (onehot(token) - p). Grid: slices of a row, rows.
-template <class T> DEVICE void gradient(const Gradient &a) {
+// scale * factor * (onehot(token) - p), as a U. Grid: slices of a row, rows.
+template <class T, class U> DEVICE void gradient_as(const Gradient &a) {
   const i64 row = blockIdx.y;
-  T *logits = (T *)a.logits + row * a.stride;
+  const T *logits = (const T *)a.logits + row * a.stride;
+  U *out = (U *)a.out + row * a.out_stride;
   const float scale = a.scales[row] * a.factor, max = (float)a.sums[row * 2];
   const float share = scale == 0.0f ? 0.0f : (float)(-scale / a.sums[row * 2 + 1]);
   for (int i = 0; i < EACH; ++i) {
     const int at = blockIdx.x * SLICE + i * DRAWERS + threadIdx.x;
     if (at >= a.vocab) break;
     const float p = scale == 0.0f ? 0.0f : weight(cut((number(logits[at]) - max) * a.factor)) * share;
-    put(logits[at], at == (int)a.tokens[row] ? p + scale : p);
+    put(out[at], at == (int)a.tokens[row] ? p + scale : p);
   }
 }
+
+template <class T> DEVICE void gradient(const Gradient &a) { gradient_as<T, T>(a); }
+template <class T> DEVICE void gradient_bf16(const Gradient &a) { gradient_as<T, bf16>(a); }
+template <class T> DEVICE void gradient_f16(const Gradient &a) { gradient_as<T, f16>(a); }

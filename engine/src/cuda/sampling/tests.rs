@@ -139,7 +139,7 @@ fn rows_that_are_no_distribution_say_why() {
 #[test]
 fn statistics_and_gradients_are_those_of_the_cpu() {
     for (vocab, inv_temperature) in [(300usize, 1.0f32), (9000, 1.25)] {
-        let mut logits = logits(11, 6, vocab as i64);
+        let logits = logits(11, 6, vocab as i64);
         let tokens: Vec<u32> = (0..6).map(|row| (row * 41 + 7) % vocab as u32).collect();
         let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
         let ids = Tensor::from_slice(&ids);
@@ -153,9 +153,13 @@ fn statistics_and_gradients_are_those_of_the_cpu() {
         let scales = [0.5f32, -2.0, 0.0, 1.0, 3.0, -1.0];
         logprob_gradient(&mut plain, vocab, &tokens, &scales, inv_temperature);
         let scales = Tensor::from_slice(&scales);
-        gradient(&mut logits, &ids, &scales, inv_temperature, &numbers.sums).unwrap();
-        for (got, want) in floats(&logits).iter().zip(&plain) {
-            assert!((got - want).abs() < 2e-6, "{got} instead of {want}");
+        for (kind, most) in [(Kind::BFloat16, 8e-3), (Kind::Half, 1e-3), (Kind::Float, 2e-6)] {
+            let (own, of) = (logits.shallow_clone(), (&ids, &scales));
+            let got = gradient(own, of, inv_temperature, &numbers.sums, kind).unwrap();
+            assert_eq!((got.kind(), got.size()), (kind, logits.size()));
+            for (got, want) in floats(&got.to_kind(Kind::Float)).iter().zip(&plain) {
+                assert!((got - want).abs() < most, "{kind:?}: {got} instead of {want}");
+            }
         }
     }
 }
