@@ -4,7 +4,7 @@ use std::{env, path::PathBuf};
 
 fn main() {
     let sources = ["src/torch/shim.cpp", "src/torch/cuda_shim.cpp"];
-    for source in sources {
+    for source in sources.into_iter().chain(["src/torch/guarded.h"]) {
         println!("cargo:rerun-if-changed={source}");
     }
     let lib = env::var("DEP_TCH_LIBTORCH_LIB")

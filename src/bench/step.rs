@@ -151,9 +151,10 @@ fn works(session: &Session, arguments: &Arguments, last: &StepMetrics) -> Works 
     let mean = last.prompt_tokens.div_ceil(prompts);
     let workload = Workload::custom([prompts, samples, mean, new_tokens]);
     let group = train_group(&workload);
+    let rows = session.config.train.pass_tokens(session.served.placement().device);
     Works {
         rollout: session.costs.rollout(&workload, true),
-        train: train::work(&session.costs, &vec![group; prompts], &session.config),
+        train: train::work(&session.costs, &vec![group; prompts], rows),
         update: session.costs.optimizer(),
     }
 }

@@ -13,7 +13,6 @@ use onpolicy_plugin_api::TokenStats;
 use onpolicy_trainer::{
     advantage::Advantage,
     batch::{MicroBatch, TrainBatch, TrainGroup, TrainSample},
-    config::Config,
     entropy::KeepAll,
     loss::{LossSettings, accumulate_gradient, token_stats},
 };
@@ -100,7 +99,8 @@ impl Contestant {
         decoder: &Decoder,
         session: &Session,
     ) -> Self {
-        let (config, rows) = (&session.config, session.config.train.micro_batch_tokens);
+        let (config, device) = (&session.config, session.served.placement().device);
+        let rows = config.train.pass_tokens(device);
         let temperature = config.rollout.temperature as f32;
         let packs = packs(&groups, rows);
         let stats = packs.iter().flat_map(|micro| token_stats(decoder, micro, temperature));
@@ -148,9 +148,9 @@ fn pass_of(micro: &MicroBatch) -> Pass {
     }
 }
 
-/// What the trainer's forward and backward passes over these groups cost.
-pub fn work(costs: &Costs, groups: &[TrainGroup], config: &Config) -> Work {
-    let packs = packs(groups, config.train.micro_batch_tokens);
+/// What the trainer's forward and backward passes over these groups cost, `rows` at most each.
+pub fn work(costs: &Costs, groups: &[TrainGroup], rows: usize) -> Work {
+    let packs = packs(groups, rows);
     costs.training(&packs.iter().map(pass_of).collect::<Vec<_>>())
 }
 

@@ -66,6 +66,6 @@ fn heading(config: &Config, parameters: usize, placement: Placement, prompts: &[
         prompts.first().copied().unwrap_or(0),
         rollout.group_size,
         rollout.max_new_tokens,
-        train.micro_batch_tokens,
+        train.pass_tokens(placement.device),
     )
 }

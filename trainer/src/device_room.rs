@@ -38,14 +38,15 @@ pub fn fit(
     empty_cache(Device::Cuda(index))?;
     let before = DeviceMemory::of(index)?;
     reset_peak(index)?;
-    config.train.micro_batch_tokens = rehearse(&config, (&checkpoint.config, &policy), prompts)?;
+    let rows = rehearse(&config, (&checkpoint.config, &policy), prompts)?;
+    config.train.micro_batch_tokens = Some(rows);
     let peak = DeviceMemory::of(index)?.peak_allocated.saturating_sub(before.allocated);
     empty_cache(Device::Cuda(index))?;
     config.engine.kv_memory_mb = Some(left(&before, peak)? >> 20);
     tracing::info!(
         training_mib = peak >> 20,
         kv_mib = config.engine.kv_memory_mb,
-        rows = config.train.micro_batch_tokens,
+        rows,
         "memory of the device"
     );
     Ok(config)
@@ -116,7 +117,7 @@ pub fn rehearse(
         true => Activations::Recomputed,
         false => Activations::Kept,
     };
-    let mut room = Room::new(config.train.micro_batch_tokens);
+    let mut room = Room::new(config.train.pass_tokens(decoder.placement().device));
     room.run(batch.span(), |rows| {
         let mini_batch = batch.mini_batches(1, rows).remove(0);
         let settings = LossSettings::new(config, mini_batch.kept, true);
@@ -160,7 +161,7 @@ mod tests {
         let flags = ["model.path=x", "rollout.max_new_tokens=16"].map(String::from);
         let config = Config::parse("", &flags).expect("a configuration");
         let rows = rehearse(&config, (&model.config, &policy), &[20, 30]).expect("it fits");
-        assert_eq!(rows, config.train.micro_batch_tokens);
+        assert_eq!(rows, config.train.pass_tokens(Device::Cpu));
         for ((name, tensor), before) in policy.iter().zip(before) {
             assert!(tensor.equal(&before) && !tensor.grad().defined(), "{name}");
         }

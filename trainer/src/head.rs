@@ -4,14 +4,14 @@
 
 use onpolicy_engine::{
     cuda::sampling as kernel,
-    device::{is_native, stats},
+    device::{download, is_native, stats, upload},
     logits,
     model::decoder::Decoder,
     ops::linear::{self, accumulate_weight_gradient, input_gradient},
     torch::slices::{floats, floats_mut},
 };
 use onpolicy_plugin_api::TokenStats;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// The output head, `[vocab, hidden]`, at a temperature.
 pub struct Head {
@@ -70,7 +70,7 @@ impl Head {
             return rows;
         }
         let ids = ids(targets, rows.device());
-        let slopes = Tensor::from_slice(slopes).to_device(rows.device());
+        let slopes = upload(slopes, rows.device());
         let kind = self.weight.kind();
         if let Some(sums) = sums {
             let made = kernel::gradient(rows, (&ids, &slopes), temperature, &sums, kind);
@@ -91,14 +91,12 @@ pub struct Logits {
 
 /// Token ids, i64, on a device.
 fn ids(tokens: &[u32], device: Device) -> Tensor {
-    let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
-    Tensor::from_slice(&ids).to_device(device)
+    upload(&tokens.iter().map(|&id| i64::from(id)).collect::<Vec<_>>(), device)
 }
 
 /// Rows of log-prob, entropy and baseline.
 fn numbers(rows: &Tensor) -> Vec<TokenStats> {
-    let rows = rows.to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
     let stats =
         |&[logprob, entropy, baseline]: &[f32; 3]| TokenStats { logprob, entropy, baseline };
-    floats(&rows).as_chunks::<3>().0.iter().map(stats).collect()
+    download(rows).as_chunks::<3>().0.iter().map(stats).collect()
 }

@@ -148,7 +148,7 @@ impl Subject<'_> {
     fn native(&self) -> Vec<Part> {
         let (model, float) = (self.model, size_of::<f32>());
         let weights = model.parameter_count() * float;
-        let rows = sizes::pack_rows(self.config, self.prompts);
+        let rows = sizes::pack_rows(self.config, self.prompts, self.placement.device);
         let kept = match self.config.train.activation_checkpointing {
             true => model.num_layers * model.hidden_size + sizes::layer_floats(model),
             false => model.num_layers * sizes::layer_floats(model),
@@ -170,7 +170,7 @@ impl Subject<'_> {
         let (model, float) = (self.model, size_of::<f32>());
         let element = self.placement.element_bytes();
         let numbers = model.parameter_count();
-        let rows = sizes::pack_rows(self.config, self.prompts);
+        let rows = sizes::pack_rows(self.config, self.prompts, self.placement.device);
         let keys = sizes::pack_keys(self.config, self.prompts, rows);
         let (of_row, of_key) = sizes::layer_bytes(model, self.placement);
         let layer = rows * of_row + keys * of_key;

@@ -86,7 +86,7 @@ impl Trainer {
     ) -> Self {
         let (engine, tokenizer) = (served.engine.clone(), served.tokenizer.clone());
         let queue = RolloutQueue::new(&config, engine.clone(), tokenizer, drawn);
-        let room = Room::new(config.train.micro_batch_tokens);
+        let room = Room::new(config.train.pass_tokens(served.placement().device));
         Self {
             config,
             parts,

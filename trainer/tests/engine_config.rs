@@ -68,6 +68,7 @@ fn what_does_not_go_together_is_refused_by_name() {
         (&[remote, "engine.kv_memory_mb=16"], "setting of the server's own"),
         (&[remote, "engine.on_update=drain"], "see engine.remote.pause"),
         (&["engine.kind=mine", "engine.profile=true"], "engine.profile"),
+        (&[remote, "engine.enforce_eager=true"], "engine.enforce_eager"),
         (&["engine.options.a=1"], "engine.options = ...: has no effect"),
         (&["engine.transfer_dir=/t"], "engine.transfer_dir"),
     ];

@@ -6,8 +6,8 @@
 //! they are compared with the slow, obvious versions.
 //!
 //! # Layout
-//! - [`attention`]: attention over pages; [`plan`]: how its work is cut. [`pages`]: writing and
-//!   copying pages.
+//! - [`attention`]: attention over pages; [`plan`]: how its work is cut. [`pages`]: writing
+//!   pages.
 //! - [`sampling`]: logits to tokens, statistics and gradients.
 //! - [`elementwise`]: norm, rotary embedding, gate. [`adamw`]: the optimizer's step.
 //! - [`source`]: the programs. [`nvrtc`]: compiles them. `modules`: keeps them. [`launch`]: runs them.

@@ -1,4 +1,4 @@
-//! Writing and copying the pages of a layer, `[num_blocks, kv_heads, 16, head_dim]` each.
+//! Writing the pages of a layer, `[num_blocks, kv_heads, 16, head_dim]` each.
 
 use super::{
     CudaError,
@@ -25,18 +25,6 @@ struct WriteKv {
 }
 
 impl Argument for WriteKv {}
-
-/// As in pages.cu.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CopyBlocks {
-    keys: *mut c_void,
-    values: *mut c_void,
-    pairs: *const i32,
-    lines: i64,
-}
-
-impl Argument for CopyBlocks {}
 
 /// Shape of pages and type of their elements.
 pub(super) struct Pages {
@@ -104,32 +92,6 @@ pub fn write_kv(
     unsafe { launch.run(device, &argument) }
 }
 
-/// Copies blocks, for copy on write: `pairs` is `[copies, 2]`, i32, from and to, on the pages' device.
-/// No block is written by one copy and read or written by another, and none lies outside of the
-/// pages.
-///
-/// # Errors
-/// Shapes or types that do not fit; see [`Launch::run`].
-pub fn copy_blocks(
-    (k_pages, v_pages): (&Tensor, &Tensor),
-    pairs: &Tensor,
-) -> Result<(), CudaError> {
-    let Pages { element, kv_heads, head_dim } = Pages::of(k_pages, v_pages)?;
-    let device = device_of(&[k_pages, v_pages, pairs])?;
-    let plain = pairs.kind() == Kind::Int && pairs.is_contiguous();
-    require(plain && pairs.size().get(1) == Some(&2), || format!("pairs {pairs:?}"))?;
-    let argument = CopyBlocks {
-        keys: k_pages.data_ptr(),
-        values: v_pages.data_ptr(),
-        pairs: pairs.data_ptr().cast(),
-        lines: (kv_heads * BLOCK * head_dim * element.bytes() / 16) as i64,
-    };
-    let grid = [pairs.size()[0] as usize, 1];
-    let launch = Launch { program: Program::Pages(element), name: "copy_blocks", grid, shared: 0 };
-    // SAFETY: shapes and types are checked above; the caller vouches for the blocks.
-    unsafe { launch.run(device, &argument) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,19 +123,6 @@ mod tests {
     }
 
     #[test]
-    fn copied_blocks_are_equal_and_others_stay() {
-        let (keys, values) = pages(Kind::BFloat16, 4);
-        let (keys, values) = (keys.rand_like(), values.rand_like());
-        let before = [keys.copy(), values.copy()];
-        copy_blocks((&keys, &values), &Tensor::from_slice(&[1i32, 3, 0, 2]).view([2, 2])).unwrap();
-        for (pages, before) in [&keys, &values].into_iter().zip(&before) {
-            for (at, from) in [(0, 0), (1, 1), (2, 0), (3, 1)] {
-                assert!(pages.get(at).equal(&before.get(from)));
-            }
-        }
-    }
-
-    #[test]
     fn what_does_not_fit_is_refused() {
         let (keys, values) = pages(Kind::Float, 2);
         let slots = Tensor::from_slice(&[0i64]);
@@ -182,7 +131,5 @@ mod tests {
             let error = write_kv((&row, &row), (&keys, &values), &slots).unwrap_err();
             assert!(matches!(error, CudaError::Unsupported(_)), "{error}");
         }
-        let error = copy_blocks((&keys, &values), &slots).unwrap_err();
-        assert!(matches!(error, CudaError::Unsupported(_)), "{error}");
     }
 }

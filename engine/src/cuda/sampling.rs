@@ -94,19 +94,6 @@ impl DrawPlan {
         Self(numbers(hows).to_device(device))
     }
 
-    /// Overwrites the plan where it lies; rows beyond `hows` take their likeliest token.
-    ///
-    /// # Errors
-    /// If there are more rows than the plan has.
-    pub fn refill(&mut self, hows: &[How]) -> Result<(), CudaError> {
-        let rows = self.rows();
-        require(hows.len() <= rows, || format!("{} draws for a plan of {rows}", hows.len()))?;
-        let mut all = hows.to_vec();
-        all.resize(rows, How { inv_temperature: 1.0, number: None });
-        self.0.copy_(&numbers(&all));
-        Ok(())
-    }
-
     /// Rows that it is for.
     pub fn rows(&self) -> usize {
         self.0.size()[0] as usize

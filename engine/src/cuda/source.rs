@@ -57,7 +57,7 @@ pub const ATTENDING_BLOCKS: u32 = 3;
 pub enum Program {
     /// Attention over pages with heads of so many dimensions.
     Attention(Element, usize),
-    /// Writing and copying pages.
+    /// Writing pages.
     Pages(Element),
     /// Norm, rotary embedding, gate.
     Elementwise(Element),
@@ -119,8 +119,7 @@ impl Program {
             }
             Self::Pages(element) => {
                 let parameters = format!("<{}>", element.name());
-                let write = entry("write_kv", "WriteKv", 128, &parameters);
-                vec![write, entry("copy_blocks", "CopyBlocks", 256, "")]
+                vec![entry("write_kv", "WriteKv", 128, &parameters)]
             }
             Self::Elementwise(element) => {
                 let parameters = format!("<{}>", element.name());

@@ -34,7 +34,7 @@ pub fn wide(kind: Kind) -> Kind {
 }
 
 /// Numbers from the host, on `device`. Does not wait for what the device is doing.
-pub(crate) fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
+pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
     let host = Tensor::from_slice(values);
     if device == Device::Cpu { host } else { host.to_device_(device, T::KIND, true, false) }
 }
@@ -50,7 +50,7 @@ pub fn bytes(tensor: &Tensor) -> Vec<u8> {
 }
 
 /// The elements of a tensor as f32, row by row, on the host. Waits for the device.
-pub(crate) fn download(tensor: &Tensor) -> Vec<f32> {
+pub fn download(tensor: &Tensor) -> Vec<f32> {
     let host = tensor.to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
     let mut values = vec![0.0; host.numel()];
     host.copy_data(&mut values, host.numel());

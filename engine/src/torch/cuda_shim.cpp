@@ -2,14 +2,14 @@
 // by way of libtorch's interfaces for any device, which its CUDA half fills in once it is loaded, and
 // graphs by the names that `at::cuda::CUDAGraph` has there (ATen/cuda/CUDAGraph.h of 2.11.0, checked
 // with nm). Every function returns nullptr, or an error message that the caller frees with op_free.
+#include "guarded.h"
+
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/util/Exception.h>
 
 #include <dlfcn.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -17,25 +17,6 @@
 namespace {
 
 constexpr c10::DeviceType CUDA = c10::DeviceType::CUDA;
-
-char *copy(const char *what) {
-  char *text = static_cast<char *>(std::malloc(std::strlen(what) + 1));
-  if (text != nullptr) std::strcpy(text, what);
-  return text;
-}
-
-template <typename F> char *guarded(F body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error &error) {
-    return copy(error.what_without_backtrace());
-  } catch (const std::exception &error) {
-    return copy(error.what());
-  } catch (...) {
-    return copy("an unknown C++ exception");
-  }
-}
 
 c10::impl::VirtualGuardImpl streams() {
   TORCH_CHECK(c10::impl::hasDeviceGuardImpl(CUDA), "libtorch's CUDA half is not loaded");

@@ -1,5 +1,7 @@
 // What tch 0.24 does not bind. Every function returns nullptr, or an error message that the caller
 // frees with op_free.
+#include "guarded.h"
+
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/torch.h>
@@ -10,29 +12,9 @@
 
 #include <climits>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
 
 namespace {
-
-char *message(const char *what) {
-  char *copy = static_cast<char *>(std::malloc(std::strlen(what) + 1));
-  if (copy != nullptr) std::strcpy(copy, what);
-  return copy;
-}
-
-template <typename F> char *guarded(F body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error &error) {
-    return message(error.what_without_backtrace());
-  } catch (const std::exception &error) {
-    return message(error.what());
-  } catch (...) {
-    return message("an unknown C++ exception");
-  }
-}
 
 std::vector<at::Tensor> list(at::Tensor *const *tensors, int64_t count) {
   std::vector<at::Tensor> out;

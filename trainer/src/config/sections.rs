@@ -15,6 +15,7 @@ use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fmt;
+use tch::Device;
 
 /// `[model]`: the model to serve and train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -288,8 +289,9 @@ pub struct Train {
     pub advantage: Advantage,
     /// Optimizer steps of one batch; it is cut into this many parts.
     pub updates_per_batch: usize,
-    /// Most tokens of one forward and backward pass; a longer sample has one of its own.
-    pub micro_batch_tokens: usize,
+    /// Most tokens of one forward and backward pass; a longer sample has one of its own. If not given,
+    /// 512 in main memory and 8192 on a CUDA device: see [`Train::pass_tokens`].
+    pub micro_batch_tokens: Option<usize>,
     /// Keep only the layers' inputs for the backward pass and run each layer again: a tenth of
     /// the memory of the activations for about a quarter more time.
     pub activation_checkpointing: bool,
@@ -333,6 +335,14 @@ pub enum Schedule {
 /// Cap of truncated importance sampling if none is given.
 pub(super) const TIS_CAP: f64 = 2.0;
 
+impl Train {
+    /// Most tokens of one forward and backward pass where the weights lie on `device`. A GPU is idle
+    /// most of a pass that is short.
+    pub fn pass_tokens(&self, device: Device) -> usize {
+        self.micro_batch_tokens.unwrap_or(if device.is_cuda() { 8192 } else { 512 })
+    }
+}
+
 impl Default for Train {
     fn default() -> Self {
         Self {
@@ -354,7 +364,7 @@ impl Default for Train {
             tis_cap: TIS_CAP,
             advantage: Advantage::Grpo,
             updates_per_batch: 1,
-            micro_batch_tokens: 512,
+            micro_batch_tokens: None,
             activation_checkpointing: false,
         }
     }

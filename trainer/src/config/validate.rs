@@ -143,7 +143,8 @@ impl Train {
         let needs_tis = || "has no effect unless train.correction is \"tis\"".into();
         rule("train.tis_cap", cap, used, needs_tis)?;
         between("train.updates_per_batch", self.updates_per_batch, 1, MANY)?;
-        between("train.micro_batch_tokens", self.micro_batch_tokens, 1, 1 << 30)
+        let tokens = self.micro_batch_tokens;
+        tokens.map_or(Ok(()), |tokens| between("train.micro_batch_tokens", tokens, 1, 1 << 30))
     }
 
     fn validate_schedule(&self) -> Checked {

@@ -6,14 +6,15 @@ use onpolicy_engine::{
     device::Placement,
     model::config::ModelConfig,
 };
+use tch::Device;
 
-/// Rows of the largest pack.
-pub(super) fn pack_rows(config: &Config, prompts: &[usize]) -> usize {
+/// Rows of the largest pack, for weights on `device`.
+pub(super) fn pack_rows(config: &Config, prompts: &[usize], device: Device) -> usize {
     let rollout = &config.rollout;
     let tails = rollout.max_new_tokens - 1;
     let all: usize = prompts.iter().map(|prompt| prompt + rollout.group_size * tails).sum();
     let longest = prompts.iter().max().map_or(0, |prompt| prompt + tails);
-    all.min(config.train.micro_batch_tokens.max(longest))
+    all.min(config.train.pass_tokens(device).max(longest))
 }
 
 /// Keys that so many rows see, where each sample has its prompt before it.
@@ -97,11 +98,15 @@ mod tests {
 
     #[test]
     fn rows_of_the_largest_pack() {
-        let rows = |flags: &[&str], prompts: &[usize]| pack_rows(&config(flags), prompts);
+        let rows =
+            |flags: &[&str], prompts: &[usize]| pack_rows(&config(flags), prompts, Device::Cpu);
         let new = "rollout.max_new_tokens=64";
         assert_eq!(rows(&[new], &[41; 8]), 512);
         assert_eq!(rows(&[new, "rollout.group_size=2"], &[41]), 41 + 2 * 63);
         assert_eq!(rows(&[new, "train.micro_batch_tokens=64"], &[41, 30]), 104);
+        let whole = 8 * (41 + 8 * 63);
+        assert_eq!(pack_rows(&config(&[new]), &[41; 8], Device::Cuda(0)), whole);
+        assert_eq!(pack_rows(&config(&[new]), &[41; 80], Device::Cuda(0)), 8192);
     }
 
     #[test]

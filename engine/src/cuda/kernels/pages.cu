@@ -1,4 +1,4 @@
-// Writing and copying pages, [blocks, kv_heads, 16, head_dim], of elements of 16 or 32 bits.
+// Writing pages, [blocks, kv_heads, 16, head_dim], of elements of 16 or 32 bits.
 
 // As in pages.rs.
 struct WriteKv {
@@ -24,21 +24,5 @@ template <class T> DEVICE void write_kv(const WriteKv &a) {
     const T *k = (const T *)a.k + (i64)row * a.k_stride, *v = (const T *)a.v + (i64)row * a.v_stride;
     ((Line<T> *)a.keys)[to] = ((const Line<T> *)k)[i];
     ((Line<T> *)a.values)[to] = ((const Line<T> *)v)[i];
-  }
-}
-
-struct CopyBlocks {
-  void *keys;
-  void *values;
-  const int *pairs; // [copies, 2]: from, to
-  i64 lines;        // sixteen bytes each, of a block
-};
-
-// Grid: copies. Block: 256.
-DEVICE void copy_blocks(const CopyBlocks &a) {
-  const i64 from = a.pairs[2 * blockIdx.x] * a.lines, to = a.pairs[2 * blockIdx.x + 1] * a.lines;
-  for (i64 i = threadIdx.x; i < a.lines; i += 256) {
-    ((Line<u32> *)a.keys)[to + i] = ((const Line<u32> *)a.keys)[from + i];
-    ((Line<u32> *)a.values)[to + i] = ((const Line<u32> *)a.values)[from + i];
   }
 }
