@@ -54,7 +54,7 @@ fn options_belong_to_the_engine_that_is_named_wherever_it_is_named() {
 #[test]
 fn what_does_not_go_together_is_refused_by_name() {
     let remote = "engine.kind=http://a:1";
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["engine.kind=remote"], "engine.urls = []: must name a server"),
         (&["engine.kind=http://a:1,http://a:1/v1"], "is named twice"),
         (&["engine.kind=ftp://a"], "must begin with http"),
