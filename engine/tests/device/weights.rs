@@ -103,7 +103,9 @@ fn pages_and_weights_go_and_come() {
         engine.wake_up(&[Memory::KvCache]).expect("it wakes up");
         assert_eq!(answer(&engine), want, "{kind:?}: without its pages");
         engine.sleep(Sleep::Weights).expect("it sleeps");
-        assert!(checkpoint.tensors.iter().all(|(_, tensor)| tensor.data_ptr().is_null()));
+        // What is left of an address is the place in a storage without memory.
+        let gone = |tensor: &Tensor| (tensor.data_ptr() as usize) < 1 << 16;
+        assert!(checkpoint.tensors.iter().all(|(_, tensor)| gone(tensor)));
         let error = engine.checksums().expect_err("there are none");
         assert!(matches!(error, EngineError::Unavailable(_)), "{error}");
         engine.wake_up(&[Memory::Weights]).expect("the weights' memory is there");

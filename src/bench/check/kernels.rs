@@ -1,19 +1,23 @@
-//! The engine's operations on a device, one by one, against the same in f64 on the CPU. On a CUDA
-//! device these are kernels of our own; elsewhere libtorch's operations.
+//! Operations on a device, one by one, against the same in f64 on the CPU: the engine's, and those of
+//! a training pass and the optimizer. On a CUDA device these are kernels of our own; elsewhere
+//! libtorch's operations.
 
 use super::{Check, Limit, Place};
 use anyhow::ensure;
 use onpolicy_engine::{
-    cuda::{attention as kernel, plan::Machine},
+    cuda::{attention as kernel, plan::Machine, sampling as draws},
     device::{
         attention::{Paged, PagedPlan, attend, write_kv},
-        sampling,
+        sampling, stats,
     },
     kernels::{attention::Span, pages::BLOCK},
     ops::{rms_norm::add_rms_norm, rope::rotate, swiglu::swiglu},
     sampler::{self, Draw, stream_of},
+    torch::autograd::{backward, set_grad},
+    weights::Weights,
 };
 use onpolicy_plugin_api::SamplingParams;
+use onpolicy_trainer::optimizer::{Optimizer, OptimizerSettings};
 use tch::{Device, Kind, Tensor};
 
 /// Types that are served, and how far a result may be from that in f64: its own rounding, and that
@@ -29,7 +33,8 @@ const DECODE: [(usize, usize); 6] = [(1, 1), (300, 1), (16, 1), (65, 1), (1100, 
 const CHUNKS: [(usize, usize); 5] = [(100, 100), (33, 1), (330, 47), (1, 1), (700, 300)];
 const GROUP: [(usize, usize); 6] = [(340, 1), (341, 1), (350, 1), (335, 1), (400, 20), (322, 1)];
 
-/// Attention over pages, norm, rotary embedding and gate, in types as wide as the weights'; draws.
+/// Attention over pages, norm, rotary embedding and gate, the gradients of a training pass and the
+/// optimizer, in types as wide as the weights'; draws.
 pub fn equal_references(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
     tch::manual_seed(1);
     let mut checks = Vec::new();
@@ -51,10 +56,16 @@ pub fn equal_references(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
             let name = format!("kernels: attention over pages, {kind:?}, {what}");
             checks.push(Check::new(name, worst, Limit::Most(most)));
         }
-        let name = format!("kernels: norm, rotation, gate, {kind:?}");
-        checks.push(Check::new(name, elementwise(place, kind), Limit::Most(most / 2.0)));
+        let mut push = |what: &str, worst: f64, most: f64| {
+            let name = format!("kernels: {what}, {kind:?}");
+            checks.push(Check::new(name, worst, Limit::Most(most)));
+        };
+        push("norm, rotation, gate", elementwise(place, kind), most / 2.0);
+        push("gradients of rotation and gate", gradients(place, kind)?, most);
+        push("gradients by logits", by_logits(place, kind)?, most);
+        push("three steps of AdamW", optimizer(place, kind)?, most / 2.0);
     }
-    checks.extend(draws(place)?);
+    checks.extend(drawn(place)?);
     Ok(checks)
 }
 
@@ -198,8 +209,81 @@ fn elementwise(place: &Place, kind: Kind) -> f64 {
     got.iter().zip(&want).map(|(got, want)| distance(got, want)).fold(0.0, larger)
 }
 
+/// The gradients by what a rotation and a gate are made of.
+fn gradients(place: &Place, kind: Kind) -> Result<f64, anyhow::Error> {
+    let rows = 70;
+    let inputs =
+        [random(&[rows, 14, 64], kind), random(&[rows, 4864], kind), random(&[rows, 4864], kind)];
+    let (by_heads, by_gate) = (random(&[rows, 14, 64], kind), random(&[rows, 4864], kind));
+    let angles = random(&[rows, 32], Kind::Float);
+    let run = |kind: Kind, device: Device| -> Result<[Tensor; 3], anyhow::Error> {
+        let there = |x: &Tensor| x.to_device(device).to_kind(kind).copy();
+        let leaves = inputs.each_ref().map(|x| there(x).set_requires_grad(true));
+        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+        let [cos, sin] = [angles.cos(), angles.sin()].map(|x| x.to_device(device).to_kind(wide));
+        backward(&rotate(&leaves[0], &cos, &sin), &there(&by_heads))?;
+        backward(&swiglu(&leaves[1], &leaves[2]), &there(&by_gate))?;
+        Ok(leaves.map(|leaf| leaf.grad()))
+    };
+    let (got, want) = (run(kind, place.placement.device)?, run(Kind::Double, Device::Cpu)?);
+    Ok(got.iter().zip(&want).map(|(got, want)| distance(got, want)).fold(0.0, larger))
+}
+
+/// The gradient of log-probs by logits of a large vocabulary, as numbers of type `kind`.
+fn by_logits(place: &Place, kind: Kind) -> Result<f64, anyhow::Error> {
+    let (rows, vocab, inv_temperature) = (32i64, 50_001, 1.25);
+    let logits = random(&[rows, vocab], Kind::Float) * 3.0;
+    let ids = Tensor::arange(rows, (Kind::Int64, Device::Cpu)) * 1500;
+    let scales = random(&[rows], Kind::Float);
+    let mut want = logits.to_kind(Kind::Double);
+    stats::logprob_gradient(&mut want, &ids, &scales.to_kind(Kind::Double), inv_temperature);
+    let device = place.placement.device;
+    let [logits, ids, scales] = [&logits, &ids, &scales].map(|x| x.to_device(device));
+    let got = if device.is_cuda() {
+        let looked = draws::stats(&logits, &ids, inv_temperature as f32)?;
+        draws::gradient(logits, (&ids, &scales), inv_temperature as f32, &looked.sums, kind)?
+    } else {
+        let mut made = logits.copy();
+        stats::logprob_gradient(&mut made, &ids, &scales, inv_temperature);
+        made.to_kind(kind)
+    };
+    Ok(distance(&got, &want))
+}
+
+/// Served weights after three steps of the optimizer.
+fn optimizer(place: &Place, kind: Kind) -> Result<f64, anyhow::Error> {
+    let shapes = [vec![7i64], vec![300, 128], vec![3, 5]];
+    let tensors = shapes.each_ref().map(|shape| random(shape, kind));
+    let steps = [0, 1, 2].map(|_| shapes.each_ref().map(|shape| random(shape, Kind::Float)));
+    let run = |kind: Kind, device: Device| -> Result<Vec<Tensor>, anyhow::Error> {
+        let named = tensors.iter().enumerate().map(|(index, tensor)| {
+            (index.to_string(), tensor.to_device(device).to_kind(kind).copy())
+        });
+        let served = Weights::new(named.collect());
+        let weights = served.share_trainable();
+        let settings = OptimizerSettings {
+            betas: (0.9, 0.95),
+            eps: 1e-8,
+            weight_decay: 0.1,
+            max_grad_norm: 1.0,
+        };
+        let mut optimizer = Optimizer::new(&weights, settings)?;
+        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+        for gradients in &steps {
+            for ((_, weight), gradient) in weights.iter().zip(gradients) {
+                set_grad(weight, &gradient.to_device(device).to_kind(wide).copy())?;
+            }
+            let norm = optimizer.grad_norm()?;
+            optimizer.step(0.05, norm)?;
+        }
+        Ok(served.iter().map(|(_, tensor)| tensor.shallow_clone()).collect())
+    };
+    let (got, want) = (run(kind, place.placement.device)?, run(Kind::Double, Device::Cpu)?);
+    Ok(got.iter().zip(&want).map(|(got, want)| distance(got, want)).fold(0.0, larger))
+}
+
 /// Draws from logits of a large vocabulary, against those of the sampler on the CPU.
-fn draws(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
+fn drawn(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
     let (rows, vocab) = (64usize, 151_936);
     let logits = random(&[rows as i64, vocab], Kind::Float) * 3.0;
     let params = [0.0, 1.0, 0.6, 1.7]
