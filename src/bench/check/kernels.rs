@@ -62,7 +62,9 @@ pub fn equal_references(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
         };
         push("norm, rotation, gate", elementwise(place, kind), most / 2.0);
         push("gradients of rotation and gate", gradients(place, kind)?, most);
-        push("gradients by logits", by_logits(place, kind)?, most);
+        // In f32 a sum of 50,001 terms is off by a few 1e-6 of itself, and the scales are up to 4.
+        let summed = if kind == Kind::Float { 3e-5 } else { most };
+        push("gradients by logits", by_logits(place, kind)?, summed);
         push("three steps of AdamW", optimizer(place, kind)?, most / 2.0);
     }
     checks.extend(drawn(place)?);
