@@ -26,12 +26,17 @@ SHAPES = {
 }
 
 
+def settings(shape):
+    """What transformers' Qwen2Config takes."""
+    return {key: value for key, value in SHAPES[shape].items() if key != "architectures"}
+
+
 def measure(device, shape, batches, prompt, new):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
-    config = Qwen2Config(**{key: value for key, value in SHAPES[shape].items() if key != "architectures"})
+    config = Qwen2Config(**settings(shape))
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 
-from gpu_check_transformers import SHAPES
+from gpu_check_transformers import settings
 
 
 def measure(device, shape, tokenizer, prompts, samples, new, steps):
@@ -21,8 +21,8 @@ def measure(device, shape, tokenizer, prompts, samples, new, steps):
     from trl import GRPOConfig, GRPOTrainer
 
     torch.manual_seed(1)
-    settings = {key: value for key, value in SHAPES[shape].items() if key != "architectures"}
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings)).to(device, torch.bfloat16)
+    config = transformers.Qwen2Config(**settings(shape))
+    model = transformers.Qwen2ForCausalLM(config).to(device, torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 

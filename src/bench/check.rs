@@ -2,9 +2,9 @@
 //! Each check is one number beside the most (or least) that it may be.
 //!
 //! # Layout
-//! - `kernels`: the engine's operations, one by one. `numbers`: log-probs against those that transformers computed, and the engine's against the
-//!   trainer's. `training`: updates in place, checkpoints, twenty steps that learn. `memory`:
-//!   allocations that fail.
+//! - `kernels`: operations, one by one. `numbers`: log-probs against those that transformers computed,
+//!   and the engine's against the trainer's. `training`: updates in place, checkpoints, twenty steps
+//!   that learn. `memory`: allocations that fail.
 
 mod kernels;
 mod memory;

@@ -80,9 +80,7 @@ impl Shape {
             Ok((name, tensor))
         });
         let mut tensors = tensors.collect::<Result<Vec<_>, tch::TchError>>()?;
-        if !placement.is_native() {
-            join(&mut tensors)?;
-        }
+        join(&mut tensors)?;
         let Checkpoint { tokenizer, source, .. } = load(tokenizer)?;
         let name = format!("{} (random weights)", self.name);
         Ok(Checkpoint { name, config, tensors, tokenizer, source })

@@ -82,12 +82,14 @@ impl FusedAdamW {
     ) -> Result<(), CudaError> {
         let Some(first) = parameters.first() else { return Ok(()) };
         require(step > 0, || "the steps of AdamW count from 1".into())?;
+        let element = Element::of(first.served.kind()).ok_or_else(|| {
+            CudaError::Unsupported(format!("AdamW over parameters like {first:?}"))
+        })?;
         let numbers: Vec<i64> = parameters.iter().flat_map(Parameter::numbers).collect();
         if self.told.is_none() || numbers != self.numbers {
             self.told = Some(tell(&numbers, parameters)?);
             self.numbers = numbers;
         }
-        let element = element_of(first)?;
         let device = first.master.device();
         let (tensors, chunks) = self.told.as_ref().expect("told above");
         let Settings { lr, betas: (beta1, beta2), eps, weight_decay, grad_scale } = *settings;
@@ -110,15 +112,9 @@ impl FusedAdamW {
     }
 }
 
-fn element_of(parameter: &Parameter<'_>) -> Result<Element, CudaError> {
-    let said = || CudaError::Unsupported(format!("AdamW over parameters like {parameter:?}"));
-    Element::of(parameter.served.kind()).ok_or_else(said)
-}
-
 /// Checks the parameters and brings their addresses and chunks to the device.
 fn tell(numbers: &[i64], parameters: &[Parameter<'_>]) -> Result<(Tensor, Tensor), CudaError> {
     let kind = parameters[0].served.kind();
-    element_of(&parameters[0])?;
     for parameter in parameters {
         require(parameter.fits(kind), || format!("AdamW over {parameter:?}"))?;
     }

@@ -85,10 +85,10 @@ pub fn write_kv(
     pages::write_kv((k, v), (k_pages, v_pages), &plan.slots)
 }
 
-/// Attends: `[N, heads * head_dim]`, of the kind of `q`, which is contiguous and of the pages' kind. The query heads of KV head `h` are those from
-/// `h * heads / kv_heads` on. Scores, weights and sums are f32; weights are rounded to the pages' kind
-/// before they meet the values. Rows that the plan does not use may hold
-/// anything.
+/// Attends: `[N, heads * head_dim]`, of the kind of `q`, which is contiguous and of the pages' kind. The
+/// query heads of KV head `h` are those from `h * heads / kv_heads` on. Scores, weights and sums are
+/// f32; weights are rounded to the pages' kind before they meet the values. Rows that the plan does not
+/// use may hold anything.
 ///
 /// # Errors
 /// Shapes or types that do not fit (see [`fits`]), or what [`Launch::run`] says.

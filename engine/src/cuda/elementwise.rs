@@ -3,7 +3,7 @@
 use super::{
     CudaError,
     launch::{Argument, Launch, device_of, require},
-    pages::Pages,
+    pages::{Pages, check_slots},
     source::{Element, Program},
 };
 use std::{
@@ -158,6 +158,14 @@ fn norm(
     Ok((sum, out))
 }
 
+/// Refuses cosines and sines of another shape or type.
+fn check_angles(angles: [&Tensor; 2], shape: [i64; 2]) -> Result<(), CudaError> {
+    let fits = |angles: &Tensor| {
+        angles.kind() == Kind::Float && angles.is_contiguous() && angles.size() == shape
+    };
+    require(angles.into_iter().all(fits), || format!("angles {angles:?}, not of {shape:?}"))
+}
+
 /// Turns the halves of every head against each other: `x` `[N, heads, head_dim]`, whose rows may lie
 /// apart, `cos` and `sin` `[N, head_dim / 2]`, f32; `[N, heads, head_dim]`.
 ///
@@ -169,10 +177,7 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, CudaErro
     let (size, stride) = (x.size(), x.stride());
     let said = || format!("{x:?} of stride {stride:?} turned by {cos:?} and {sin:?}");
     require(size.len() == 3 && size[2] % 2 == 0 && stride[1..] == [size[2], 1], said)?;
-    for angles in [cos, sin] {
-        let plain = angles.kind() == Kind::Float && angles.is_contiguous();
-        require(plain && angles.size() == [size[0], size[2] / 2], said)?;
-    }
+    check_angles([cos, sin], [size[0], size[2] / 2])?;
     let out = Tensor::empty(&size[..], (x.kind(), device));
     let argument = Rotate {
         x: x.data_ptr(),
@@ -202,24 +207,19 @@ pub fn rotate_write(
     (k_pages, v_pages): (&Tensor, &Tensor),
     slots: &Tensor,
 ) -> Result<Tensor, CudaError> {
-    let Pages { element, kv_heads, head_dim } = Pages::of(k_pages, v_pages)?;
+    let pages = Pages::of(k_pages, v_pages)?;
+    let Pages { element, kv_heads, head_dim } = pages;
     let device = device_of(&[q, k, v, cos, sin, k_pages, v_pages, slots])?;
-    let (rows, heads) = (slots.numel() as i64, q.size().get(1).copied().unwrap_or(0));
-    let (kv, dim) = (kv_heads as i64, head_dim as i64);
-    for (part, heads) in [(q, heads), (k, kv), (v, kv)] {
-        let stride = part.stride();
-        let fits = part.size() == [rows, heads, dim]
-            && part.kind() == k_pages.kind()
-            && stride[1..] == [dim, 1];
-        require(fits, || format!("{part:?} of stride {stride:?} for pages {k_pages:?}"))?;
+    let rows = slots.numel();
+    let heads = q.size().get(1).map_or(0, |&heads| heads as usize);
+    for (part, heads) in [(q, heads), (k, kv_heads), (v, kv_heads)] {
+        let said = || format!("{part:?} of stride {:?} for pages {k_pages:?}", part.stride());
+        require(pages.are_like(part, rows, heads), said)?;
     }
-    for angles in [cos, sin] {
-        let plain = angles.kind() == Kind::Float && angles.is_contiguous();
-        require(plain && angles.size() == [rows, dim / 2], || format!("angles {angles:?}"))?;
-    }
-    let plain = slots.kind() == Kind::Int64 && slots.is_contiguous();
-    require(plain, || format!("slots {slots:?}"))?;
-    let out = Tensor::empty([rows, heads, dim], (q.kind(), device));
+    check_angles([cos, sin], [rows, head_dim / 2].map(|axis| axis as i64))?;
+    check_slots(slots)?;
+    let shape = [rows, heads, head_dim].map(|axis| axis as i64);
+    let out = Tensor::empty(shape, (q.kind(), device));
     let argument = RotateWrite {
         q: q.data_ptr(),
         k: k.data_ptr(),
@@ -237,7 +237,7 @@ pub fn rotate_write(
         k_stride: k.stride()[0] as i32,
         v_stride: v.stride()[0] as i32,
     };
-    let grid = [rows as usize, heads as usize + 2 * kv_heads];
+    let grid = [rows, heads + 2 * kv_heads];
     let program = Program::Elementwise(element);
     let launch = Launch { program, name: "rotate_write", grid, shared: 0 };
     // SAFETY: shapes and types were checked; the caller vouches for the slots.

@@ -6,8 +6,7 @@
 //! they are compared with the slow, obvious versions.
 //!
 //! # Layout
-//! - [`attention`]: attention over pages; [`plan`]: how its work is cut. [`pages`]: writing
-//!   pages.
+//! - [`attention`]: attention over pages; [`plan`]: how its work is cut. [`pages`]: writing them.
 //! - [`sampling`]: logits to tokens, statistics and gradients.
 //! - [`elementwise`]: norm, rotary embedding, gate. [`adamw`]: the optimizer's step.
 //! - [`source`]: the programs. [`nvrtc`]: compiles them. `modules`: keeps them. [`launch`]: runs them.

@@ -46,6 +46,19 @@ impl Pages {
         require(same && whole && shaped, said)?;
         Ok(Self { element, kv_heads: size[1] as usize, head_dim: size[3] as usize })
     }
+
+    /// Whether `rows` rows of `heads` heads, which may lie apart, are like those of the pages.
+    pub(super) fn are_like(&self, part: &Tensor, rows: usize, heads: usize) -> bool {
+        part.size() == [rows, heads, self.head_dim].map(|axis| axis as i64)
+            && Element::of(part.kind()) == Some(self.element)
+            && part.stride()[1..] == [self.head_dim as i64, 1]
+    }
+}
+
+/// Refuses anything but i64 numbers in a row.
+pub(super) fn check_slots(slots: &Tensor) -> Result<(), CudaError> {
+    let plain = slots.kind() == Kind::Int64 && slots.is_contiguous();
+    require(plain, || format!("slots {slots:?}"))
 }
 
 /// Writes `k` and `v`, `[N, kv_heads, head_dim]` each, to their slots, block times 16 plus offset;
@@ -59,22 +72,19 @@ pub fn write_kv(
     (k_pages, v_pages): (&Tensor, &Tensor),
     slots: &Tensor,
 ) -> Result<(), CudaError> {
-    let Pages { element, kv_heads, head_dim } = Pages::of(k_pages, v_pages)?;
+    let pages = Pages::of(k_pages, v_pages)?;
+    let Pages { element, kv_heads, head_dim } = pages;
     let device = device_of(&[k, v, k_pages, v_pages, slots])?;
     let rows = slots.numel();
-    let shape = [rows as i64, kv_heads as i64, head_dim as i64];
     let lines = 16 / element.bytes() as i64;
     for part in [k, v] {
         let stride = part.stride();
-        let fits = part.size() == shape
-            && part.kind() == k_pages.kind()
-            && stride[1..] == [head_dim as i64, 1]
+        let fits = pages.are_like(part, rows, kv_heads)
             && stride[0] % lines == 0
             && (part.data_ptr() as usize).is_multiple_of(16);
-        require(fits, || format!("{part:?} of stride {stride:?} for pages of {shape:?}"))?;
+        require(fits, || format!("{part:?} of stride {stride:?} for pages {k_pages:?}"))?;
     }
-    let plain = slots.kind() == Kind::Int64 && slots.is_contiguous();
-    require(plain, || format!("slots {slots:?}"))?;
+    check_slots(slots)?;
     let argument = WriteKv {
         k: k.data_ptr(),
         v: v.data_ptr(),

@@ -194,8 +194,8 @@ fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowN
 
 /// The gradient of `sum_i scales[i] * ln p_i(tokens[i])` by `logits`, `[rows, vocab]`, as numbers of type
 /// `kind`: over the logits themselves where that is their type. p_i is the softmax of row `i` times
-/// `inv_temperature`. `sums` is of [`stats`] of the same logits at
-/// the same temperature, `scales` is `[rows]`, f32. Where a row is no distribution it becomes NaN.
+/// `inv_temperature`. `sums` is of [`stats`] of the same logits at the same temperature, `scales` is
+/// `[rows]`, f32. Where a row is no distribution it becomes NaN.
 ///
 /// # Errors
 /// As [`draw`].

@@ -139,27 +139,31 @@ impl StepPlan {
     ) -> Tensor {
         let (_, _, head_dim) = q.size3().expect("q has three axes");
         let scale = 1.0 / (head_dim as f64).sqrt();
-        let pages = (k_pages, v_pages);
-        if let (Paging::Kernels(plan), None) = (&self.paged, &self.prompts) {
-            let turned = kernel::turn_and_write([q, k, v], rotation.angles(), pages, plan);
-            let q = &turned.unwrap_or_else(|error| panic!("{error}"));
-            let paged = Paged { q, k_pages, v_pages, plan, scale, window };
-            return kernel::attend(&paged).unwrap_or_else(|error| panic!("{error}"));
-        }
-        let (q, k) = (&rotation.apply(q), &rotation.apply(k));
-        match &self.paged {
-            Paging::Operations(plan) => write_kv(k, v, k_pages, v_pages, plan),
-            Paging::Kernels(plan) => {
-                let written = kernel::write_kv(k, v, k_pages, v_pages, plan);
-                written.unwrap_or_else(|error| panic!("{error}"));
+        let turned = || [rotation.apply(q), rotation.apply(k)];
+        match (&self.paged, &self.prompts) {
+            (Paging::Kernels(plan), None) => {
+                let (pages, angles) = ((k_pages, v_pages), rotation.angles());
+                let q = &launched(kernel::turn_and_write([q, k, v], angles, pages, plan));
+                launched(kernel::attend(&Paged { q, k_pages, v_pages, plan, scale, window }))
             }
-        }
-        match (&self.prompts, &self.paged) {
-            (Some(prompts), _) => varlen_attention([q, k, v], prompts, window),
-            (None, Paging::Operations(plan)) => {
-                attend(&Paged { q, k_pages, v_pages, plan, scale, window })
+            (Paging::Kernels(plan), Some(prompts)) => {
+                let [q, k] = &turned();
+                launched(kernel::write_kv(k, v, k_pages, v_pages, plan));
+                varlen_attention([q, k, v], prompts, window)
             }
-            (None, Paging::Kernels(_)) => unreachable!("attended to above"),
+            (Paging::Operations(plan), prompts) => {
+                let [q, k] = &turned();
+                write_kv(k, v, k_pages, v_pages, plan);
+                match prompts {
+                    Some(prompts) => varlen_attention([q, k, v], prompts, window),
+                    None => attend(&Paged { q, k_pages, v_pages, plan, scale, window }),
+                }
+            }
         }
     }
+}
+
+/// What a kernel has made. That it takes these shapes was vouched for.
+fn launched<T>(made: Result<T, CudaError>) -> T {
+    made.unwrap_or_else(|error| panic!("{error}"))
 }

@@ -65,25 +65,20 @@ impl Attention<'_> {
         rotation: &Rotation,
         layer: LayerShape,
     ) -> Tensor {
-        if let Attention::OnDevice(batch) = self {
-            let pages = batch.pages.layer(layer.index);
-            let attend = || batch.plan.attend([q, k, v], rotation, pages, layer.window);
-            return timed(Phase::Attention, attend);
-        }
-        let (q, k) = (&rotation.apply(q), &rotation.apply(k));
-        timed(Phase::Attention, || self.attend_rotated([q, k, v], layer))
-    }
-
-    fn attend_rotated(&mut self, [q, k, v]: [&Tensor; 3], layer: LayerShape) -> Tensor {
+        let turned = || [rotation.apply(q), rotation.apply(k)];
         match self {
-            Attention::Causal(pack) if is_native(q) => {
-                packed_attention([q, k, v], &pack.groups, layer.window)
-            }
             Attention::Causal(pack) => {
-                varlen_attention([q, k, v], pack.varlen(q.device()), layer.window)
+                let [q, k] = turned();
+                timed(Phase::Attention, || pack.attend([&q, &k, v], layer.window))
             }
-            Attention::Paged(batch) => batch.attend(q, k, v, layer),
-            Attention::OnDevice(_) => unreachable!("a step's plan rotates itself"),
+            Attention::Paged(batch) => {
+                let [q, k] = turned();
+                timed(Phase::Attention, || batch.attend(&q, &k, v, layer))
+            }
+            Attention::OnDevice(batch) => timed(Phase::Attention, || {
+                let pages = batch.pages.layer(layer.index);
+                batch.plan.attend([q, k, v], rotation, pages, layer.window)
+            }),
         }
     }
 }
@@ -112,6 +107,14 @@ pub struct Pack {
 }
 
 impl Pack {
+    /// Attention of the pack's rows, already rotated.
+    fn attend(&self, qkv: [&Tensor; 3], window: Option<usize>) -> Tensor {
+        match is_native(qkv[0]) {
+            true => packed_attention(qkv, &self.groups, window),
+            false => varlen_attention(qkv, self.varlen(qkv[0].device()), window),
+        }
+    }
+
     /// Appends a group and returns where its rows are.
     pub fn push(&mut self, prompt: &[u32], tails: &[&[u32]]) -> &PackedGroup {
         self.varlen.take();

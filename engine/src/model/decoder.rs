@@ -56,20 +56,18 @@ struct Parallel<const N: usize> {
 
 impl<const N: usize> Parallel<N> {
     fn new(layers: [Linear; N]) -> Self {
-        let weights = joined(&layers.each_ref().map(|layer| &layer.weight));
-        let biases: Option<Vec<&Tensor>> = layers.iter().map(|layer| layer.bias.as_ref()).collect();
-        let bias = biases.map(|biases| joined(&biases));
-        let narrow = layers.iter().any(|layer| layer.narrow.is_some());
-        let joined = match (weights, bias) {
-            (Some(weight), None) if layers.iter().all(|layer| layer.bias.is_none()) => {
-                Some(Linear { weight, bias: None, narrow: None })
-            }
-            (Some(weight), Some(Some(bias))) => {
-                Some(Linear { weight, bias: Some(bias), narrow: None })
-            }
-            _ => None,
+        Self { joined: Self::whole(&layers), layers }
+    }
+
+    fn whole(layers: &[Linear; N]) -> Option<Linear> {
+        let weight = joined(&layers.each_ref().map(|layer| &layer.weight))?;
+        let biases: Vec<&Tensor> = layers.iter().filter_map(|layer| layer.bias.as_ref()).collect();
+        let bias = match biases.len() {
+            0 => None,
+            len if len == N => Some(joined(&biases)?),
+            _ => return None,
         };
-        Self { layers, joined: joined.filter(|_| !narrow) }
+        Some(Linear { weight, bias, narrow: None })
     }
 
     /// [`Linear::forward`] of each.

@@ -11,7 +11,7 @@ const SAME_INPUT: [&[&str]; 2] = [
 ];
 
 /// Lays the weights, and the biases, of parts with the same input one after the other, each group in
-/// one storage of its own. Takes the memory of one group beside what there is.
+/// one storage of its own; native tensors stay as they are. Takes the memory of one group beside what there is.
 ///
 /// # Errors
 /// There is not as much.
@@ -33,7 +33,7 @@ pub fn join(tensors: &mut [(String, Tensor)]) -> Result<(), tch::TchError> {
 fn groups(tensors: &[(String, Tensor)]) -> Vec<Vec<usize>> {
     let place = |wanted: &str| tensors.iter().position(|(name, _)| name == wanted);
     let mut found = Vec::new();
-    for (name, _) in tensors {
+    for (name, _) in tensors.iter().filter(|(_, tensor)| !is_native(tensor)) {
         for parts in SAME_INPUT {
             // "model.layers.3." + part + ".weight"
             let Some((layer, kind)) = name.split_once(parts[0]) else { continue };

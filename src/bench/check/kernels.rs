@@ -8,7 +8,7 @@ use onpolicy_engine::{
     cuda::{attention as kernel, plan::Machine, sampling as draws},
     device::{
         attention::{Paged, PagedPlan, attend, write_kv},
-        sampling, stats,
+        sampling, stats, wide,
     },
     kernels::{attention::Span, pages::BLOCK},
     ops::{rms_norm::add_rms_norm, rope::rotate, swiglu::swiglu},
@@ -80,6 +80,11 @@ fn larger(a: f64, b: f64) -> f64 {
 fn distance(got: &Tensor, want: &Tensor) -> f64 {
     let got = got.to_device(Device::Cpu).to_kind(Kind::Double);
     ((got - want).abs() / want.abs().clamp_min(1.0)).max().double_value(&[])
+}
+
+/// The largest distance of any pair.
+fn farthest(got: &[Tensor], want: &[Tensor]) -> f64 {
+    got.iter().zip(want).map(|(got, want)| distance(got, want)).fold(0.0, larger)
 }
 
 fn random(shape: &[i64], kind: Kind) -> Tensor {
@@ -199,8 +204,8 @@ fn elementwise(place: &Place, kind: Kind) -> f64 {
     let run = |kind: Kind, device: Device| {
         let there = |x: &Tensor| x.to_device(device).to_kind(kind);
         let [x, y, weight, heads, gate, up] = inputs.each_ref().map(there);
-        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-        let [cos, sin] = [angles.cos(), angles.sin()].map(|x| x.to_device(device).to_kind(wide));
+        let turn = |x: Tensor| x.to_device(device).to_kind(wide(kind));
+        let [cos, sin] = [angles.cos(), angles.sin()].map(turn);
         tch::no_grad(|| {
             // The sum is rounded before its norm is taken.
             let normed = add_rms_norm(&x, &y, &weight, 1e-6).1;
@@ -208,7 +213,7 @@ fn elementwise(place: &Place, kind: Kind) -> f64 {
         })
     };
     let (got, want) = (run(kind, place.placement.device), run(Kind::Double, Device::Cpu));
-    got.iter().zip(&want).map(|(got, want)| distance(got, want)).fold(0.0, larger)
+    farthest(&got, &want)
 }
 
 /// The gradients by what a rotation and a gate are made of.
@@ -221,14 +226,14 @@ fn gradients(place: &Place, kind: Kind) -> Result<f64, anyhow::Error> {
     let run = |kind: Kind, device: Device| -> Result<[Tensor; 3], anyhow::Error> {
         let there = |x: &Tensor| x.to_device(device).to_kind(kind).copy();
         let leaves = inputs.each_ref().map(|x| there(x).set_requires_grad(true));
-        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-        let [cos, sin] = [angles.cos(), angles.sin()].map(|x| x.to_device(device).to_kind(wide));
+        let turn = |x: Tensor| x.to_device(device).to_kind(wide(kind));
+        let [cos, sin] = [angles.cos(), angles.sin()].map(turn);
         backward(&rotate(&leaves[0], &cos, &sin), &there(&by_heads))?;
         backward(&swiglu(&leaves[1], &leaves[2]), &there(&by_gate))?;
         Ok(leaves.map(|leaf| leaf.grad()))
     };
     let (got, want) = (run(kind, place.placement.device)?, run(Kind::Double, Device::Cpu)?);
-    Ok(got.iter().zip(&want).map(|(got, want)| distance(got, want)).fold(0.0, larger))
+    Ok(farthest(&got, &want))
 }
 
 /// The gradient of log-probs by logits of a large vocabulary, as numbers of type `kind`.
@@ -270,10 +275,9 @@ fn optimizer(place: &Place, kind: Kind) -> Result<f64, anyhow::Error> {
             max_grad_norm: 1.0,
         };
         let mut optimizer = Optimizer::new(&weights, settings)?;
-        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         for gradients in &steps {
             for ((_, weight), gradient) in weights.iter().zip(gradients) {
-                set_grad(weight, &gradient.to_device(device).to_kind(wide).copy())?;
+                set_grad(weight, &gradient.to_device(device).to_kind(wide(kind)).copy())?;
             }
             let norm = optimizer.grad_norm()?;
             optimizer.step(0.05, norm)?;
@@ -281,7 +285,7 @@ fn optimizer(place: &Place, kind: Kind) -> Result<f64, anyhow::Error> {
         Ok(served.iter().map(|(_, tensor)| tensor.shallow_clone()).collect())
     };
     let (got, want) = (run(kind, place.placement.device)?, run(Kind::Double, Device::Cpu)?);
-    Ok(got.iter().zip(&want).map(|(got, want)| distance(got, want)).fold(0.0, larger))
+    Ok(farthest(&got, &want))
 }
 
 /// Draws from logits of a large vocabulary, against those of the sampler on the CPU.

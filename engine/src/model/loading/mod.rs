@@ -137,10 +137,8 @@ fn load_path(path: &Path, name: String, placement: Placement) -> Result<Checkpoi
             ));
         }
     };
-    if !placement.is_native() {
-        let joined = join(&mut checkpoint.tensors);
-        joined.map_err(|e| LoadError::Tensor { name: "*".into(), reason: e.to_string() })?;
-    }
+    let joined = join(&mut checkpoint.tensors);
+    joined.map_err(|e| LoadError::Tensor { name: "*".into(), reason: e.to_string() })?;
     Ok(checkpoint)
 }
 
