@@ -3,7 +3,11 @@
 
 mod common;
 
-use onpolicy_engine::{collect::collect, engine::EngineHandle, torch::autograd::set_grad};
+use onpolicy_engine::{
+    collect::collect,
+    engine::EngineHandle,
+    torch::{autograd::set_grad, random},
+};
 use onpolicy_plugin_api::{Engine, Request, SamplingParams};
 use onpolicy_trainer::{
     checkpoint::{save_source, save_weights},
@@ -41,10 +45,10 @@ fn answers(engine: &EngineHandle, request: Request) -> Vec<Vec<(u32, u64)>> {
 }
 
 /// A random push to every weight; big enough to change answers, small enough to keep them text.
-fn push(served: &Served, mut optimizer: Optimizer, seed: i64) -> Optimizer {
-    tch::manual_seed(seed);
+fn push(served: &Served, mut optimizer: Optimizer, seed: u64) -> Optimizer {
+    random::seed(seed);
     for (_, weight) in served.weights.iter() {
-        set_grad(weight, &weight.detach().randn_like()).expect("a gradient");
+        set_grad(weight, &random::normal(&weight.size())).expect("a gradient");
     }
     let update = served.native().expect("the native engine").update(move || {
         optimizer.step(2e-4, 1.0).map_err(|error| error.to_string())?;
@@ -106,7 +110,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
         }
         for update in 1..=UPDATES {
             std::thread::sleep(Duration::from_millis(300));
-            optimizer = push(&served, optimizer, update as i64);
+            optimizer = push(&served, optimizer, update);
             assert_eq!(native.weight_version(), update);
         }
         std::thread::sleep(Duration::from_millis(300));

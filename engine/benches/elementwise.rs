@@ -9,9 +9,10 @@ use onpolicy_engine::{
     torch::{
         autograd::{backward, set_grad},
         memory::keep_freed,
+        random::normal,
     },
 };
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Tensor, no_grad};
 
 /// Seconds for one line.
 const SECONDS: f64 = 1.5;
@@ -33,7 +34,7 @@ fn main() {
             }
             let both = format!("{name} {:?}, forward and backward", shapes[0]);
             if rows >= 1000 && both.contains(&part) {
-                let gradient = random(shapes[0]);
+                let gradient = normal(shapes[0]);
                 race(&both, shapes, operations, &|output| backward(&output, &gradient).unwrap());
             }
         };
@@ -51,7 +52,7 @@ fn main() {
                 [&|x| x[0].silu() * &x[1], &|x| swiglu(&x[0], &x[1])],
             );
         }
-        let angles = random(&[rows, 32]);
+        let angles = normal(&[rows, 32]);
         let (cos, sin) = (angles.cos(), angles.sin());
         let twice = |angles: &Tensor| Tensor::cat(&[angles, angles], -1).unsqueeze(1);
         let (both_cos, both_sin) = (twice(&cos), twice(&sin));
@@ -72,16 +73,12 @@ fn main() {
     }
 }
 
-fn random(shape: &[i64]) -> Tensor {
-    Tensor::randn(shape, (Kind::Float, Device::Cpu))
-}
-
 /// Runs both in turns, each on outputs that `finish` takes; prints the
 /// fastest tenth's slowest (other processes disturb the rest). Records a graph if
 /// the name says that there is a backward pass.
 fn race(name: &str, shapes: &[&[i64]], operations: [Operation<'_>; 2], finish: &dyn Fn(Tensor)) {
     let sets: Vec<Vec<Tensor>> = (0..SETS)
-        .map(|_| shapes.iter().map(|shape| random(shape).set_requires_grad(true)).collect())
+        .map(|_| shapes.iter().map(|shape| normal(shape).set_requires_grad(true)).collect())
         .collect();
     let run = |operation: Operation<'_>, set: &[Tensor]| {
         // As inside a network: nothing is there yet that the gradients are added to.

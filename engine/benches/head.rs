@@ -8,9 +8,9 @@ use onpolicy_engine::head::Head;
 use onpolicy_engine::logits::batch_stats;
 use onpolicy_engine::ops::linear::linear;
 use onpolicy_engine::sampler::{Draw, sample};
-use onpolicy_engine::torch::{memory::keep_freed, slices::floats};
+use onpolicy_engine::torch::{memory::keep_freed, random, slices::floats};
 use onpolicy_plugin_api::SamplingParams;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 const WIDTH: i64 = 576;
 const VOCAB: i64 = 49_152;
@@ -21,10 +21,10 @@ const ROUNDS: usize = 11;
 fn main() {
     let only = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
     keep_freed();
-    tch::manual_seed(1);
+    random::seed(1);
     let _guard = tch::no_grad_guard();
     // Hidden states after a norm, and logits of about the spread of a language model's.
-    let weight = Tensor::randn([VOCAB, WIDTH], (Kind::Float, Device::Cpu)) * 0.1;
+    let weight = random::normal(&[VOCAB, WIDTH]) * 0.1;
     println!("milliseconds through logits in memory, summed up, and how many times as fast");
     for rows in [1, 4, 8, 16, 64, 256] {
         if only.as_ref().is_none_or(|only| *only == rows.to_string()) {
@@ -34,7 +34,7 @@ fn main() {
 }
 
 fn race_rows(weight: &Tensor, rows: usize) {
-    let hidden = Tensor::randn([rows as i64, WIDTH], (Kind::Float, Device::Cpu));
+    let hidden = random::normal(&[rows as i64, WIDTH]);
     let head = Head::new(weight);
     let params = [("sample", 1.0), ("greedy", 0.0)]
         .map(|(name, temperature)| (name, SamplingParams { temperature, ..Default::default() }));

@@ -74,6 +74,10 @@ impl Shape {
         placement: Placement,
     ) -> Result<Checkpoint, anyhow::Error> {
         let config = self.config()?;
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "draws on the device, with no thread beside"
+        )]
         tch::manual_seed(1);
         let tensors = config.tensor_shapes().into_iter().map(|(name, shape)| {
             let tensor = random(&name, &shape, placement)?;

@@ -137,6 +137,7 @@ fn one_run(
 
 /// Gives every weight a random gradient; their norm.
 fn gradients(session: &Session, seed: u64) -> Result<f64, anyhow::Error> {
+    #[expect(clippy::disallowed_methods, reason = "draws on the device, with no thread beside")]
     tch::manual_seed((seed >> 1).cast_signed());
     let mut squares = 0.0;
     for (_, weight) in session.served.weights.iter() {

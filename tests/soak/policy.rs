@@ -5,6 +5,7 @@ use onpolicy_engine::{
     collect::collect,
     engine::{EngineConfig, EngineHandle, Model, OnUpdate},
     model::loading::{Checkpoint, load},
+    torch::random,
     weights::Weights,
 };
 use onpolicy_plugin_api::{Engine, Request, SamplingParams};
@@ -57,9 +58,9 @@ impl Policy {
     pub fn load() -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny/llama-tied");
         let checkpoint = load(path.to_str().expect("UTF-8")).expect("a golden checkpoint");
-        tch::manual_seed(1);
+        random::seed(1);
         let even: Vec<Tensor> = checkpoint.tensors.iter().map(|(_, t)| t.copy()).collect();
-        let odd = even.iter().map(|t| t + t.randn_like() * 0.05).collect();
+        let odd = even.iter().map(|t| t + random::normal(&t.size()) * 0.05).collect();
         let served: Vec<Tensor> = even.iter().map(Tensor::copy).collect();
         let config = EngineConfig {
             kv_memory: 1 << 20,

@@ -12,7 +12,7 @@ use common::{drawn, groups, settings};
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use onpolicy_engine::{
     model::{config::ModelConfig, decoder::Decoder},
-    torch::memory::keep_freed,
+    torch::{memory::keep_freed, random},
     weights::Weights,
 };
 use onpolicy_trainer::{
@@ -58,7 +58,7 @@ fn weights(config: &ModelConfig) -> Weights {
     let options = (Kind::Float, Device::Cpu);
     let tensor = |shape: Vec<i64>| match shape.len() {
         1 => Tensor::ones(&shape, options),
-        _ => Tensor::randn(&shape, options) * 0.02,
+        _ => random::normal(&shape) * 0.02,
     };
     let tensors = config.tensor_shapes().into_iter().map(|(name, shape)| (name, tensor(shape)));
     Weights::new(tensors.collect()).share_trainable()

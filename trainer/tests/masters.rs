@@ -1,7 +1,13 @@
 //! AdamW over narrow weights: f32 gradients, masters and moments against the same formulas in f64,
 //! and the served tensors written in place.
 
-use onpolicy_engine::{torch::autograd::backward, weights::Weights};
+use onpolicy_engine::{
+    torch::{
+        autograd::backward,
+        random::{normal, seed},
+    },
+    weights::Weights,
+};
 use onpolicy_trainer::optimizer::{Optimizer, OptimizerSettings};
 use tch::{Device, Kind, Tensor};
 
@@ -9,22 +15,18 @@ const SETTINGS: OptimizerSettings =
     OptimizerSettings { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0 };
 const LR: f64 = 1e-3;
 
-fn random(shape: &[i64]) -> Tensor {
-    Tensor::randn(shape, (Kind::Float, Device::Cpu))
-}
-
 /// Weights of a type, two of them.
 fn policy(kind: Kind) -> Weights {
-    tch::manual_seed(5);
-    let tensors = [("a", random(&[17, 9])), ("b", random(&[31]))];
+    seed(5);
+    let tensors = [("a", normal(&[17, 9])), ("b", normal(&[31]))];
     let of_kind = |(name, t): (&str, Tensor)| (name.to_string(), (t * 0.1).to_kind(kind));
     Weights::new(tensors.into_iter().map(of_kind).collect())
 }
 
 /// A gradient for each weight, the same for every type.
 fn gradients(step: usize, micro: usize) -> [Tensor; 2] {
-    tch::manual_seed((10 * step + micro) as i64);
-    [random(&[17, 9]), random(&[31])]
+    seed((10 * step + micro) as u64);
+    [normal(&[17, 9]), normal(&[31])]
 }
 
 /// One micro-batch's backward pass: the gradient of each weight is as given, in the weight's type.

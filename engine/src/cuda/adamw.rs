@@ -135,6 +135,7 @@ fn chunks(parameters: &[Parameter<'_>]) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::torch::random;
     use tch::Device;
 
     const SETTINGS: Settings =
@@ -143,8 +144,8 @@ mod tests {
     /// Against the formulas in f64; rows that lie unaligned among them.
     #[test]
     fn steps_are_those_of_the_formulas() {
-        tch::manual_seed(1);
-        let random = |len: i64| Tensor::randn([len], (Kind::Float, Device::Cpu));
+        random::seed(1);
+        let random = |len: i64| random::normal(&[len]);
         for (kind, digits) in [(Kind::BFloat16, 8), (Kind::Half, 11), (Kind::Float, 21)] {
             let lengths = [5i64, 8192, 20_003, 1];
             let masters: Vec<Tensor> = lengths.iter().map(|&len| random(len)).collect();
@@ -167,7 +168,7 @@ mod tests {
             let (mut want, mut m, mut v) = (wide(&masters), wide(&first), wide(&second));
             let mut fused = FusedAdamW::default();
             for step in 1..=3 {
-                gradients.iter().for_each(|g| drop(g.shallow_clone().normal_(0.0, 1.0)));
+                gradients.iter().for_each(|g| g.shallow_clone().copy_(&random(g.numel() as i64)));
                 let Settings { lr, betas: (b1, b2), eps, weight_decay, grad_scale } = SETTINGS;
                 for (i, g) in wide(&gradients).into_iter().enumerate() {
                     let g = g / grad_scale;

@@ -319,14 +319,14 @@ pub fn swiglu_gradient([gate, up, gradient]: [&Tensor; 3]) -> Result<[Tensor; 2]
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::torch::autograd::backward;
+    use crate::torch::{autograd::backward, random};
     use tch::Device;
 
     const KINDS: [(Kind, f64); 3] =
         [(Kind::Float, 2e-6), (Kind::BFloat16, 1.0 / 256.0), (Kind::Half, 1.0 / 2048.0)];
 
     fn random(shape: &[i64], kind: Kind) -> Tensor {
-        Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+        random::normal(shape).to_kind(kind)
     }
 
     /// Largest error, relative to what is larger: 1 or the number that is wanted.
@@ -344,7 +344,7 @@ mod tests {
 
     #[test]
     fn norms() {
-        tch::manual_seed(1);
+        random::seed(1);
         for (kind, allowed) in KINDS {
             for shape in [vec![3, 8], vec![5, 896], vec![2, 3, 4096]] {
                 let (x, y) = (random(&shape, kind), random(&shape, kind));
@@ -360,7 +360,7 @@ mod tests {
 
     #[test]
     fn rotations() {
-        tch::manual_seed(2);
+        random::seed(2);
         for (kind, allowed) in KINDS {
             let wide = random(&[7, 400], kind);
             let x = wide.narrow(1, 8, 240).view([7, 3, 80]);
@@ -379,7 +379,7 @@ mod tests {
 
     #[test]
     fn rotations_into_pages() {
-        tch::manual_seed(4);
+        random::seed(4);
         for (kind, _) in KINDS {
             // q, k and v as parts of one product.
             let wide = random(&[4, 9 * 16], kind);
@@ -402,7 +402,7 @@ mod tests {
 
     #[test]
     fn gates() {
-        tch::manual_seed(3);
+        random::seed(3);
         for (kind, allowed) in KINDS {
             let wide = random(&[9, 2 * 1000], kind) * 4.0;
             let (gate, up) = (wide.narrow(1, 0, 1000), wide.narrow(1, 1000, 1000));

@@ -105,6 +105,7 @@ pub fn write_kv(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::torch::random;
     use tch::Device;
 
     fn pages(kind: Kind, blocks: i64) -> (Tensor, Tensor) {
@@ -117,7 +118,7 @@ mod tests {
         for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
             let (keys, values) = pages(kind, 3);
             // K and V as parts of one wider product.
-            let rows = Tensor::rand([4, 200], (kind, Device::Cpu));
+            let rows = random::normal(&[4, 200]).to_kind(kind);
             let part = |from| rows.narrow(1, from, 48).view([4, 2, 24]);
             let slots = Tensor::from_slice(&[5i64, -1, 47, 16]);
             write_kv((&part(8), &part(104)), (&keys, &values), &slots).unwrap();

@@ -174,13 +174,13 @@ mod tests {
     use super::*;
     use crate::{
         sampler::{self, NOTHING_LEFT},
-        torch::slices::floats,
+        torch::{random, slices::floats},
     };
     use onpolicy_plugin_api::{LogprobsMode, SamplingParams};
 
     fn logits(rows: i64, vocab: i64) -> Tensor {
-        tch::manual_seed(vocab);
-        Tensor::randn([rows, vocab], (Kind::Float, Device::Cpu)) * 3.0
+        random::seed(vocab as u64);
+        random::normal(&[rows, vocab]) * 3.0
     }
 
     #[test]

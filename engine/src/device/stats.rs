@@ -95,12 +95,16 @@ pub fn logprob_gradient(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{device::download, logits, torch::slices::floats};
+    use crate::{
+        device::download,
+        logits,
+        torch::{random, slices::floats},
+    };
     use tch::Device;
 
     fn rows() -> (Tensor, Vec<u32>) {
-        tch::manual_seed(1);
-        let logits = Tensor::randn([9, 1000], (Kind::Float, Device::Cpu)) * 6.0;
+        random::seed(1);
+        let logits = random::normal(&[9, 1000]) * 6.0;
         let _ = logits.get(3).narrow(0, 10, 900).fill_(f64::NEG_INFINITY);
         let _ = logits.get(3).get(0).fill_(40.0);
         (logits, (0..9).map(|i| i * 111).collect())

@@ -118,7 +118,10 @@ pub(super) fn causal([q, k, v]: [&Tensor; 3], window: Option<usize>, scale: Opti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ops::packed_attention::packed_attention, torch::autograd::backward};
+    use crate::{
+        ops::packed_attention::packed_attention,
+        torch::{autograd::backward, random},
+    };
     use std::sync::Arc;
 
     fn groups() -> Vec<PackedGroup> {
@@ -132,20 +135,19 @@ mod tests {
     /// Values and gradients against the native kernel.
     #[test]
     fn packed_groups_are_those_of_the_kernel() {
-        tch::manual_seed(1);
+        random::seed(1);
         let groups = Arc::new(groups());
         let varlen = Varlen::of_groups(&groups, Device::Cpu);
         for (heads, kv_heads) in [(4, 2), (3, 3), (6, 1)] {
             for window in [None, Some(1), Some(4), Some(17), Some(1000)] {
-                let random =
-                    |heads: i64| Tensor::randn([74, heads, 16], (Kind::Double, Device::Cpu));
+                let random = |heads: i64| random::normal(&[74, heads, 16]).to_kind(Kind::Double);
                 let inputs = [random(heads), random(kv_heads), random(kv_heads)];
                 let leaf = |kind| move |x: &Tensor| x.to_kind(kind).copy().set_requires_grad(true);
                 let ours = inputs.each_ref().map(leaf(Kind::Double));
                 let theirs = inputs.each_ref().map(leaf(Kind::Float));
                 let got = varlen_attention(ours.each_ref(), &varlen, window);
                 let want = packed_attention(theirs.each_ref(), &groups, window);
-                let gradient = Tensor::randn(want.size(), (Kind::Float, Device::Cpu));
+                let gradient = random::normal(&want.size());
                 backward(&got, &gradient.to_kind(Kind::Double)).unwrap();
                 backward(&want, &gradient).unwrap();
                 let mut pairs = vec![(got, want)];
@@ -161,8 +163,8 @@ mod tests {
 
     #[test]
     fn prompts_need_no_gather() {
-        tch::manual_seed(2);
-        let qkv = [4, 2, 2].map(|n| Tensor::randn([28, n, 8], (Kind::Double, Device::Cpu)));
+        random::seed(2);
+        let qkv = [4, 2, 2].map(|n| random::normal(&[28, n, 8]).to_kind(Kind::Double));
         let whole = Varlen::of_prompts([0..20, 20..28].into_iter(), Device::Cpu);
         let prompts = [0..20, 20..28].map(|prompt| PackedGroup { prompt, tails: vec![] });
         let groups = Varlen::of_groups(&prompts, Device::Cpu);

@@ -76,11 +76,12 @@ pub fn joined(parts: &[&Tensor]) -> Option<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use crate::torch::random;
+    use tch::Kind;
 
     fn tensors() -> Vec<(String, Tensor)> {
-        tch::manual_seed(1);
-        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, Device::Cpu));
+        random::seed(1);
+        let random = |shape: &[i64]| random::normal(shape).to_kind(Kind::BFloat16);
         [
             ("model.layers.0.self_attn.k_proj.weight", vec![2, 8]),
             ("model.layers.0.self_attn.q_proj.weight", vec![6, 8]),

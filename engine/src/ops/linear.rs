@@ -187,13 +187,13 @@ impl Function for Linear {
 mod tests {
     use super::super::testing;
     use super::*;
+    use crate::torch::random::{normal, seed};
 
     #[test]
     fn the_libtorch_path_gives_the_same() {
-        tch::manual_seed(4);
+        seed(4);
         for (m, n, k) in [(1, 3, 5), (70, 48, 112)] {
-            let inputs =
-                [testing::random(&[m, k]), testing::random(&[n, k]), testing::random(&[n])];
+            let inputs = [normal(&[m, k]), normal(&[n, k]), normal(&[n])];
             testing::check_wide(&inputs, &|t| linear(&t[0], &t[1], Some(&t[2])));
             testing::check_wide(&inputs[..2], &|t| linear(&t[0], &t[1], None));
             testing::check_wide(&inputs, &|t| {
@@ -205,8 +205,8 @@ mod tests {
 
     #[test]
     fn gradients_are_added_in_the_type_of_the_weight() {
-        tch::manual_seed(5);
-        let (weight, x, gradient) = (random([7, 5]), random([9, 5]), random([9, 7]));
+        seed(5);
+        let (weight, x, gradient) = (normal(&[7, 5]), normal(&[9, 5]), normal(&[9, 7]));
         for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::BFloat16, 0.05)] {
             let leaf = weight.to_kind(kind).set_requires_grad(true);
             for _ in 0..2 {
@@ -227,8 +227,8 @@ mod tests {
 
     #[test]
     fn logits_of_a_narrow_head_are_wide() {
-        tch::manual_seed(6);
-        let (hidden, weight) = (random([3, 16]), random([WIDENED + 5, 16]));
+        seed(6);
+        let (hidden, weight) = (normal(&[3, 16]), normal(&[WIDENED + 5, 16]));
         let [hidden, weight] = [hidden, weight].map(|t| t.to_kind(Kind::BFloat16));
         let got = logits(&hidden, &weight);
         let [hidden, weight] = [hidden, weight].map(|t| t.to_kind(Kind::Double));
@@ -236,10 +236,6 @@ mod tests {
         assert_same(&got.to_kind(Kind::Double), &hidden.matmul(&weight.tr()), "logits");
         let wide = logits(&hidden, &weight);
         assert_eq!(wide.kind(), Kind::Double);
-    }
-
-    fn random(shape: [i64; 2]) -> Tensor {
-        Tensor::randn(shape, (Kind::Float, Device::Cpu))
     }
 
     fn assert_same(got: &Tensor, want: &Tensor, what: &str) {
@@ -250,13 +246,13 @@ mod tests {
 
     #[test]
     fn values_and_gradients_are_those_of_libtorch() {
-        tch::manual_seed(1);
+        seed(1);
         for (m, n, k) in [(1, 3, 5), (7, 33, 20), (70, 48, 112), (130, 65, 31)] {
             let leaf = |t: &Tensor| t.copy().detach().set_requires_grad(true);
-            let (x, w, b) = (random([m, k]), random([n, k]), random([1, n]).squeeze());
+            let (x, w, b) = (normal(&[m, k]), normal(&[n, k]), normal(&[1, n]).squeeze());
             let ours = [leaf(&x), leaf(&w), leaf(&b.view([n]))];
             let theirs = [leaf(&x), leaf(&w), leaf(&b.view([n]))];
-            let gradient = random([m, n]);
+            let gradient = normal(&[m, n]);
             // Twice, so that the second backward pass adds to what the first left.
             for _ in 0..2 {
                 let y = linear(&ours[0], &ours[1], Some(&ours[2]));

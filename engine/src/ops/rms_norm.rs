@@ -80,18 +80,19 @@ impl Function for RmsNorm {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, check_wide, random};
+    use super::super::testing::{check, check_wide};
     use super::*;
+    use crate::torch::random::{normal, seed};
 
     #[test]
     fn values_and_gradients_are_those_of_libtorch() {
-        tch::manual_seed(1);
+        seed(1);
         for width in (1..=70).chain([576, 1536]) {
             // A short row has next to no gradient but through eps.
             let eps = if width < 8 { 0.5 } else { 1e-5 };
             for shape in [vec![1, width], vec![37, width], vec![5, 3, width]] {
                 check(
-                    &[random(&shape), random(&[width])],
+                    &[normal(&shape), normal(&[width])],
                     &|inputs| rms_norm(&inputs[0], &inputs[1], eps),
                     &|inputs| inputs[0].rms_norm([width], Some(&inputs[1]), eps),
                 );
@@ -101,10 +102,10 @@ mod tests {
 
     #[test]
     fn the_libtorch_path_gives_the_same() {
-        tch::manual_seed(4);
+        seed(4);
         for shape in [vec![1, 33], vec![37, 576], vec![5, 3, 16]] {
             let width = *shape.last().unwrap();
-            let inputs = [random(&shape), random(&[width]), random(&shape)];
+            let inputs = [normal(&shape), normal(&[width]), normal(&shape)];
             check_wide(&inputs[..2], &|inputs| rms_norm(&inputs[0], &inputs[1], 1e-5));
             check_wide(&inputs, &|inputs| {
                 let (sum, normed) = add_rms_norm(&inputs[0], &inputs[2], &inputs[1], 1e-5);
@@ -112,7 +113,7 @@ mod tests {
             });
         }
         // Squares beyond the range of f16 are no matter.
-        let [x, weight] = [random(&[4, 32]) * 3000.0, random(&[32])];
+        let [x, weight] = [normal(&[4, 32]) * 3000.0, normal(&[32])];
         let [x, weight] = [x, weight].map(|t| t.to_kind(tch::Kind::Half));
         let got = rms_norm(&x, &weight, 1e-5).to_kind(tch::Kind::Float);
         let [x, weight] = [x, weight].map(|t| t.to_kind(tch::Kind::Float));
@@ -122,10 +123,10 @@ mod tests {
 
     #[test]
     fn a_sum_and_its_norm_are_the_same_in_one_pass() {
-        tch::manual_seed(3);
+        seed(3);
         for shape in [[1, 576], [64, 70], [300, 576]] {
-            let [x, y] = [random(&shape), random(&shape)];
-            let weight = random(&shape[1..]);
+            let [x, y] = [normal(&shape), normal(&shape)];
+            let weight = normal(&shape[1..]);
             let (sum, normed) = tch::no_grad(|| add_rms_norm(&x, &y, &weight, 1e-5));
             assert!(sum.equal(&(&x + &y)) && normed.equal(&rms_norm(&sum, &weight, 1e-5)));
             let x = x.set_requires_grad(true);
@@ -137,9 +138,9 @@ mod tests {
 
     #[test]
     fn a_transposed_input_and_many_rows() {
-        tch::manual_seed(2);
+        seed(2);
         check(
-            &[random(&[576, 300]), random(&[576])],
+            &[normal(&[576, 300]), normal(&[576])],
             &|inputs| rms_norm(&inputs[0].tr(), &inputs[1], 1e-6),
             &|inputs| inputs[0].tr().rms_norm([576], Some(&inputs[1]), 1e-6),
         );

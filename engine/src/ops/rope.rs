@@ -91,8 +91,9 @@ impl Function for Rotate {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, check_wide, random};
+    use super::super::testing::{check, check_wide};
     use super::*;
+    use crate::torch::random::{normal, seed};
 
     fn theirs(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
         let twice = |angles: &Tensor| Tensor::cat(&[angles, angles], -1).unsqueeze(1);
@@ -103,13 +104,13 @@ mod tests {
 
     #[test]
     fn values_and_gradients_are_those_of_libtorch() {
-        tch::manual_seed(1);
+        seed(1);
         for half in (1..=35).chain([64, 128]) {
             for (rows, heads) in [(1, 1), (7, 3), (70, 9)] {
-                let angles = random(&[rows, half]) * 3.0;
+                let angles = normal(&[rows, half]) * 3.0;
                 let (cos, sin) = (angles.cos(), angles.sin());
                 check(
-                    &[random(&[rows, heads, 2 * half])],
+                    &[normal(&[rows, heads, 2 * half])],
                     &|inputs| rotate(&inputs[0], &cos, &sin),
                     &|inputs| theirs(&inputs[0], &cos, &sin),
                 );
@@ -119,19 +120,19 @@ mod tests {
 
     #[test]
     fn the_libtorch_path_gives_the_same() {
-        tch::manual_seed(3);
-        let angles = random(&[20, 8]) * 3.0;
+        seed(3);
+        let angles = normal(&[20, 8]) * 3.0;
         let (cos, sin) = (angles.cos(), angles.sin());
-        check_wide(&[random(&[20, 3, 16])], &|inputs| rotate(&inputs[0], &cos, &sin));
+        check_wide(&[normal(&[20, 3, 16])], &|inputs| rotate(&inputs[0], &cos, &sin));
     }
 
     #[test]
     fn a_transposed_input() {
-        tch::manual_seed(2);
-        let angles = random(&[20, 8]);
+        seed(2);
+        let angles = normal(&[20, 8]);
         let (cos, sin) = (angles.cos(), angles.sin());
         check(
-            &[random(&[3, 20, 16])],
+            &[normal(&[3, 20, 16])],
             &|inputs| rotate(&inputs[0].transpose(0, 1), &cos, &sin),
             &|inputs| theirs(&inputs[0].transpose(0, 1), &cos, &sin),
         );
@@ -140,6 +141,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "half a head of angles")]
     fn angles_must_fit() {
-        let _ = rotate(&random(&[2, 1, 8]), &random(&[2, 8]), &random(&[2, 8]));
+        let _ = rotate(&normal(&[2, 1, 8]), &normal(&[2, 8]), &normal(&[2, 8]));
     }
 }

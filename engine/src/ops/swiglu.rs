@@ -65,16 +65,17 @@ impl Function for SwiGlu {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, check_wide, random};
+    use super::super::testing::{check, check_wide};
     use super::*;
+    use crate::torch::random::{normal, seed};
 
     #[test]
     fn values_and_gradients_are_those_of_libtorch() {
-        tch::manual_seed(1);
+        seed(1);
         let theirs = |inputs: &[Tensor]| inputs[0].silu() * &inputs[1];
         for width in (1..=70).chain([576, 1536]) {
             for shape in [vec![1, width], vec![37, width], vec![5, 3, width]] {
-                let inputs = [random(&shape) * 5.0, random(&shape)];
+                let inputs = [normal(&shape) * 5.0, normal(&shape)];
                 check(&inputs, &|inputs| swiglu(&inputs[0], &inputs[1]), &theirs);
             }
         }
@@ -82,16 +83,16 @@ mod tests {
 
     #[test]
     fn the_libtorch_path_gives_the_same() {
-        tch::manual_seed(3);
-        let inputs = [random(&[37, 70]) * 5.0, random(&[37, 70])];
+        seed(3);
+        let inputs = [normal(&[37, 70]) * 5.0, normal(&[37, 70])];
         check_wide(&inputs, &|inputs| swiglu(&inputs[0], &inputs[1]));
     }
 
     #[test]
     fn a_transposed_input() {
-        tch::manual_seed(2);
+        seed(2);
         check(
-            &[random(&[40, 30]), random(&[30, 40])],
+            &[normal(&[40, 30]), normal(&[30, 40])],
             &|inputs| swiglu(&inputs[0].tr(), &inputs[1]),
             &|inputs| inputs[0].tr().silu() * &inputs[1],
         );
@@ -100,6 +101,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "gate and up of one shape")]
     fn shapes_must_agree() {
-        let _ = swiglu(&random(&[2, 3]), &random(&[3, 2]));
+        let _ = swiglu(&normal(&[2, 3]), &normal(&[3, 2]));
     }
 }

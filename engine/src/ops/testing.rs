@@ -1,14 +1,9 @@
 //! Comparing an operation with libtorch's own.
 
-use crate::torch::autograd::backward;
-use tch::{Device, Kind, Tensor};
+use crate::torch::{autograd::backward, random::normal};
+use tch::{Kind, Tensor};
 
 type Operation<'a> = &'a dyn Fn(&[Tensor]) -> Tensor;
-
-/// Normally distributed numbers.
-pub(super) fn random(shape: &[i64]) -> Tensor {
-    Tensor::randn(shape, (Kind::Float, Device::Cpu))
-}
 
 /// Asserts that two operations agree on values and gradients, twice with the gradients added up,
 /// and that ours makes no graph where none is recorded.
@@ -17,7 +12,7 @@ pub(super) fn check(inputs: &[Tensor], ours: Operation<'_>, theirs: Operation<'_
         inputs.iter().map(|x| x.detach().copy().set_requires_grad(true)).collect()
     };
     let (our_leaves, their_leaves) = (leaves(), leaves());
-    let gradient = random(&ours(inputs).size());
+    let gradient = normal(&ours(inputs).size());
     for _ in 0..2 {
         let (got, want) = (ours(&our_leaves), theirs(&their_leaves));
         assert_same(&got, &want, "output");
@@ -38,7 +33,7 @@ pub(super) fn check_wide(inputs: &[Tensor], operation: Operation<'_>) {
         inputs.iter().map(|x| x.to_kind(kind).copy().set_requires_grad(true)).collect()
     };
     let (native, wide) = (leaves(Kind::Float), leaves(Kind::Double));
-    let gradient = random(&operation(inputs).size());
+    let gradient = normal(&operation(inputs).size());
     for _ in 0..2 {
         let (got, want) = (operation(&wide), operation(&native));
         assert_eq!(got.kind(), Kind::Double);

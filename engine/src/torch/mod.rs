@@ -9,6 +9,7 @@ pub mod function;
 pub mod graph;
 pub mod memory;
 pub mod optim;
+pub mod random;
 pub mod slices;
 pub mod storage;
 pub mod stream;

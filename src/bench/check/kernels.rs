@@ -13,7 +13,10 @@ use onpolicy_engine::{
     kernels::{attention::Span, pages::BLOCK},
     ops::{rms_norm::add_rms_norm, rope::rotate, swiglu::swiglu},
     sampler::{self, Draw, stream_of},
-    torch::autograd::{backward, set_grad},
+    torch::{
+        autograd::{backward, set_grad},
+        random,
+    },
     weights::Weights,
 };
 use onpolicy_plugin_api::SamplingParams;
@@ -36,7 +39,7 @@ const GROUP: [(usize, usize); 6] = [(340, 1), (341, 1), (350, 1), (335, 1), (400
 /// Attention over pages, norm, rotary embedding and gate, the gradients of a training pass and the
 /// optimizer, in types as wide as the weights'; draws.
 pub fn equal_references(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
-    tch::manual_seed(1);
+    random::seed(1);
     let mut checks = Vec::new();
     let width = place.placement.element_bytes();
     let kinds = KINDS.into_iter().filter(|(kind, _)| kind.elt_size_in_bytes() == width);
@@ -88,7 +91,7 @@ fn farthest(got: &[Tensor], want: &[Tensor]) -> f64 {
 }
 
 fn random(shape: &[i64], kind: Kind) -> Tensor {
-    Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+    random::normal(shape).to_kind(kind)
 }
 
 /// Sequences in the pages of one layer, and rows that are written and attend.

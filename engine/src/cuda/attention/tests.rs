@@ -4,6 +4,7 @@ use super::*;
 use crate::{
     cuda::plan::Machine,
     kernels::{attention::Span, pages::BLOCK},
+    torch::random,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -35,7 +36,7 @@ impl Case {
         lengths: &[(usize, usize)],
         shared: usize,
     ) -> Self {
-        tch::manual_seed(seed as i64);
+        random::seed(seed);
         let mut rng = StdRng::seed_from_u64(seed);
         let needed: usize = lengths.iter().map(|(len, _)| len.div_ceil(BLOCK)).sum();
         let mut free: Vec<u32> = (0..needed as u32 + 3).collect();
@@ -60,11 +61,11 @@ impl Case {
         }
         used = used.logical_not();
         let pages = || {
-            let mut pages = Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+            let mut pages = random::normal(&shape).to_kind(kind);
             pages.masked_fill_(&used, f64::NAN)
         };
         let rows: usize = lengths.iter().map(|(_, rows)| rows).sum();
-        let q = Tensor::randn([rows as i64, heads as i64, dim as i64], (Kind::Float, Device::Cpu));
+        let q = random::normal(&[rows as i64, heads as i64, dim as i64]);
         let (k_pages, v_pages) = (pages(), pages());
         Self { heads, kv_heads, dim, k_pages, v_pages, sequences, q: q.to_kind(kind) }
     }
@@ -233,7 +234,7 @@ fn written_rows_are_attended_to() {
     let case = Case::new(12, BF16, ((4, 2), 64), &[(40, 1)], 0);
     let slot = i64::from(case.sequences[0].blocks[2]) * 16 + 7;
     let plan = PagedPlan::new(&case.spans(), &[slot], case.machine(1), Device::Cpu);
-    let [k, v] = [0, 1].map(|_| Tensor::randn([1, 2, 64], (BF16, Device::Cpu)));
+    let [k, v] = [0, 1].map(|_| random::normal(&[1, 2, 64]).to_kind(BF16));
     write_kv(&k, &v, &case.k_pages, &case.v_pages, &plan).unwrap();
     let written = case.k_pages.get(slot / 16).select(1, 7);
     assert!(written.equal(&k.get(0)));

@@ -5,14 +5,15 @@ use crate::{
     device::sampling::completed,
     logits::{batch_stats, logprob_gradient},
     sampler::{Draw as OneDraw, stream_of},
+    torch::random,
 };
 use onpolicy_plugin_api::SamplingParams;
 
 /// Logits as a model makes them: `[rows, vocab]`, a few of them likely.
-fn logits(seed: i64, rows: i64, vocab: i64) -> Tensor {
-    tch::manual_seed(seed);
-    let z = Tensor::randn([rows, vocab], (Kind::Float, Device::Cpu)) * 3.0;
-    &z + (z.rand_like() - 0.999).clamp_min(0.0) * 9000.0
+fn logits(seed: u64, rows: i64, vocab: i64) -> Tensor {
+    random::seed(seed);
+    let z = random::normal(&[rows, vocab]) * 3.0;
+    &z + (random::normal(&[rows, vocab]) - 3.0).clamp_min(0.0) * 20.0
 }
 
 fn temperature(temperature: f32) -> SamplingParams {
@@ -58,7 +59,7 @@ fn seeds_mean_the_same_tokens() {
         for how in [temperature(1.0), temperature(0.3), temperature(2.5)] {
             let draws: Vec<OneDraw> = (0..rows as usize)
                 .map(|row| OneDraw {
-                    stream: stream_of(seed as u64, row),
+                    stream: stream_of(seed, row),
                     position: 7 * row,
                     ..OneDraw::new(row, &how)
                 })

@@ -4,7 +4,7 @@
 use super::*;
 use crate::{
     block_manager::BLOCK_SIZE, device::Placement, kernels::attention::Span,
-    model::config::ModelConfig, weights::Weights,
+    model::config::ModelConfig, torch::random, weights::Weights,
 };
 use serde_json::json;
 use tch::Kind;
@@ -22,11 +22,11 @@ fn model() -> (ModelConfig, Decoder) {
         "tie_word_embeddings": true,
     });
     let config = ModelConfig::from_hf(&config, None).unwrap();
-    tch::manual_seed(3);
+    random::seed(3);
     let random = |(name, shape): (String, Vec<i64>)| {
         let tensor = match name.ends_with("norm.weight") {
             true => Tensor::ones(shape, (Kind::Float, Device::Cpu)),
-            false => Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.2,
+            false => random::normal(&shape) * 0.2,
         };
         (name, tensor.to_kind(Kind::BFloat16))
     };
@@ -54,11 +54,11 @@ fn recorded_steps_are_those_that_are_not_recorded() {
     let (config, decoder) = model();
     let machine = Machine { group: 2, kv_heads: 1, blocks: 8 };
     let [own, other] = [0, 1].map(|_| {
-        tch::manual_seed(4);
+        random::seed(4);
         let pages = DevicePages::new(&config, BLOCKS, PLACEMENT).unwrap();
         for layer in 0..2 {
             let (k, v) = pages.layer(layer);
-            let _ = (k.shallow_clone().normal_(0.0, 1.0), v.shallow_clone().normal_(0.0, 1.0));
+            [k, v].iter().for_each(|t| t.shallow_clone().copy_(&random::normal(&t.size())));
         }
         pages
     });

@@ -1,8 +1,11 @@
 //! Against libtorch's attention, every prompt repeated for each of its tails.
 
-use super::super::testing::{check, random};
+use super::super::testing::check;
 use super::*;
-use crate::model::attention::Pack;
+use crate::{
+    model::attention::Pack,
+    torch::random::{normal, seed},
+};
 
 /// The slow way: gathered rows, masks, and libtorch's scaled dot-product attention.
 fn theirs(rows: &[Tensor], groups: &[PackedGroup], window: Option<usize>) -> Tensor {
@@ -119,9 +122,9 @@ fn agree(groups: &[(usize, &[usize])], [heads, kv_heads, head_dim]: [i64; 3]) {
     let pack = pack(groups);
     let rows = pack.len() as i64;
     let inputs = [
-        random(&[rows, heads, head_dim]),
-        random(&[rows, kv_heads, head_dim]),
-        random(&[rows, kv_heads, head_dim]),
+        normal(&[rows, heads, head_dim]),
+        normal(&[rows, kv_heads, head_dim]),
+        normal(&[rows, kv_heads, head_dim]),
     ];
     for window in [None, Some(2), Some(7), Some(50), Some(100)] {
         check(
@@ -134,7 +137,7 @@ fn agree(groups: &[(usize, &[usize])], [heads, kv_heads, head_dim]: [i64; 3]) {
 
 #[test]
 fn values_and_gradients_are_those_of_libtorch() {
-    tch::manual_seed(1);
+    seed(1);
     for heads in [[1, 1, 8], [4, 2, 16], [9, 3, 64], [3, 1, 24], [4, 4, 40], [14, 2, 64]] {
         agree(&[(5, &[3, 0, 9])], heads);
         agree(&[(1, &[1]), (17, &[]), (16, &[16, 1]), (33, &[64, 65, 2])], heads);
@@ -143,16 +146,16 @@ fn values_and_gradients_are_those_of_libtorch() {
 
 #[test]
 fn long_prompts_and_many_tails() {
-    tch::manual_seed(2);
+    seed(2);
     agree(&[(41, &[63; 8])], [9, 3, 64]);
     agree(&[(200, &[30; 19]), (130, &[140, 7])], [4, 2, 32]);
 }
 
 #[test]
 fn inputs_that_are_not_contiguous() {
-    tch::manual_seed(3);
+    seed(3);
     let pack = pack(&[(20, &[10, 30])]);
-    let inputs = [random(&[4, 60, 16]), random(&[2, 60, 16]), random(&[2, 60, 16])];
+    let inputs = [normal(&[4, 60, 16]), normal(&[2, 60, 16]), normal(&[2, 60, 16])];
     let turn =
         |rows: &[Tensor]| -> Vec<Tensor> { rows.iter().map(|t| t.transpose(0, 1)).collect() };
     check(
@@ -167,10 +170,10 @@ fn inputs_that_are_not_contiguous() {
 
 #[test]
 fn a_sample_does_not_depend_on_its_company() {
-    tch::manual_seed(4);
+    seed(4);
     let whole = pack(&[(41, &[30, 63])]);
     let rows = whole.len() as i64;
-    let inputs = [random(&[rows, 9, 64]), random(&[rows, 3, 64]), random(&[rows, 3, 64])];
+    let inputs = [normal(&[rows, 9, 64]), normal(&[rows, 3, 64]), normal(&[rows, 3, 64])];
     let out = packed_attention([&inputs[0], &inputs[1], &inputs[2]], whole.groups(), None);
     // The second sample alone, as one sequence.
     let places: Vec<i64> = (0..41).chain(71..134).collect();
@@ -183,13 +186,13 @@ fn a_sample_does_not_depend_on_its_company() {
 
 #[test]
 fn a_row_that_sees_itself_alone_copies_its_value() {
-    tch::manual_seed(5);
+    seed(5);
     let pack = pack(&[(20, &[10, 30])]);
-    let leaf = |shape: &[i64]| random(shape).set_requires_grad(true);
+    let leaf = |shape: &[i64]| normal(shape).set_requires_grad(true);
     let inputs = [leaf(&[60, 2, 16]), leaf(&[60, 2, 16]), leaf(&[60, 2, 16])];
     let out = packed_attention([&inputs[0], &inputs[1], &inputs[2]], pack.groups(), Some(1));
     assert!((&out - inputs[2].view([60, 32])).abs().max().double_value(&[]) < 1e-6);
-    let gradient = random(&[60, 32]);
+    let gradient = normal(&[60, 32]);
     crate::torch::autograd::backward(&out, &gradient).unwrap();
     for (input, want) in [(0, gradient.zeros_like()), (1, gradient.zeros_like()), (2, gradient)] {
         let error = inputs[input].grad().view([60, 32]) - want;
