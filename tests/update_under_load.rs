@@ -21,6 +21,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
+use tch::Tensor;
 
 const UPDATES: u64 = 4;
 const QUESTIONS: [&str; 4] = [
@@ -44,17 +45,26 @@ fn answers(engine: &EngineHandle, request: Request) -> Vec<Vec<(u32, u64)>> {
     groups[0].samples.iter().map(sample).collect()
 }
 
-/// A random push to every weight; big enough to change answers, small enough to keep them text.
-fn push(served: &Served, mut optimizer: Optimizer, seed: u64) -> Optimizer {
-    random::seed(seed);
-    for (_, weight) in served.weights.iter() {
-        set_grad(weight, &random::normal(&weight.size())).expect("a gradient");
+/// A random push to every weight, another one for each `turn` of the same numbers; big enough to
+/// change answers, small enough to keep them text.
+fn push(served: &Served, mut optimizer: Optimizer, numbers: &[Tensor], turn: u64) -> Optimizer {
+    for ((_, weight), numbers) in served.weights.iter().zip(numbers) {
+        set_grad(weight, &numbers.roll(turn as i64, 0)).expect("a gradient");
     }
     let update = served.native().expect("the native engine").update(move || {
         optimizer.step(2e-4, 1.0).map_err(|error| error.to_string())?;
         Ok(optimizer)
     });
     update.expect("the update is applied").0
+}
+
+/// Is set when this is dropped.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn greedy_over_http(url: &str, prompt: &[u32]) -> Vec<u32> {
@@ -92,6 +102,8 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
     let settings =
         OptimizerSettings { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
     let mut optimizer = Optimizer::new(&served.weights, settings).expect("an optimizer");
+    let sizes = served.weights.iter().map(|(_, weight)| weight.size());
+    let numbers: Vec<Tensor> = sizes.map(|size| random::normal(&size)).collect();
     let (stop, ended) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mixed = std::sync::Mutex::new(BTreeSet::new());
     let optimizer = std::thread::scope(|scope| {
@@ -108,13 +120,14 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
                 }
             });
         }
+        // Whatever happens here, those threads must end.
+        let _stop = Stop(&stop);
         for update in 1..=UPDATES {
             std::thread::sleep(Duration::from_millis(300));
-            optimizer = push(&served, optimizer, update);
+            optimizer = push(&served, optimizer, &numbers, update);
             assert_eq!(native.weight_version(), update);
         }
         std::thread::sleep(Duration::from_millis(300));
-        stop.store(true, Ordering::Relaxed);
         optimizer
     });
     assert!(ended.load(Ordering::Relaxed) >= 4, "there was load");
@@ -122,7 +135,7 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
     assert_eq!(native.stats().expect("the engine runs").blocks_used, 0, "all blocks are back");
 
     // One more update while nothing runs: the prefixes cached just now must not be found.
-    let _optimizer = push(&served, optimizer, 99);
+    let _optimizer = push(&served, optimizer, &numbers, 99);
     let hits = native.stats().expect("the engine runs").prefix_hits;
     let first = greedy(&native, &prompts[0]);
     assert_eq!(

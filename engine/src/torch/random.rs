@@ -19,7 +19,8 @@ pub fn normal(shape: &[i64]) -> Tensor {
     let count: i64 = shape.iter().product();
     let numbers: Vec<f32> =
         GENERATOR.with_borrow_mut(|rng| (0..count).map(|_| box_muller(rng)).collect());
-    Tensor::from_slice(&numbers).view(shape)
+    // A tensor of its own, which may be a gradient: libtorch takes no view for one.
+    Tensor::from_slice(&numbers).view(shape).copy()
 }
 
 /// One of the two numbers of the Box-Muller transform.
