@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::pack::{Panel, pack_lanes, pack_rows, panels, row_lines};
 use super::plan::{GROUP, Plan, ranges};
 use super::product::Product;
-use super::tile::{Rows, multiply, widest};
+use super::tile::{Filled, Rows, multiply, widest};
 use crate::kernels::disjoint::Shared;
 use crate::kernels::simd::{Kernel, LANES, Line, Simd};
 
@@ -115,9 +115,10 @@ impl Piece<'_> {
             Rows { data, stride: row_lines(depth.len()) * LANES }
         };
         let lines = &self.scratch.lanes[packed + panel.first * depth.len()..];
-        let lines = &lines[..panel.width * depth.len()];
         let sums = &mut self.scratch.sums[..panel.width * rows.len()];
-        multiply(s, panel.width, lines, source, sums);
+        let filled = if self.lanes.len() <= LANES / 2 { Filled::Half } else { Filled::All };
+        let lines = &lines[..panel.width * depth.len()];
+        multiply(s, (panel.width, filled), lines, source, sums);
     }
 
     /// Lanes of a panel.

@@ -33,27 +33,36 @@ pub(super) struct Rows<'a> {
     pub(super) stride: usize,
 }
 
+/// Lanes that matter in the vectors of a panel.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Filled {
+    All,
+    /// The lower eight; the others may be left as they are.
+    Half,
+}
+
 /// Adds to `sums[r][lane]` the products of row `r` and the lanes of a panel `width` vectors wide.
 #[inline(always)]
 pub(super) fn multiply<S: Simd, L: Lanes>(
     s: S,
-    width: usize,
+    (width, filled): (usize, Filled),
     panel: &[L],
     rows: Rows,
     sums: &mut [Line],
 ) {
     match (const { widest::<S>() }, width) {
-        (4, 4) => multiply_panel::<S, L, 4, 6>(s, panel, rows, sums),
-        (4, 3) => multiply_panel::<S, L, 3, 8>(s, panel, rows, sums),
-        (4, 2) => multiply_panel::<S, L, 2, 12>(s, panel, rows, sums),
-        (4, _) => multiply_panel::<S, L, 1, 12>(s, panel, rows, sums),
-        _ => multiply_panel::<S, L, 1, 6>(s, panel, rows, sums),
+        (4, 4) => multiply_panel::<S, L, 4, 6, false>(s, panel, rows, sums),
+        (4, 3) => multiply_panel::<S, L, 3, 8, false>(s, panel, rows, sums),
+        (4, 2) => multiply_panel::<S, L, 2, 12, false>(s, panel, rows, sums),
+        (4, _) => multiply_panel::<S, L, 1, 12, false>(s, panel, rows, sums),
+        _ if filled == Filled::Half => multiply_panel::<S, L, 1, 12, true>(s, panel, rows, sums),
+        _ => multiply_panel::<S, L, 1, 6, false>(s, panel, rows, sums),
     }
 }
 
 /// As [`multiply`], in tiles of `R` rows. A panel is `W` vectors for each step of the depth.
 #[inline(always)]
-fn multiply_panel<S: Simd, L: Lanes, const W: usize, const R: usize>(
+fn multiply_panel<S: Simd, L: Lanes, const W: usize, const R: usize, const HALF: bool>(
     s: S,
     panel: &[L],
     rows: Rows,
@@ -63,26 +72,26 @@ fn multiply_panel<S: Simd, L: Lanes, const W: usize, const R: usize>(
     let (tiles, rest) = sums.as_chunks_mut::<W>().0.as_chunks_mut::<R>();
     let mut first = 0;
     for tile in tiles {
-        multiply_tile(s, panel, rows.from(first), tile);
+        multiply_tile::<S, L, W, _, HALF>(s, panel, rows.from(first), tile);
         first += R;
     }
     let (fours, rest) = rest.as_chunks_mut::<4>();
     for tile in fours {
-        multiply_tile(s, panel, rows.from(first), tile);
+        multiply_tile::<S, L, W, _, HALF>(s, panel, rows.from(first), tile);
         first += 4;
     }
     let (threes, rest) = rest.as_chunks_mut::<3>();
     for tile in threes {
-        multiply_tile(s, panel, rows.from(first), tile);
+        multiply_tile::<S, L, W, _, HALF>(s, panel, rows.from(first), tile);
         first += 3;
     }
     let (twos, rest) = rest.as_chunks_mut::<2>();
     for tile in twos {
-        multiply_tile(s, panel, rows.from(first), tile);
+        multiply_tile::<S, L, W, _, HALF>(s, panel, rows.from(first), tile);
         first += 2;
     }
     for row in rest {
-        multiply_tile(s, panel, rows.from(first), std::array::from_mut(row));
+        multiply_tile::<S, L, W, _, HALF>(s, panel, rows.from(first), std::array::from_mut(row));
         first += 1;
     }
 }
@@ -95,7 +104,7 @@ impl Rows<'_> {
 }
 
 #[inline(always)]
-fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize>(
+fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize, const HALF: bool>(
     s: S,
     panel: &[[L; W]],
     Rows { data, stride }: Rows,
@@ -108,10 +117,10 @@ fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize>(
             acc[r][w] = s.load(&sums[r][w].0);
         }
     }
-    let mut at = data.as_ptr();
+    let mut at: [*const f32; R] = std::array::from_fn(|r| data[r * stride..].as_ptr());
     for steps in panel.chunks(LANES) {
-        for r in 0..R {
-            prefetch_address(at.wrapping_add((R + r) * stride));
+        for at in at {
+            prefetch_address(at.wrapping_add(R * stride));
         }
         if L::AHEAD > 0 {
             let ahead = steps.as_ptr().wrapping_add(L::AHEAD).cast::<u8>();
@@ -119,24 +128,27 @@ fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize>(
                 prefetch_address(ahead.wrapping_add(line).cast());
             }
         }
-        for lanes in steps {
+        for (step, lanes) in steps.iter().enumerate() {
             let mut line = [s.splat(0.0); W];
             for w in 0..W {
                 line[w] = lanes[w].load(s);
             }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: row `r` has as many numbers as the panel has steps, as asserted.
-                let x = s.splat(unsafe { *at.add(r * stride) });
+            for (acc, at) in acc.iter_mut().zip(at) {
+                // SAFETY: every row has as many numbers as the panel has steps, as asserted.
+                let x = s.splat(unsafe { *at.add(step) });
                 for w in 0..W {
                     acc[w] = s.mul_add(x, line[w], acc[w]);
                 }
             }
-            at = at.wrapping_add(1);
         }
+        at = at.map(|at| at.wrapping_add(LANES));
     }
     for r in 0..R {
         for w in 0..W {
-            s.store(acc[r][w], &mut sums[r][w].0);
+            match HALF {
+                true => s.store_half(acc[r][w], sums[r][w].0.first_chunk_mut().expect("a half")),
+                false => s.store(acc[r][w], &mut sums[r][w].0),
+            }
         }
     }
 }

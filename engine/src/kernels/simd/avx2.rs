@@ -35,6 +35,34 @@ impl Avx2 {
             _mm256_castsi256_ps(_mm256_add_epi32(exponent, one))
         }
     }
+
+    /// [`Simd::transpose`] of eight lanes.
+    #[inline(always)]
+    fn transpose_quarter(self, rows: [__m256; HALF]) -> [__m256; HALF] {
+        let mut pairs = rows;
+        let mut quads = rows;
+        let mut out = rows;
+        unsafe {
+            for i in 0..HALF / 2 {
+                pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+                pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+            }
+            // Half `h` of quads[4 * i + j] is column 4 * h + j of the rows from 4 * i on.
+            for i in 0..HALF / 4 {
+                for half in 0..2 {
+                    let a = _mm256_castps_pd(pairs[4 * i + half]);
+                    let b = _mm256_castps_pd(pairs[4 * i + half + 2]);
+                    quads[4 * i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+                    quads[4 * i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+                }
+            }
+            for j in 0..HALF / 2 {
+                out[j] = _mm256_permute2f128_ps::<0x20>(quads[j], quads[j + 4]);
+                out[j + 4] = _mm256_permute2f128_ps::<0x31>(quads[j], quads[j + 4]);
+            }
+        }
+        out
+    }
 }
 
 // SAFETY of every block here: `self` proves that the instructions are there; the references to
@@ -67,6 +95,11 @@ impl Simd for Avx2 {
             _mm256_storeu_ps(to, v.0);
             _mm256_storeu_ps(to.add(HALF), v.1);
         }
+    }
+
+    #[inline(always)]
+    fn store_half(self, v: Self::V, to: &mut [f32; LANES / 2]) {
+        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), v.0) }
     }
 
     #[inline(always)]
@@ -181,5 +214,24 @@ impl Simd for Avx2 {
             let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
         }
+    }
+    #[inline(always)]
+    fn transpose(self, block: [Self::V; LANES]) -> [Self::V; LANES] {
+        let mut out = block;
+        let mut quarter = [block[0].0; HALF];
+        for below in [false, true] {
+            for right in [false, true] {
+                for i in 0..HALF {
+                    let row = block[if below { HALF + i } else { i }];
+                    quarter[i] = if right { row.1 } else { row.0 };
+                }
+                quarter = self.transpose_quarter(quarter);
+                for i in 0..HALF {
+                    let row = &mut out[if right { HALF + i } else { i }];
+                    *if below { &mut row.1 } else { &mut row.0 } = quarter[i];
+                }
+            }
+        }
+        out
     }
 }

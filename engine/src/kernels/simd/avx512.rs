@@ -50,6 +50,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_half(self, v: Self::V, to: &mut [f32; LANES / 2]) {
+        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), _mm512_castps512_ps256(v)) }
+    }
+
+    #[inline(always)]
     fn load_f16(self, from: &[u16; LANES]) -> Self::V {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }
     }

@@ -72,6 +72,9 @@ pub trait Simd: Copy {
     fn load_half(self, from: &[f32; LANES / 2]) -> Self::V;
     /// Writes sixteen lanes.
     fn store(self, v: Self::V, to: &mut [f32; LANES]);
+    /// Writes the lower eight lanes; where a vector is two registers, what only the others need is
+    /// not computed.
+    fn store_half(self, v: Self::V, to: &mut [f32; LANES / 2]);
     /// The values of sixteen f16 (IEEE 754 binary16), given as bits.
     fn load_f16(self, from: &[u16; LANES]) -> Self::V;
     /// The nearest f16, ties to even; infinite from 65520 on, NaN for NaN.

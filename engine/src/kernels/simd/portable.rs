@@ -61,6 +61,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn store_half(self, v: Self::V, to: &mut [f32; LANES / 2]) {
+        to.copy_from_slice(&v[..LANES / 2]);
+    }
+
+    #[inline(always)]
     fn load_f16(self, from: &[u16; LANES]) -> Self::V {
         from.map(|bits| f16::from_bits(bits).to_f32())
     }

@@ -34,6 +34,32 @@ impl Kernel for Round {
     }
 }
 
+/// Turns columns into rows.
+struct Transpose([[f32; LANES]; LANES]);
+
+impl Kernel for Transpose {
+    type Output = [[f32; LANES]; LANES];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        s.transpose(self.0.map(|row| s.load(&row))).map(|v| s.to_array(v))
+    }
+}
+
+/// Writes the lower half of a vector.
+struct StoreHalf([f32; LANES]);
+
+impl Kernel for StoreHalf {
+    type Output = [f32; LANES / 2];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let mut half = [0.0; LANES / 2];
+        s.store_half(s.load(&self.0), &mut half);
+        half
+    }
+}
+
 fn bits(x: [f32; LANES]) -> [u32; LANES] {
     // One NaN is as good as another.
     x.map(|x| if x.is_nan() { u32::MAX } else { x.to_bits() })
@@ -86,5 +112,15 @@ fn numbers_are_rounded_to_the_nearest_with_ties_to_even() {
         let halves = std::array::from_fn(|lane| lane as f32 - 7.5);
         let want: [i8; LANES] = [-8, -6, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6, 8];
         assert_eq!(level.run(Round(halves)).2, want, "{level:?}");
+    }
+}
+
+#[test]
+fn columns_become_rows() {
+    let block = std::array::from_fn(|i| std::array::from_fn(|j| (100 * i + j) as f32));
+    let want: [[f32; LANES]; LANES] = std::array::from_fn(|i| std::array::from_fn(|j| block[j][i]));
+    for level in Level::available() {
+        assert_eq!(level.run(Transpose(block)), want, "{level:?}");
+        assert_eq!(level.run(StoreHalf(block[3]))[..], block[3][..LANES / 2], "{level:?}");
     }
 }

@@ -9,7 +9,7 @@ use crate::kernels::disjoint::Shared;
 use crate::kernels::matmul::blocks::{load_part, store_part};
 use crate::kernels::matmul::pack::Panel;
 use crate::kernels::matmul::plan::ranges;
-use crate::kernels::matmul::tile::{Rows, multiply};
+use crate::kernels::matmul::tile::{Filled, Rows, multiply};
 use crate::kernels::parallel::for_each;
 use crate::kernels::simd::{Kernel, LANES, Level, Line, Simd};
 
@@ -78,7 +78,7 @@ impl<F: Format> Kernel for Piece<'_, F> {
         for depth in ranges(0..k, DEPTH) {
             let block = &lanes[depth.start * width..depth.end * width];
             let rows = Rows { data: &x[depth.start..], stride: k };
-            multiply(s, width, block, rows, self.sums);
+            multiply(s, (width, Filled::All), block, rows, self.sums);
         }
         self.finish(s);
     }
