@@ -55,7 +55,7 @@ pub(super) fn multiply<S: Simd, L: Lanes>(
         (4, 3) => multiply_panel::<S, L, 3, 8, false>(s, panel, rows, sums),
         (4, 2) => multiply_panel::<S, L, 2, 12, false>(s, panel, rows, sums),
         (4, _) => multiply_panel::<S, L, 1, 12, false>(s, panel, rows, sums),
-        _ if filled == Filled::Half => multiply_panel::<S, L, 1, 12, true>(s, panel, rows, sums),
+        _ if filled == Filled::Half => multiply_panel::<S, L, 1, 8, true>(s, panel, rows, sums),
         _ => multiply_panel::<S, L, 1, 6, false>(s, panel, rows, sums),
     }
 }
@@ -103,6 +103,24 @@ impl Rows<'_> {
     }
 }
 
+/// Rows whose addresses an instruction can name from one base: none, one or two strides away.
+const NAMED: usize = 3;
+/// Bases of the tallest tile.
+const BASES: usize = 12 / NAMED;
+/// Steps of the depth without a branch between them.
+const UNROLLED: usize = 4;
+
+/// Where every third of `R` rows starts. The compiler must not see that all of them follow from the
+/// first: it would add up a row's address out of that of the row before, in every step.
+#[inline(always)]
+fn bases<const R: usize>(data: *const f32, stride: usize) -> [*const f32; BASES] {
+    let mut bases = [data; BASES];
+    for i in 1..R.div_ceil(NAMED) {
+        bases[i] = std::hint::black_box(data.wrapping_add(NAMED * i * stride));
+    }
+    bases
+}
+
 #[inline(always)]
 fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize, const HALF: bool>(
     s: S,
@@ -117,10 +135,10 @@ fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize, const HALF: 
             acc[r][w] = s.load(&sums[r][w].0);
         }
     }
-    let mut at: [*const f32; R] = std::array::from_fn(|r| data[r * stride..].as_ptr());
+    let mut at = bases::<R>(data.as_ptr(), stride);
     for steps in panel.chunks(LANES) {
-        for at in at {
-            prefetch_address(at.wrapping_add(R * stride));
+        for r in 0..R {
+            prefetch_address(at[r / NAMED].wrapping_add((R + r % NAMED) * stride));
         }
         if L::AHEAD > 0 {
             let ahead = steps.as_ptr().wrapping_add(L::AHEAD).cast::<u8>();
@@ -128,20 +146,18 @@ fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize, const HALF: 
                 prefetch_address(ahead.wrapping_add(line).cast());
             }
         }
-        for (step, lanes) in steps.iter().enumerate() {
-            let mut line = [s.splat(0.0); W];
-            for w in 0..W {
-                line[w] = lanes[w].load(s);
-            }
-            for (acc, at) in acc.iter_mut().zip(at) {
+        let (unrolled, rest) = steps.as_chunks::<UNROLLED>();
+        for steps in unrolled {
+            for (step, lanes) in steps.iter().enumerate() {
                 // SAFETY: every row has as many numbers as the panel has steps, as asserted.
-                let x = s.splat(unsafe { *at.add(step) });
-                for w in 0..W {
-                    acc[w] = s.mul_add(x, line[w], acc[w]);
-                }
+                unsafe { multiply_step(s, lanes, (&at, stride, step), &mut acc) };
             }
+            at = at.map(|at| at.wrapping_add(UNROLLED));
         }
-        at = at.map(|at| at.wrapping_add(LANES));
+        for (step, lanes) in rest.iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { multiply_step(s, lanes, (&at, stride, step), &mut acc) };
+        }
     }
     for r in 0..R {
         for w in 0..W {
@@ -149,6 +165,30 @@ fn multiply_tile<S: Simd, L: Lanes, const W: usize, const R: usize, const HALF: 
                 true => s.store_half(acc[r][w], sums[r][w].0.first_chunk_mut().expect("a half")),
                 false => s.store(acc[r][w], &mut sums[r][w].0),
             }
+        }
+    }
+}
+
+/// Adds the products of one step of the depth.
+///
+/// # Safety
+/// Every row must have a number `step` behind its base.
+#[inline(always)]
+unsafe fn multiply_step<S: Simd, L: Lanes, const W: usize, const R: usize>(
+    s: S,
+    lanes: &[L; W],
+    (at, stride, step): (&[*const f32; BASES], usize, usize),
+    acc: &mut [[S::V; W]; R],
+) {
+    let mut line = [s.splat(0.0); W];
+    for w in 0..W {
+        line[w] = lanes[w].load(s);
+    }
+    for r in 0..R {
+        // SAFETY: the caller's.
+        let x = s.splat(unsafe { *at[r / NAMED].add(step).add(r % NAMED * stride) });
+        for w in 0..W {
+            acc[r][w] = s.mul_add(x, line[w], acc[r][w]);
         }
     }
 }
