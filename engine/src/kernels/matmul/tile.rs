@@ -115,8 +115,8 @@ const UNROLLED: usize = 4;
 #[inline(always)]
 fn bases<const R: usize>(data: *const f32, stride: usize) -> [*const f32; BASES] {
     let mut bases = [data; BASES];
-    for i in 1..R.div_ceil(NAMED) {
-        bases[i] = std::hint::black_box(data.wrapping_add(NAMED * i * stride));
+    for (i, base) in bases[..R.div_ceil(NAMED)].iter_mut().enumerate().skip(1) {
+        *base = std::hint::black_box(data.wrapping_add(NAMED * i * stride));
     }
     bases
 }
