@@ -115,9 +115,9 @@ impl Piece<'_> {
             Rows { data, stride: row_lines(depth.len()) * LANES }
         };
         let lines = &self.scratch.lanes[packed + panel.first * depth.len()..];
+        let lines = &lines[..panel.width * depth.len()];
         let sums = &mut self.scratch.sums[..panel.width * rows.len()];
         let filled = if self.lanes.len() <= LANES / 2 { Filled::Half } else { Filled::All };
-        let lines = &lines[..panel.width * depth.len()];
         multiply(s, (panel.width, filled), lines, source, sums);
     }
 
