@@ -11,7 +11,8 @@ const SAME_INPUT: [&[&str]; 2] = [
 ];
 
 /// Lays the weights, and the biases, of parts with the same input one after the other, each group in
-/// one storage of its own; native tensors stay as they are. Takes the memory of one group beside what there is.
+/// one storage of its own; native tensors stay as they are. Takes the memory of one group beside what
+/// there is.
 ///
 /// # Errors
 /// There is not as much.

@@ -215,6 +215,7 @@ impl Simd for Avx2 {
             _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
         }
     }
+
     #[inline(always)]
     fn transpose(self, block: [Self::V; LANES]) -> [Self::V; LANES] {
         let mut out = block;
