@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use onpolicy_engine::block_manager::{BLOCK_SIZE, BlockManager, Chain, blocks_for};
-use onpolicy_engine::scheduler::{NewRequest, Scheduler, SchedulerConfig};
+use onpolicy_engine::scheduler::{DraftLimits, NewRequest, Scheduler, SchedulerConfig};
 use onpolicy_plugin_api::RequestId;
 
 const NUM_BLOCKS: usize = 8192;
@@ -111,6 +111,7 @@ fn scheduler() -> Scheduler {
         max_model_len: 2048,
         max_waiting: 256,
         prefix_cache: true,
+        drafts: DraftLimits { per_sequence: 7, rows: 8 },
     };
     Scheduler::new(config).expect("limits that make sense")
 }
@@ -123,6 +124,7 @@ fn requests(count: usize) -> Vec<NewRequest> {
         n: GROUP,
         max_tokens: NEW,
         reuse_prefix: true,
+        draft: true,
         priority: 0,
         cache_salt: None,
     };

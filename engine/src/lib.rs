@@ -8,6 +8,7 @@
 //! - [`collect`]: groups of samples gathered in memory, for callers in the same process.
 //! - [`sequence`]: one sample: tokens, block table, progress.
 //! - [`scheduler`]: waiting and running sequences become the next batch. No tensors.
+//! - [`draft`]: guesses at the tokens that follow. No tensors.
 //! - [`block_manager`]: blocks, reference counts, prefix hashes. No tensors.
 //! - [`kv_cache`]: the paged K and V tensors.
 //! - [`model`]: configuration, loading, the decoder that engine and trainer share.
@@ -30,6 +31,7 @@ pub mod chat;
 pub mod collect;
 pub mod cuda;
 pub mod device;
+pub mod draft;
 pub mod engine;
 pub mod grammar;
 pub mod head;

@@ -19,13 +19,16 @@
 
 mod admission;
 mod config;
+mod drafts;
 mod group;
 mod id_map;
 mod integrity;
 
 pub use config::SchedulerConfig;
+pub use drafts::DraftLimits;
 
 use crate::block_manager::{BlockHash, BlockManager};
+use crate::draft::Drafter;
 use crate::sequence::{Place, SeqId, Sequence};
 use group::Group;
 use id_map::IdMap;
@@ -45,6 +48,8 @@ pub struct NewRequest {
     pub max_tokens: usize,
     /// False if all of the prompt must be computed, as its log-probs need.
     pub reuse_prefix: bool,
+    /// False if a draw needs to know the tokens before: those must be drawn, not guessed.
+    pub draft: bool,
     /// Of the requests that wait, those of lower numbers begin first.
     pub priority: i32,
     /// KV is shared with requests of the same salt alone.
@@ -58,10 +63,13 @@ pub struct Chunk {
     pub seq: SeqId,
     /// Position of the first.
     pub start: usize,
-    /// How many; at least one.
+    /// How many, guesses among them; at least one that is none.
     pub len: usize,
     /// True if the last row's logits are sampled: the chunk reaches the end of the tokens.
     pub sample: bool,
+    /// How many follow the sequence's tokens as guesses ([`Sequence::drafts`]); their rows' logits
+    /// are sampled too.
+    pub drafts: usize,
 }
 
 /// What the engine does next.
@@ -92,6 +100,7 @@ impl Step {
             start: sequence.computed,
             len,
             sample: len == sequence.pending(),
+            drafts: 0,
         });
     }
 }
@@ -105,6 +114,10 @@ pub struct Stats {
     pub prefix_hits: u64,
     /// Times that a sequence gave back its blocks because the pool was full.
     pub preemptions: u64,
+    /// Tokens that were guessed.
+    pub drafted: u64,
+    /// Tokens of them that were drawn then.
+    pub accepted: u64,
 }
 
 /// Decides what runs. Holds all sequences from `add` to `finish`.
@@ -112,6 +125,8 @@ pub struct Stats {
 pub struct Scheduler {
     config: SchedulerConfig,
     blocks: BlockManager,
+    /// None if nothing is guessed.
+    drafter: Option<Drafter>,
     sequences: IdMap<SeqId, Sequence>,
     groups: IdMap<RequestId, Group>,
     /// Leaders of requests that have not begun, by priority and age.
@@ -154,6 +169,7 @@ impl Scheduler {
 
     fn with_blocks(config: SchedulerConfig, blocks: BlockManager) -> Self {
         Self {
+            drafter: config.drafts.drafter(),
             config,
             blocks,
             sequences: IdMap::default(),
@@ -171,13 +187,14 @@ impl Scheduler {
     }
 
     /// Plans the next step: every running sequence that decodes, then what the token limit leaves
-    /// for running prompts, then for admissions.
+    /// for running prompts, then for admissions; then guesses, where rows are free.
     ///
     /// The step has to be run, or its sequences finished, before the next one is planned.
     pub fn schedule(&mut self) -> Step {
         let mut step = Step { version: self.version, ..Step::default() };
         let tokens_left = self.schedule_running(&mut step);
         self.schedule_admissions(&mut step, tokens_left);
+        self.schedule_drafts(&mut step);
         step
     }
 
@@ -233,7 +250,7 @@ impl Scheduler {
         Some(id)
     }
 
-    /// Takes note that a step has been run: its tokens have KV now, and the blocks that became full
+    /// Takes note that a step has been run: its tokens, but for guesses, have KV now, and the blocks that became full
     /// are registered in the prefix cache. Sequences that ended meanwhile are passed over.
     pub fn computed(&mut self, step: &Step) {
         for chunk in &step.chunks {
@@ -241,7 +258,7 @@ impl Scheduler {
             if sequence.place != Place::Running || sequence.computed != chunk.start {
                 continue;
             }
-            sequence.computed += chunk.len;
+            sequence.computed += chunk.len - chunk.drafts;
             if step.version != self.version {
                 sequence.mark_mixed();
             }
@@ -254,11 +271,30 @@ impl Scheduler {
 
     /// Adds a drawn token to a running sequence. True if the sequence has reached its greatest
     /// length: it must be finished. An unknown sequence is passed over.
+    ///
+    /// If the token is the next one that was guessed, its KV is there already, and the next row of
+    /// the step is the one that the next token is drawn from: the sequence
+    /// [`draws`](Self::draws) again. If not, the other guesses are worth nothing.
     pub fn append(&mut self, seq: SeqId, token: u32) -> bool {
         let Some(sequence) = self.sequences.get_mut(&seq) else { return false };
         debug_assert_eq!(sequence.pending(), 0, "a token is drawn from the last one's logits");
         sequence.tokens.push(token);
+        if sequence.drafts.first() == Some(&token) {
+            sequence.drafts.remove(0);
+            sequence.computed += 1;
+            self.stats.accepted += 1;
+        } else {
+            sequence.drafts.clear();
+        }
+        if let Some(drafter) = &mut self.drafter {
+            drafter.learn(sequence.salt, &sequence.tokens, sequence.tokens.len() - 1);
+        }
         sequence.tokens.len() >= sequence.max_len
+    }
+
+    /// True if all tokens of a live sequence are computed: its next token may be drawn.
+    pub fn draws(&self, seq: SeqId) -> bool {
+        self.sequences.get(&seq).is_some_and(|sequence| sequence.pending() == 0)
     }
 
     /// Takes note that the weights have changed; call it between two steps. A version names one
@@ -290,9 +326,10 @@ impl Scheduler {
         }
     }
 
-    /// Forgets the KV of earlier requests: no later one uses what is computed by now. Those that run
-    /// keep theirs.
+    /// Forgets the KV of earlier requests, and what guesses are made from: no later one uses what is
+    /// computed by now. Those that run keep their KV.
     pub fn reset_prefix_cache(&mut self) {
+        self.drafter.iter_mut().for_each(Drafter::forget);
         self.blocks.forget_all();
         for id in &self.running {
             let sequence = self.sequences.get_mut(id).expect("a running sequence");

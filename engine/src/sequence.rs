@@ -38,6 +38,8 @@ pub struct Sequence {
     pub max_len: usize,
     /// How many tokens have their KV in the blocks.
     pub computed: usize,
+    /// Guesses at the tokens that follow, computed in the step that is under way; none between steps.
+    pub drafts: Vec<u32>,
     /// The blocks of its tokens: token `t` is in `blocks[t / 16]` at offset `t % 16`.
     pub blocks: Vec<u32>,
     /// The weight version that computed all of its KV; `None` if there was more than one. Set when

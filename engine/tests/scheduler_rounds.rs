@@ -5,7 +5,7 @@
 mod world;
 
 use onpolicy_engine::block_manager::BlockHash;
-use onpolicy_engine::scheduler::SchedulerConfig;
+use onpolicy_engine::scheduler::{DraftLimits, SchedulerConfig};
 use world::{Seen, World};
 
 fn run(seed: u64, rounds: usize, config: SchedulerConfig, hash: Option<BlockHash>) -> Seen {
@@ -29,6 +29,7 @@ fn limits([num_blocks, max_num_seqs, tokens, len, max_waiting]: [usize; 5]) -> S
         max_model_len: len,
         max_waiting,
         prefix_cache: true,
+        drafts: DraftLimits::default(),
     }
 }
 
@@ -50,6 +51,21 @@ fn a_roomy_pool_shares_prefixes_and_loses_nothing() {
         let seen = run(100 + seed as u64, 12_000, config.clone(), None);
         assert!(seen.accepted > 1000 && seen.copies > 1000, "{seen:?}");
         assert!(seen.stats.prefix_hits * 10 > seen.stats.prefix_queries, "{seen:?}");
+    }
+}
+
+#[test]
+fn guesses_lose_nothing() {
+    let tables = [[7, 6, 24, 120, 5], [96, 8, 64, 90, 8], [3, 1, 8, 40, 2]];
+    for (seed, config) in tables.map(limits).into_iter().enumerate() {
+        for (per_sequence, rows) in [(7, 8), (3, 16), (20, 64)] {
+            let drafts = DraftLimits { per_sequence, rows };
+            let config = SchedulerConfig { drafts, ..config.clone() };
+            let seen = run(800 + seed as u64, 8_000, config, None);
+            let [drawn, wrong] = seen.guessed;
+            assert!(drawn > 500 && wrong > 500, "{seen:?}");
+            assert!(seen.stats.accepted >= drawn as u64, "{seen:?}");
+        }
     }
 }
 

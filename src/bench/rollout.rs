@@ -16,7 +16,7 @@ use onpolicy_engine::{
     collect::collect, engine::EngineHandle, http::metrics::PrometheusHandle,
     model::config::ModelConfig, profile::Profile, sampler::stream_of,
 };
-use onpolicy_plugin_api::{Request, SamplingParams};
+use onpolicy_plugin_api::{Engine, Request, SamplingParams};
 use std::time::Instant;
 
 /// `onpolicy bench rollout`.
@@ -84,6 +84,7 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
         }
     }
     let memory = peak_memory("process");
+    let guesses = guesses(&session.engine)?;
     http.stop();
     let rates = session.rates();
     let (mut lines, mut phases, mut notes) = (Vec::new(), Vec::new(), Vec::new());
@@ -104,6 +105,7 @@ fn measure(arguments: &Arguments) -> Result<Report, anyhow::Error> {
         }
     }
     lines.extend(phases.into_iter().chain(memory));
+    notes.extend(guesses);
     Ok(session.report("rollout", lines, notes))
 }
 
@@ -276,7 +278,7 @@ impl Contestant {
                 Ok((in_process(engine, &workload.unshared(), unshared, *seed)?, None))
             }
             Self::Http(server, engine) => {
-                forget_prefixes(engine)?;
+                forget(engine)?;
                 Ok((server.rollout(workload, shared, *seed)?.seconds, None))
             }
             Self::Other(server) => {
@@ -288,11 +290,10 @@ impl Contestant {
     }
 }
 
-/// The engine has answered the same prompts just now: a new version of the (same) weights makes
-/// it forget them.
-fn forget_prefixes(engine: &EngineHandle) -> Result<(), anyhow::Error> {
-    engine.update(|| Ok(()))?;
-    Ok(())
+/// The engine has answered the same prompts just now, perhaps with the same seeds: it forgets them,
+/// and what it would guess from them.
+fn forget(engine: &EngineHandle) -> Result<(), anyhow::Error> {
+    Ok(engine.reset_prefix_cache()?)
 }
 
 /// Seconds of one rollout without HTTP.
@@ -302,7 +303,7 @@ pub(super) fn in_process(
     prompts: &[Prompt],
     seed: u64,
 ) -> Result<f64, anyhow::Error> {
-    forget_prefixes(engine)?;
+    forget(engine)?;
     let request = |(index, prompt): (usize, &Prompt)| {
         let params = SamplingParams {
             n: workload.samples,
@@ -327,6 +328,19 @@ pub(super) fn in_process(
         workload.new_tokens
     );
     Ok(seconds)
+}
+
+/// What became of our engine's guesses, in all runs.
+fn guesses(engine: &EngineHandle) -> Result<Option<String>, anyhow::Error> {
+    let stats = engine.stats()?;
+    let share = stats.accepted as f64 / stats.drafted as f64;
+    Ok((stats.drafted > 0).then(|| {
+        format!(
+            "of {} tokens that our engine guessed in steps with rows to spare, {:.0} % were drawn",
+            stats.drafted,
+            100.0 * share
+        )
+    }))
 }
 
 /// How the contestants' medians stand to each other.

@@ -212,6 +212,7 @@ fn engine_config(config: &Config) -> EngineConfig {
         on_update: engine.on_update,
         profile: engine.profile,
         serve_dtype: engine.serve_dtype,
+        num_speculative_tokens: engine.num_speculative_tokens,
         enforce_eager: engine.enforce_eager,
     }
 }

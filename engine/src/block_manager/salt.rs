@@ -18,7 +18,7 @@ impl Salt {
         Self([0, 1].map(|i| KEYS[i].hash_one(text)))
     }
 
-    pub(super) fn low_bits(self) -> u64 {
+    pub(crate) fn low_bits(self) -> u64 {
         self.0[0]
     }
 }

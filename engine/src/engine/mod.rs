@@ -16,10 +16,11 @@ use crate::{
     device::{Placement, pages::DevicePages},
     grammar::{Grammars, Place},
     in_place::update_in_place,
+    kernels::matmul::{self, narrow},
     kv_cache::KvCache,
     model::config::ModelConfig,
     profile::{self, Profile},
-    scheduler::{Scheduler, SchedulerConfig},
+    scheduler::{DraftLimits, Scheduler, SchedulerConfig},
     torch::stream,
     weights::{ServeDtype, Version, Weights},
 };
@@ -50,6 +51,9 @@ pub enum OnUpdate {
     Drain,
 }
 
+/// Tokens that are guessed for a sample if nobody says how many.
+const DRAFTS: usize = 7;
+
 /// Size and behaviour of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -71,6 +75,11 @@ pub struct EngineConfig {
     pub profile: bool,
     /// The type that linear layers and the head are served in.
     pub serve_dtype: ServeDtype,
+    /// Most tokens that are guessed for a sample and computed in the step of the token before, while
+    /// a step has rows to spare ([`crate::scheduler::DraftLimits`]). If not given,
+    /// [`DRAFTS`] where weights are f32 on the CPU, and elsewhere, where results depend on the
+    /// batch, none.
+    pub num_speculative_tokens: Option<usize>,
     /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
     /// graphs.
     pub enforce_eager: bool,
@@ -88,6 +97,7 @@ impl Default for EngineConfig {
             on_update: OnUpdate::Keep,
             profile: false,
             serve_dtype: ServeDtype::F32,
+            num_speculative_tokens: None,
             enforce_eager: false,
         }
     }
@@ -118,7 +128,17 @@ impl EngineConfig {
             max_model_len,
             max_waiting: self.max_waiting,
             prefix_cache: self.prefix_cache,
+            drafts: self.drafts(placement),
         })
+    }
+
+    fn drafts(&self, placement: Placement) -> DraftLimits {
+        let default = if placement.is_native() { DRAFTS } else { 0 };
+        let rows = match self.serve_dtype {
+            ServeDtype::F32 => matmul::free_rows(),
+            _ => narrow::FREE_ROWS,
+        };
+        DraftLimits { per_sequence: self.num_speculative_tokens.unwrap_or(default), rows }
     }
 
     /// Refuses what weights in `placement` cannot have.
@@ -129,6 +149,13 @@ impl EngineConfig {
                  are"
             );
             return Err(EngineError::invalid("serve_dtype", why));
+        }
+        if !placement.is_native() && self.num_speculative_tokens.is_some_and(|most| most > 0) {
+            let why = format!(
+                "needs rows that do not depend on their batch, which weights on {placement} do not \
+                 give; leave it out or at 0"
+            );
+            return Err(EngineError::invalid("num_speculative_tokens", why));
         }
         Ok(())
     }
@@ -188,6 +215,10 @@ pub struct EngineStats {
     pub prefix_hits: u64,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_queries: u64,
+    /// Tokens that were guessed.
+    pub drafted: u64,
+    /// Tokens of them that were drawn then.
+    pub accepted: u64,
     /// Decode steps that ran as a recorded graph of a CUDA device.
     pub graph_steps: u64,
     /// Bytes of the copies that are served in a narrow type.

@@ -75,10 +75,16 @@ impl LiveRequest {
         }
     }
 
-    /// The draw of the next token of `sequence` from logits row `row`.
-    pub fn draw<'a>(&'a self, row: usize, sequence: &'a Sequence) -> Draw<'a> {
+    /// False if a draw depends on the sample's tokens before it, not on their number alone.
+    pub fn may_draft(&self) -> bool {
+        self.places.is_empty() && self.counts.is_empty() && self.params.bad_words.is_empty()
+    }
+
+    /// The draw from logits row `row` of the token that follows `sequence` and the first `ahead`
+    /// of its guesses.
+    pub fn draw<'a>(&'a self, row: usize, sequence: &'a Sequence, ahead: usize) -> Draw<'a> {
         let tokens = sequence.generated();
-        let position = tokens.len();
+        let position = tokens.len() + ahead;
         let place = self.places.get(sequence.index);
         // A grammar that is at its end is not held back by `min_tokens`.
         let held = position < self.params.min_tokens

@@ -242,8 +242,8 @@ impl Runner {
         }
     }
 
-    /// Draws tokens; the rows of `draws` are the last ones of the chunks that sample, in the step's
-    /// order.
+    /// Draws tokens; the rows of `draws` are the last ones of the chunks that sample and those of
+    /// guesses, in the step's order.
     pub fn sample(&self, output: &StepOutput, draws: &[Draw]) -> Vec<Result<Drawn, String>> {
         let hidden = match &output.sampled {
             Some(rows) => output.hidden.index_select(0, rows),
@@ -329,14 +329,16 @@ fn gather<'a>(step: &Step, scheduler: &'a Scheduler) -> StepRows<'a> {
     for chunk in &step.chunks {
         let sequence = scheduler.sequence(chunk.seq).expect("a scheduled sequence exists");
         let (row, range) = (rows.tokens.len(), chunk.start..chunk.start + chunk.len);
-        rows.tokens.extend(sequence.tokens[range.clone()].iter().map(|&token| i64::from(token)));
+        let tokens = sequence.tokens[chunk.start..].iter().chain(&sequence.drafts);
+        rows.tokens.extend(tokens.take(chunk.len).map(|&token| i64::from(token)));
         rows.positions.extend(range.clone().map(|position| position as i64));
         rows.slots.extend(range.map(|position| {
             sequence.blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32
                 + (position % BLOCK_SIZE) as u32
         }));
         if chunk.sample {
-            rows.sampled.push((row + chunk.len - 1) as i64);
+            let last = row + chunk.len;
+            rows.sampled.extend((last - chunk.drafts - 1..last).map(|row| row as i64));
         }
         let (rows_of_it, blocks) = (row..row + chunk.len, &sequence.blocks[..]);
         rows.spans.push(Span { rows: rows_of_it, first_position: chunk.start, blocks });

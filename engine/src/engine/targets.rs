@@ -14,11 +14,13 @@ pub struct Target {
     pub request: RequestId,
     pub seq: SeqId,
     pub index: usize,
+    /// How many guesses stand between the sample's tokens and this one.
+    pub ahead: usize,
 }
 
 impl Target {
-    pub fn of(sequence: &Sequence) -> Self {
-        Self { request: sequence.group, seq: sequence.id, index: sequence.index }
+    pub fn of(sequence: &Sequence, ahead: usize) -> Self {
+        Self { request: sequence.group, seq: sequence.id, index: sequence.index, ahead }
     }
 }
 

@@ -14,7 +14,6 @@ use crate::{
     profile::{self, Phase, Profile, timed},
     sampler::{Draw, NOTHING_LEFT},
     scheduler::{NewRequest, Scheduler, Step},
-    sequence::SeqId,
 };
 use onpolicy_plugin_api::{EngineError, FinishReason, Request, RequestId, Sink, Token};
 use std::{
@@ -195,6 +194,7 @@ impl Worker {
             n: params.n,
             max_tokens: params.max_tokens,
             reuse_prefix: params.prompt_logprobs.is_none(),
+            draft: live.may_draft(),
             prompt: request.prompt,
             priority: request.priority,
             cache_salt: request.cache_salt,
@@ -267,20 +267,12 @@ impl Worker {
         }
     }
 
-    /// Draws a token for every sample whose turn it is. A group's first tokens are all drawn from
-    /// the one row that its prompt ends in.
+    /// Draws a token for every sample whose turn it is, and for each of their guesses the one that
+    /// follows it. A group's first tokens are all drawn from the one row that its prompt ends in.
     fn sample(&mut self, step: &Step, output: &StepOutput) -> Vec<Sampled> {
-        let sampling: Vec<SeqId> =
-            step.chunks.iter().filter(|chunk| chunk.sample).map(|chunk| chunk.seq).collect();
-        if sampling.is_empty() {
+        let targets = self.targets(step);
+        if targets.is_empty() {
             return Vec::new();
-        }
-        let mut targets = Vec::new();
-        for (row, &seq) in sampling.iter().enumerate() {
-            for seq in self.scheduler.fork(seq) {
-                let sequence = self.scheduler.sequence(seq).expect("a forked sequence exists");
-                targets.push((row, Target::of(sequence)));
-            }
         }
         let stuck = targets::look(&mut self.live, &targets);
         let is_stuck = |target: &Target| stuck.contains_key(&target.request);
@@ -290,7 +282,7 @@ impl Worker {
             .into_iter()
             .map(|(row, target)| {
                 let sequence = self.scheduler.sequence(target.seq).expect("a sequence that draws");
-                let draw = self.live[&target.request].draw(row, sequence);
+                let draw = self.live[&target.request].draw(row, sequence, target.ahead);
                 (target, draw)
             })
             .unzip();
@@ -306,10 +298,28 @@ impl Worker {
         lost.chain(drawn).collect()
     }
 
+    /// Who draws from which of the step's sampled rows.
+    fn targets(&mut self, step: &Step) -> Vec<(usize, Target)> {
+        let (mut targets, mut row) = (Vec::new(), 0);
+        for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
+            for seq in self.scheduler.fork(chunk.seq) {
+                let sequence = self.scheduler.sequence(seq).expect("a forked sequence exists");
+                let ahead = 0..=chunk.drafts;
+                targets.extend(ahead.map(|ahead| (row + ahead, Target::of(sequence, ahead))));
+            }
+            row += 1 + chunk.drafts;
+        }
+        targets
+    }
+
     fn deliver(&mut self, sampled: Vec<Sampled>) {
         let weight_version = self.shared.version.get();
-        metrics::counter!("onpolicy_generated_tokens_total").increment(sampled.len() as u64);
+        let mut delivered = 0;
         for (target, drawn) in sampled {
+            // An earlier token was another than the guess that this one follows, or the last.
+            if target.ahead > 0 && !self.scheduler.draws(target.seq) {
+                continue;
+            }
             // An earlier sample of the same step may have ended the whole request.
             let Some(live) = self.live.get_mut(&target.request) else { continue };
             let taken = drawn.and_then(|drawn| {
@@ -323,6 +333,7 @@ impl Worker {
                     continue;
                 }
             };
+            delivered += 1;
             let stop = live.stops_at(drawn.id);
             let token = Token { id: drawn.id, stats: drawn.stats, weight_version, top: drawn.top };
             if !live.deliver(target.index, token) {
@@ -338,6 +349,7 @@ impl Worker {
                 }
             }
         }
+        metrics::counter!("onpolicy_generated_tokens_total").increment(delivered);
     }
 
     fn fail(&mut self, id: RequestId, error: EngineError) {
@@ -366,6 +378,8 @@ impl Worker {
             preemptions: counters.preemptions,
             prefix_hits: counters.prefix_hits,
             prefix_queries: counters.prefix_queries,
+            drafted: counters.drafted,
+            accepted: counters.accepted,
             graph_steps: self.runner.graph_steps(),
             copied_bytes: self.runner.copied_bytes(),
             refresh: self.refresh,
@@ -386,6 +400,8 @@ impl Worker {
         metrics::counter!("onpolicy_prefix_cache_hit_tokens_total").absolute(stats.prefix_hits);
         metrics::counter!("onpolicy_prefix_cache_query_tokens_total")
             .absolute(stats.prefix_queries);
+        metrics::counter!("onpolicy_draft_tokens_total").absolute(stats.drafted);
+        metrics::counter!("onpolicy_draft_accepted_tokens_total").absolute(stats.accepted);
     }
 }
 

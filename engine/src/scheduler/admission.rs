@@ -13,7 +13,8 @@ impl Scheduler {
     /// [`EngineError::Invalid`] if it can never be served, [`EngineError::Overloaded`] if too many
     /// wait, [`EngineError::Internal`] if a live request has the same id.
     pub fn add(&mut self, request: NewRequest) -> Result<(), EngineError> {
-        let NewRequest { id, prompt, n, max_tokens, reuse_prefix, priority, cache_salt } = request;
+        let NewRequest { id, prompt, n, max_tokens, reuse_prefix, draft, priority, cache_salt } =
+            request;
         let max_len = self.config.admissible_len(prompt.len(), n, max_tokens)?;
         if self.waiting.len() >= self.config.max_waiting {
             return Err(EngineError::Overloaded { waiting: self.waiting.len() });
@@ -32,6 +33,7 @@ impl Scheduler {
             prompt_len: prompt.len(),
             max_len,
             computed: 0,
+            drafts: Vec::new(),
             blocks: Vec::new(),
             kv_version: None,
             place: Place::Unforked,
@@ -42,9 +44,10 @@ impl Scheduler {
         for (index, seq) in (first..self.next_id).map(SeqId).enumerate().skip(1) {
             self.sequences.insert(seq, Sequence { id: seq, index, ..sequence.clone() });
         }
+        self.learn(sequence.salt, &prompt);
         let sequence = Sequence { tokens: prompt, place: Place::Waiting, ..sequence };
         self.sequences.insert(leader, sequence);
-        self.groups.insert(id, Group::new(leader, n, reuse_prefix));
+        self.groups.insert(id, Group::new(leader, n, reuse_prefix, draft));
         let turn = (i64::from(priority), leader);
         let at = self.waiting.partition_point(|&id| self.turn(id) < turn);
         self.waiting.insert(at, leader);

@@ -1,5 +1,6 @@
 //! The scheduler's limits, and what it refuses because of them.
 
+use super::drafts::DraftLimits;
 use crate::block_manager::{BLOCK_SIZE, blocks_for};
 use onpolicy_plugin_api::EngineError;
 
@@ -19,6 +20,8 @@ pub struct SchedulerConfig {
     pub max_waiting: usize,
     /// Whether blocks of earlier sequences are used again.
     pub prefix_cache: bool,
+    /// How many tokens are guessed.
+    pub drafts: DraftLimits,
 }
 
 impl SchedulerConfig {
@@ -138,6 +141,7 @@ mod tests {
         max_model_len: 128,
         max_waiting: 4,
         prefix_cache: true,
+        drafts: DraftLimits { per_sequence: 0, rows: 0 },
     };
 
     #[test]

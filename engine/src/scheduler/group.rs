@@ -15,12 +15,14 @@ pub(super) struct Group {
     pub forked: bool,
     /// Whether the prompt may come from the prefix cache.
     pub reuse_prefix: bool,
+    /// Whether its tokens may be guessed.
+    pub draft: bool,
 }
 
 impl Group {
-    pub fn new(first: SeqId, n: usize, reuse_prefix: bool) -> Self {
+    pub fn new(first: SeqId, n: usize, reuse_prefix: bool, draft: bool) -> Self {
         let members = (first.0..first.0 + n as u64).map(SeqId).collect();
-        Self { first, members, forked: false, reuse_prefix }
+        Self { first, members, forked: false, reuse_prefix, draft }
     }
 }
 

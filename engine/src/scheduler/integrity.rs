@@ -69,12 +69,13 @@ impl Scheduler {
 
     /// A sequence's blocks hold what it says is computed.
     fn check_sequence(&self, sequence: &Sequence) -> Result<(), String> {
-        let Sequence { id, computed, tokens, blocks, chain, .. } = sequence;
+        let Sequence { id, computed, tokens, drafts, blocks, chain, .. } = sequence;
         ensure(*computed <= tokens.len() && tokens.len() <= sequence.max_len, || {
             format!("{id:?}: {computed} computed of {}", tokens.len())
         })?;
-        ensure(*computed <= blocks.len() * BLOCK_SIZE, || {
-            format!("{id:?}: {computed} computed in {} blocks", blocks.len())
+        ensure(computed + drafts.len() <= blocks.len() * BLOCK_SIZE, || {
+            let (drafts, blocks) = (drafts.len(), blocks.len());
+            format!("{id:?}: {computed} computed, {drafts} guessed in {blocks} blocks")
         })?;
         if sequence.place != Place::Running {
             return ensure(blocks.is_empty(), || format!("{id:?} holds blocks and does not run"));

@@ -1,5 +1,6 @@
 use super::*;
 
+mod drafts;
 mod order;
 
 const ROOMY: [usize; 3] = [64, 8, 256];
@@ -13,6 +14,7 @@ fn scheduler([num_blocks, max_num_seqs, max_batched_tokens]: [usize; 3]) -> Sche
         max_model_len: 128,
         max_waiting: 4,
         prefix_cache: true,
+        drafts: DraftLimits::default(),
     };
     Scheduler::new(config).unwrap()
 }
@@ -26,6 +28,7 @@ fn request(id: u64, text: u32, len: usize, n: usize) -> NewRequest {
         n,
         max_tokens: 60,
         reuse_prefix: true,
+        draft: true,
         priority: 0,
         cache_salt: None,
     }

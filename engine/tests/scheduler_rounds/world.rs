@@ -41,6 +41,7 @@ struct Accepted {
     prompt: Vec<u32>,
     max_len: usize,
     reuse_prefix: bool,
+    draft: bool,
     priority: i32,
     /// Which of [`SALTS`]: what its digests begin with.
     salt: u64,
@@ -55,6 +56,8 @@ pub struct Seen {
     pub overloaded: usize,
     pub cut_prefills: usize,
     pub copies: usize,
+    /// Guesses that were drawn, and that were not.
+    pub guessed: [usize; 2],
     /// Requests that began before an older one.
     pub overtaken: usize,
     pub trace: u64,
@@ -68,6 +71,8 @@ pub struct World {
     pages: Vec<[u64; BLOCK]>,
     /// The digests that a sequence should see.
     private: BTreeMap<SeqId, Vec<u64>>,
+    /// What follows them if the guesses of the step under way are right.
+    ahead: BTreeMap<SeqId, Vec<u64>>,
     requests: BTreeMap<RequestId, Accepted>,
     live: BTreeSet<RequestId>,
     /// Requests in the order in which they began.
@@ -90,6 +95,7 @@ impl World {
             scheduler: scheduler.expect("a valid configuration"),
             config,
             private: BTreeMap::new(),
+            ahead: BTreeMap::new(),
             requests: BTreeMap::new(),
             live: BTreeSet::new(),
             begun: Vec::new(),
@@ -150,6 +156,7 @@ impl World {
         let n = self.rng.random_range(1..=self.config.max_num_seqs.min(6));
         let max_tokens = self.rng.random_range(1..=40);
         let reuse_prefix = !self.chance(10.0);
+        let draft = !self.chance(10.0);
         let (priority, salt) = if self.ranked {
             (self.rng.random_range(-1..=1), self.rng.random_range(0..3))
         } else {
@@ -161,6 +168,7 @@ impl World {
             n,
             max_tokens,
             reuse_prefix,
+            draft,
             priority,
             cache_salt: (salt > 0).then(|| SALTS[salt as usize].into()),
         };
@@ -178,7 +186,7 @@ impl World {
         }
         self.seen.accepted += 1;
         let samples = vec![(Vec::new(), 0); n];
-        let accepted = Accepted { prompt, max_len, reuse_prefix, priority, salt, samples };
+        let accepted = Accepted { prompt, max_len, reuse_prefix, draft, priority, salt, samples };
         self.requests.insert(id, accepted);
         self.live.insert(id);
     }
@@ -257,7 +265,7 @@ impl World {
         self.scheduler.computed(&step);
         self.check();
         for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
-            self.draw(chunk.seq);
+            self.draw(chunk);
         }
         self.check();
     }
@@ -273,6 +281,8 @@ impl World {
     fn check_step(&mut self, step: &Step) {
         assert_eq!(step.version, self.version);
         assert!(step.num_tokens() <= self.config.max_batched_tokens);
+        let guesses = step.chunks.iter().any(|chunk| chunk.drafts > 0);
+        assert!(!guesses || step.num_tokens() <= self.config.drafts.rows);
         self.note_beginnings(step);
         let age = |chunk: &Chunk| {
             let group = self.scheduler.sequence(chunk.seq).expect("a live sequence").group;
@@ -287,7 +297,9 @@ impl World {
             assert_eq!(sequence.computed, chunk.start);
             assert!(chunk.len > 0);
             let end = chunk.start + chunk.len;
-            assert_eq!(chunk.sample, end == sequence.tokens.len());
+            assert_eq!(chunk.drafts, sequence.drafts.len());
+            assert_eq!(chunk.sample, end - chunk.drafts == sequence.tokens.len());
+            assert!(chunk.drafts == 0 || request.draft && end < request.max_len);
             assert!(end <= sequence.blocks.len() * BLOCK);
             self.seen.cut_prefills += usize::from(!chunk.sample);
             self.seen.trace = digest(self.seen.trace, chunk.len as u32, end, chunk.seq.0);
@@ -329,14 +341,15 @@ impl World {
         for &(source, destination) in &step.copies {
             self.pages[destination as usize] = self.pages[source as usize];
         }
-        for &Chunk { seq, start, len, .. } in &step.chunks {
+        for &Chunk { seq, start, len, drafts, .. } in &step.chunks {
             let sequence = self.scheduler.sequence(seq).expect("a live sequence");
             let private = self.private.get_mut(&seq).expect("an admitted sequence");
             assert_eq!(private.len(), start);
             let salt = self.requests[&sequence.group].salt;
             let slot = |t: usize| (sequence.blocks[t / BLOCK] as usize, t % BLOCK);
+            let mut tokens = sequence.tokens[start..].iter().chain(&sequence.drafts).copied();
             for t in start..start + len {
-                let token = sequence.tokens[t];
+                let token = tokens.next().expect("a token or a guess");
                 let before = t.checked_sub(1).map_or((salt, salt), |last| {
                     let (block, offset) = slot(last);
                     (self.pages[block][offset], private[last])
@@ -345,6 +358,7 @@ impl World {
                 self.pages[block][offset] = digest(before.0, token, t, self.version);
                 private.push(digest(before.1, token, t, self.version));
             }
+            self.ahead.insert(seq, private.split_off(private.len() - drafts));
         }
         for &Chunk { seq, .. } in &step.chunks {
             let sequence = self.scheduler.sequence(seq).expect("a live sequence");
@@ -358,8 +372,9 @@ impl World {
         }
     }
 
-    /// Draws a token for each sequence that shares the row of `seq`.
-    fn draw(&mut self, seq: SeqId) {
+    /// Draws a token for each sequence that shares the row of a chunk, and further ones as long as
+    /// its guesses are drawn.
+    fn draw(&mut self, &Chunk { seq, drafts, .. }: &Chunk) {
         let drawing = self.scheduler.fork(seq);
         let Some(sequence) = self.scheduler.sequence(seq) else {
             return assert!(drawing.is_empty(), "an ended sequence has no row");
@@ -374,6 +389,16 @@ impl World {
         for id in drawing {
             self.private.insert(id, digests.clone());
             self.draw_token(id);
+            for ahead in 0..drafts {
+                let right = self.scheduler.draws(id);
+                self.seen.guessed[usize::from(!right)] += 1;
+                if !right {
+                    break;
+                }
+                let digest = self.ahead[&id][ahead];
+                self.private.get_mut(&id).expect("a live sequence").push(digest);
+                self.draw_token(id);
+            }
         }
     }
 

@@ -96,6 +96,7 @@ impl Engine {
         let checks = [
             ("serve_dtype", self.serve_dtype == ServeDtype::F32),
             ("profile", !self.profile),
+            ("num_speculative_tokens", self.num_speculative_tokens.is_none()),
             ("enforce_eager", !self.enforce_eager),
             ("on_update", self.on_update == OnUpdate::Keep),
             ("prefix_cache", self.prefix_cache),

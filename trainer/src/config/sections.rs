@@ -74,6 +74,9 @@ pub struct Engine {
     pub profile: bool,
     /// Type that the linear layers and the head are served in.
     pub serve_dtype: ServeDtype,
+    /// Most tokens that are guessed for a sample in a step with rows to spare; 0 guesses none. If not
+    /// given, 7 for f32 on the CPU, and 0 elsewhere.
+    pub num_speculative_tokens: Option<usize>,
     /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
     /// graphs.
     pub enforce_eager: bool,
@@ -104,6 +107,7 @@ impl Default for Engine {
             on_update: OnUpdate::Keep,
             profile: false,
             serve_dtype: ServeDtype::F32,
+            num_speculative_tokens: None,
             enforce_eager: false,
             remote: RemoteOptions::default(),
             options: Map::new(),

@@ -38,6 +38,7 @@ impl Config {
     /// Rules between sections.
     fn sizes_fit(&self) -> Checked {
         self.copies_are_native()?;
+        self.guesses_are_native()?;
         let (rollout, engine) = (&self.rollout, &self.engine);
         let most = engine.max_num_seqs;
         rule("rollout.group_size", rollout.group_size, rollout.group_size <= most, || {
@@ -57,15 +58,28 @@ impl Config {
 }
 
 impl Config {
+    /// Whether weights are f32 on the CPU.
+    fn is_native(&self) -> bool {
+        let Model { device, dtype, .. } = &self.model;
+        *device == DeviceName::Cpu && dtype.is_none_or(|dtype| dtype == Dtype::F32)
+    }
+
     /// Copies in a narrow type are made of f32 weights on the CPU.
     fn copies_are_native(&self) -> Checked {
-        let (served, model) = (self.engine.serve_dtype, &self.model);
-        let native = model.device == DeviceName::Cpu && model.dtype.is_none_or(|d| d == Dtype::F32);
-        let ok = served == ServeDtype::F32 || native;
+        let served = self.engine.serve_dtype;
+        let ok = served == ServeDtype::F32 || self.is_native();
         rule("engine.serve_dtype", quoted(&served.to_string()), ok, || {
             "makes copies of f32 weights on the CPU; with another model.device or model.dtype \
              leave it \"f32\": the weights are served as they are"
                 .into()
+        })
+    }
+
+    /// Guesses change nothing only where rows do not depend on their batch.
+    fn guesses_are_native(&self) -> Checked {
+        let most = self.engine.num_speculative_tokens.unwrap_or(0);
+        rule("engine.num_speculative_tokens", most, most == 0 || self.is_native(), || {
+            "needs f32 on the CPU; with another model.device or model.dtype leave it out".into()
         })
     }
 }
@@ -84,6 +98,8 @@ impl Engine {
         between("engine.max_num_seqs", self.max_num_seqs, 1, MANY)?;
         between("engine.max_batched_tokens", self.max_batched_tokens, 1, MANY)?;
         between("engine.max_waiting", self.max_waiting, 1, MANY)?;
+        let guesses = self.num_speculative_tokens.unwrap_or(0);
+        between("engine.num_speculative_tokens", guesses, 0, 15)?;
         match self.max_model_len {
             Some(longest) => between("engine.max_model_len", longest, 2, 1 << 24),
             None => Ok(()),

@@ -34,6 +34,12 @@ use super::parts::{Part, parts_of};
 use super::simd::{LANES, Level};
 use product::{Operand, Output, Product, Start, Summary, run_each};
 
+/// Rows of a forward product that take as long as one, which is bound by reading the weights:
+/// those that fill one register.
+pub fn free_rows() -> usize {
+    Level::best().register()
+}
+
 /// `c[m, n] = a[m, k] * b[n, k]^T`, plus `bias[n]` in every row if there is one: the output of
 /// a linear layer with the weight `b`. Row `i` of `c` depends on row `i` of `a` alone, bitwise.
 ///

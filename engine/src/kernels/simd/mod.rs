@@ -178,6 +178,17 @@ impl Level {
         levels
     }
 
+    /// Numbers of f32 in one register.
+    pub fn register(self) -> usize {
+        match self.0 {
+            Set::Portable => LANES / 4,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => LANES / 2,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => LANES,
+        }
+    }
+
     /// Runs a kernel on this instruction set.
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {

@@ -23,6 +23,9 @@ use format::{Bf16, F16, Int8};
 use packed::Packed;
 use product::Product;
 
+/// Rows of a product that take as long as one, which is bound by reading the weights.
+pub const FREE_ROWS: usize = 4;
+
 /// How weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
