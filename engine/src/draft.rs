@@ -3,9 +3,10 @@
 //! For contexts of one, two, four and eight tokens a table keeps which token came next and how
 //! surely; the longest context that knows something guesses, and its guess is the end of the next
 //! context. A context must hold a token that is none of these guesses: chance alone would go on
-//! forever, and rows are not quite free. Whatever is generated or asked teaches, so the samples of a group, later requests and
-//! later steps of training with the same problems profit from each other. A guess costs a few
-//! memory accesses, whatever the length of the text, and the memory is fixed.
+//! forever, and rows are not quite free. Whatever is generated or asked teaches, so the samples of a
+//! group, later requests and later steps of training with the same problems profit from each
+//! other. A guess costs a few memory accesses, whatever the length of the text, and the memory is
+//! fixed.
 //!
 //! A wrong guess costs nothing but its row in a step: tokens are drawn as if nobody had guessed.
 
