@@ -10,6 +10,7 @@ use super::{
 };
 use clap::Args;
 use onpolicy_engine::model::{config::ModelConfig, loading::Checkpoint};
+use onpolicy_plugin_api::Engine;
 
 /// `onpolicy bench decode`.
 #[derive(Debug, Args)]
@@ -105,22 +106,35 @@ impl Arguments {
             format!("engine.max_num_seqs={}", most.max(256)),
             format!("engine.max_batched_tokens={}", (most * self.prompt_tokens).max(8192)),
             format!("engine.max_waiting={}", most.max(1024)),
+            // Each step is to give each sample one token.
+            "engine.num_speculative_tokens=0".into(),
         ])
     }
+}
+
+/// Seconds of a rollout that finds nothing of an earlier one.
+fn rollout(
+    session: &Session,
+    workload: &Workload,
+    prompts: &[Prompt],
+    seed: u64,
+) -> Result<f64, anyhow::Error> {
+    session.engine.reset_prefix_cache()?;
+    in_process(&session.engine, workload, prompts, seed)
 }
 
 /// Seconds from the request to the last sample's first token.
 fn first_tokens(session: &Session, workload: &Workload, seed: u64) -> Result<f64, anyhow::Error> {
     let prompts = workload.prompts(&session.served.tokenizer, seed)?;
-    in_process(&session.engine, workload, &prompts, seed)
+    rollout(session, workload, &prompts, seed)
 }
 
 /// Seconds of the decode steps: those of a whole rollout without those of its prefill.
 fn steps(session: &Session, workload: &Workload, seed: u64) -> Result<f64, anyhow::Error> {
     let prompts: Vec<Prompt> = workload.prompts(&session.served.tokenizer, seed)?;
-    let whole = in_process(&session.engine, workload, &prompts, seed)?;
+    let whole = rollout(session, workload, &prompts, seed)?;
     let first = Workload { new_tokens: 1, ..workload.clone() };
-    let prefill = in_process(&session.engine, &first, &prompts, seed)?;
+    let prefill = rollout(session, &first, &prompts, seed)?;
     // At least something, should the clock have had another opinion of the prefill.
     Ok((whole - prefill).max(1e-6))
 }

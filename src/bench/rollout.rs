@@ -125,6 +125,7 @@ impl Runs {
         prompts: &Prompts<'_>,
         counts: bool,
     ) -> Result<(), anyhow::Error> {
+        contestant.forget()?;
         let before = contestant.profile()?;
         let (seconds, prompt_tokens) = contestant.rollout(prompts)?;
         self.counts = self.counts.or(prompt_tokens);
@@ -269,6 +270,17 @@ impl Contestant {
         !matches!(self, Self::Unshared(_))
     }
 
+    /// Our engine has answered the same prompts just now, perhaps with the same seeds: it forgets
+    /// them, and what it would guess from them.
+    fn forget(&self) -> Result<(), anyhow::Error> {
+        match self {
+            Self::InProcess(engine) | Self::Unshared(engine) | Self::Http(_, engine) => {
+                Ok(engine.reset_prefix_cache()?)
+            }
+            Self::Other(_) => Ok(()),
+        }
+    }
+
     /// Seconds of one rollout.
     fn rollout(&self, prompts: &Prompts<'_>) -> Result<(f64, Counts), anyhow::Error> {
         let Prompts { workload, shared, unshared, seed } = prompts;
@@ -277,10 +289,7 @@ impl Contestant {
             Self::Unshared(engine) => {
                 Ok((in_process(engine, &workload.unshared(), unshared, *seed)?, None))
             }
-            Self::Http(server, engine) => {
-                forget(engine)?;
-                Ok((server.rollout(workload, shared, *seed)?.seconds, None))
-            }
+            Self::Http(server, _) => Ok((server.rollout(workload, shared, *seed)?.seconds, None)),
             Self::Other(server) => {
                 let rollout = server.rollout(workload, shared, *seed)?;
                 let ours = shared.iter().map(|prompt| prompt.ids.len() as u64).sum();
@@ -290,20 +299,13 @@ impl Contestant {
     }
 }
 
-/// The engine has answered the same prompts just now, perhaps with the same seeds: it forgets them,
-/// and what it would guess from them.
-fn forget(engine: &EngineHandle) -> Result<(), anyhow::Error> {
-    Ok(engine.reset_prefix_cache()?)
-}
-
-/// Seconds of one rollout without HTTP.
+/// Seconds of one rollout without HTTP, by an engine that has forgotten earlier ones.
 pub(super) fn in_process(
     engine: &EngineHandle,
     workload: &Workload,
     prompts: &[Prompt],
     seed: u64,
 ) -> Result<f64, anyhow::Error> {
-    forget(engine)?;
     let request = |(index, prompt): (usize, &Prompt)| {
         let params = SamplingParams {
             n: workload.samples,
