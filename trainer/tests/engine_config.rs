@@ -71,7 +71,7 @@ fn what_does_not_go_together_is_refused_by_name() {
         (&[remote, "engine.enforce_eager=true"], "engine.enforce_eager"),
         (&[remote, "engine.num_speculative_tokens=3"], "engine.num_speculative_tokens"),
         (&["model.dtype=bf16", "engine.num_speculative_tokens=3"], "needs f32 on the CPU"),
-        (&["engine.num_speculative_tokens=16"], "must be at most 15"),
+        (&["engine.num_speculative_tokens=16"], "must be between 0 and 15"),
         (&["engine.options.a=1"], "engine.options = ...: has no effect"),
         (&["engine.transfer_dir=/t"], "engine.transfer_dir"),
     ];
