@@ -76,9 +76,8 @@ pub struct EngineConfig {
     /// The type that linear layers and the head are served in.
     pub serve_dtype: ServeDtype,
     /// Most tokens that are guessed for a sample and computed in the step of the token before, while
-    /// a step has rows to spare ([`crate::scheduler::DraftLimits`]). If not given,
-    /// [`DRAFTS`] where weights are f32 on the CPU, and elsewhere, where results depend on the
-    /// batch, none.
+    /// a step has rows to spare ([`crate::scheduler::DraftLimits`]). If not given, 7 where weights are
+    /// f32 on the CPU, and elsewhere, where results depend on the batch, none.
     pub num_speculative_tokens: Option<usize>,
     /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
     /// graphs.

@@ -32,9 +32,12 @@ impl Scheduler {
     /// Adds guesses to the decodes of a step, as many as rows are free: as evenly as can be, the
     /// older first.
     pub(super) fn schedule_drafts(&mut self, step: &mut Step) {
-        let Some(drafter) = self.drafter.take() else { return };
         let most = self.config.drafts.rows.min(self.config.max_batched_tokens);
         let mut rows = most.saturating_sub(step.num_tokens());
+        if rows == 0 {
+            return;
+        }
+        let Some(drafter) = self.drafter.take() else { return };
         let mut decodes = step.chunks.iter().filter(|chunk| self.may_draft(chunk)).count();
         for at in 0..step.chunks.len() {
             if rows == 0 || decodes == 0 {
