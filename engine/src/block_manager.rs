@@ -13,6 +13,7 @@ mod lru;
 mod prefix;
 mod salt;
 
+pub(crate) use prefix::fold;
 pub use prefix::{BlockHash, Chain, Root};
 pub use salt::Salt;
 

@@ -10,7 +10,7 @@
 //!
 //! A wrong guess costs nothing but its row in a step: tokens are drawn as if nobody had guessed.
 
-use crate::block_manager::Salt;
+use crate::block_manager::{Salt, fold};
 
 /// Lengths of the contexts.
 const CONTEXTS: [usize; 4] = [1, 2, 4, 8];
@@ -113,11 +113,8 @@ impl Drafter {
 
 /// Which entry is a context's, and its tag there.
 fn place_of(salt: Salt, context: &[u32]) -> (usize, u16) {
-    let mix = |hash: u64, token: &u32| {
-        let product = (hash ^ u64::from(*token)).wrapping_mul(0xD6E8_FEB8_6659_FD93);
-        product ^ (product >> 32)
-    };
-    let hash = context.iter().fold(salt.low_bits(), mix);
+    let words = context.iter().map(|&token| u64::from(token));
+    let hash = words.fold(salt.low_bits(), fold);
     (hash as usize % ENTRIES, (hash >> 48) as u16)
 }
 

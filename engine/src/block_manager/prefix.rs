@@ -177,12 +177,14 @@ impl PrefixCache {
     }
 }
 
+/// Takes a word into a hash.
+pub(crate) fn fold(hash: u64, word: u64) -> u64 {
+    let product = (hash ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    product ^ (product >> 32)
+}
+
 /// The usual hash: two tokens at a time, multiplied and folded.
 pub(super) fn mix(parent: u64, tokens: &[u32; BLOCK_SIZE]) -> u64 {
-    let fold = |hash: u64, word: u64| {
-        let product = (hash ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        product ^ (product >> 32)
-    };
     let pairs = tokens.as_chunks::<2>().0;
     let words = pairs.iter().map(|&[low, high]| u64::from(low) | u64::from(high) << 32);
     words.fold(fold(parent, BLOCK_SIZE as u64), fold)
