@@ -139,6 +139,7 @@ fn what_does_not_fit_is_refused_with_what_to_do() {
     assert!(with(&["rollout", "--runs", "0"]).contains("at least 1"));
     assert!(with(&["rollout", "--set", "engine.nonsense=1"]).contains("engine.nonsense"));
     assert!(with(&["step", "--samples", "1"]).contains("at least 2"));
+    assert!(with(&["products"]).contains("on a CUDA device only"));
     assert!(refusal(&["plot", "Cargo.toml", "--out", "x.png"]).contains("holds no results"));
 }
 

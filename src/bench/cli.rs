@@ -1,7 +1,8 @@
 //! The command line of `onpolicy bench`.
 
 use super::{
-    check, decode, modes, plot, report::Report, rollout, shapes::Shape, step, train, update,
+    check, decode, modes, plot, products, report::Report, rollout, shapes::Shape, step, train,
+    update,
 };
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ needs for the same work at the rates that were measured in the same run.
   onpolicy bench step --model PATH
   onpolicy bench update --model PATH --samples 16
   onpolicy bench decode --model PATH --random qwen2.5-1.5b --device cuda --batch 1,16,64
+  onpolicy bench products --model PATH --random qwen2.5-7b --device cuda --dtype bf16
   onpolicy bench check --golden tests/golden/tiny --device cuda
   onpolicy bench plot train.json step.json --out picture.png";
 
@@ -42,6 +44,8 @@ pub enum Which {
     Update(update::Arguments),
     /// Prefill, and decode steps of batches of several sizes
     Decode(decode::Arguments),
+    /// On a CUDA device, the products of a decode step, by every kernel that there is for them
+    Products(products::Arguments),
     /// Whether a device computes what it should: log-probs, updates, learning
     Check(check::Arguments),
     /// Draw results as bars

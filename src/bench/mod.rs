@@ -10,7 +10,7 @@
 //!   `phases`: where the time went.
 //! - `train`: forward and backward passes. `step`: a whole GRPO step.
 //! - `decode`: prefill and decode steps by size of the batch. `shapes`: random weights in the shapes
-//!   of known models.
+//!   of known models. `products`: the ways to make a step's products.
 //! - `update`: the weight swap under load; `stream`: that load.
 //! - `check`: whether a device computes what it should.
 //! - `modes`: `bench loop`: online rollouts against batch training.
@@ -25,6 +25,7 @@ mod machine;
 mod modes;
 mod phases;
 mod plot;
+mod products;
 mod report;
 mod rollout;
 mod roofline;
@@ -50,6 +51,7 @@ pub fn run(arguments: &Bench) -> Result<(), anyhow::Error> {
         cli::Which::Step(arguments) => step::run(arguments),
         cli::Which::Update(arguments) => update::run(arguments),
         cli::Which::Decode(arguments) => decode::run(arguments),
+        cli::Which::Products(arguments) => products::run(arguments),
         cli::Which::Check(arguments) => check::run(arguments),
         cli::Which::Plot(arguments) => plot::run(arguments),
         cli::Which::Loop(arguments) => modes::run(arguments),

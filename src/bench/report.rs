@@ -94,6 +94,8 @@ pub enum Unit {
     Seconds,
     /// Thousandths of a second.
     Milliseconds,
+    /// Millionths of a second.
+    Microseconds,
     /// So many of these in the time measured, shown per second.
     PerSecond(f64, &'static str),
 }
@@ -103,6 +105,7 @@ impl Unit {
         match self {
             Self::Seconds => seconds,
             Self::Milliseconds => 1e3 * seconds,
+            Self::Microseconds => 1e6 * seconds,
             Self::PerSecond(amount, _) => amount / seconds,
         }
     }
@@ -111,6 +114,7 @@ impl Unit {
         match self {
             Self::Seconds => "s".into(),
             Self::Milliseconds => "ms".into(),
+            Self::Microseconds => "us".into(),
             Self::PerSecond(_, what) => format!("{what}/s"),
         }
     }

@@ -30,7 +30,44 @@ pub enum Attribute {
     Minor = 76,
     /// Bytes of shared memory of a multiprocessor.
     SharedMemory = 81,
+    /// Bytes of it that one block may have.
+    SharedMemoryOfBlock = 97,
 }
+
+/// How much of a kernel is put into a queue, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    /// Blocks along x and y.
+    pub grid: [u32; 2],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+    /// It may begin before the kernel before it has ended (programmatic dependent launch).
+    pub overlaps: bool,
+}
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+struct LaunchConfig {
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared: c_uint,
+    stream: Handle,
+    attributes: *const LaunchAttribute,
+    count: c_uint,
+}
+
+/// `CUlaunchAttribute`: an identifier in eight bytes, a value in sixty-four.
+#[repr(C, align(8))]
+struct LaunchAttribute {
+    id: c_int,
+    padding: c_int,
+    value: [c_int; 16],
+}
+
+/// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`, which is allowed if its value is 1.
+const PROGRAMMATIC: c_int = 6;
 
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
 const DYNAMIC_SHARED: c_int = 8;
@@ -50,18 +87,12 @@ pub struct Driver {
     function: unsafe extern "C" fn(*mut Handle, Handle, *const c_char) -> Code,
     set_attribute: unsafe extern "C" fn(Handle, c_int, c_int) -> Code,
     launch: unsafe extern "C" fn(
-        Handle,
-        c_uint,
-        c_uint,
-        c_uint,
-        c_uint,
-        c_uint,
-        c_uint,
-        c_uint,
+        *const LaunchConfig,
         Handle,
         *const *const c_void,
         *const *const c_void,
     ) -> Code,
+    name: unsafe extern "C" fn(*mut c_char, c_int, c_int) -> Code,
 }
 
 impl Driver {
@@ -104,7 +135,8 @@ impl Driver {
                 load: library.function("cuModuleLoadData")?,
                 function: library.function("cuModuleGetFunction")?,
                 set_attribute: library.function("cuFuncSetAttribute")?,
-                launch: library.function("cuLaunchKernel")?,
+                launch: library.function("cuLaunchKernelEx")?,
+                name: library.function("cuDeviceGetName")?,
             };
             Ok((library.function("cuInit")?, driver))
         }
@@ -136,6 +168,21 @@ impl Driver {
             self.check("cuDeviceGetAttribute", code)?;
         }
         Ok(value)
+    }
+
+    /// What device `index` is called.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn name(&self, index: usize) -> Result<String, CudaError> {
+        let (mut device, mut name) = (0, [0; 256]);
+        // SAFETY: places for the answers, the second of as many bytes as are said.
+        unsafe {
+            self.check("cuDeviceGet", (self.device)(&raw mut device, index as c_int))?;
+            let code = (self.name)(name.as_mut_ptr(), name.len() as c_int - 1, device);
+            self.check("cuDeviceGetName", code)?;
+            Ok(CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned())
+        }
     }
 
     /// Makes the context that libtorch uses on device `index` this thread's, if it has none yet.
@@ -199,26 +246,42 @@ impl Driver {
     pub unsafe fn launch<A>(
         &self,
         function: Function,
-        (grid, block, shared): ([u32; 2], u32, u32),
+        extent: Extent,
         stream: *mut c_void,
         argument: &A,
     ) -> Result<(), CudaError> {
         let arguments = [std::ptr::from_ref(argument).cast::<c_void>()];
-        // SAFETY: the driver copies the argument before it returns.
-        self.check("cuLaunchKernel", unsafe {
-            (self.launch)(
-                function.0 as Handle,
-                grid[0],
-                grid[1],
-                1,
-                block,
-                1,
-                1,
-                shared,
-                stream,
-                arguments.as_ptr(),
-                null(),
-            )
+        let mut overlap = LaunchAttribute { id: PROGRAMMATIC, padding: 0, value: [0; 16] };
+        overlap.value[0] = 1;
+        let config = LaunchConfig {
+            grid: [extent.grid[0], extent.grid[1], 1],
+            block: [extent.threads, 1, 1],
+            shared: extent.shared,
+            stream,
+            attributes: &raw const overlap,
+            count: c_uint::from(extent.overlaps),
+        };
+        // SAFETY: the driver copies the configuration and the argument before it returns.
+        self.check("cuLaunchKernelEx", unsafe {
+            (self.launch)(&raw const config, function.0 as Handle, arguments.as_ptr(), null())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::mem::offset_of;
+
+    /// As cuda.h of CUDA 13.0 has them.
+    #[test]
+    fn configurations_lie_as_the_driver_reads_them() {
+        assert_eq!(size_of::<LaunchAttribute>(), 72);
+        assert_eq!(offset_of!(LaunchAttribute, value), 8);
+        assert_eq!(size_of::<LaunchConfig>(), 56);
+        assert_eq!(offset_of!(LaunchConfig, shared), 24);
+        assert_eq!(offset_of!(LaunchConfig, stream), 32);
+        assert_eq!(offset_of!(LaunchConfig, attributes), 40);
+        assert_eq!(offset_of!(LaunchConfig, count), 48);
     }
 }

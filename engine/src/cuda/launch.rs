@@ -1,8 +1,36 @@
 //! Kernels put into the queue of libtorch's current stream.
 
-use super::{CudaError, driver::Driver, modules, source::Program};
+use super::{
+    CudaError,
+    driver::{Driver, Extent},
+    modules,
+    source::Program,
+};
 use crate::torch::stream;
+use std::cell::Cell;
 use tch::{Device, Tensor};
+
+thread_local! {
+    static OVERLAPPING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `body`. Kernels of our own that this thread launches in it may begin before the one before
+/// them has ended, where the device can do that: they wait for it only before they touch what others
+/// write (see kernels/device.cuh). Weights they may read ahead of that; so this is for recording
+/// operations, among which none writes weights.
+pub fn overlapping<R>(body: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            OVERLAPPING.set(self.0);
+        }
+    }
+    let _restore = Restore(OVERLAPPING.replace(true));
+    body()
+}
+
+/// The first compute capability whose kernels can overlap.
+const OVERLAPS: (i32, i32) = (9, 0);
 
 /// A kernel and how much of it.
 #[derive(Debug, Clone, Copy)]
@@ -52,10 +80,14 @@ impl Launch {
         let driver = Driver::get()?;
         driver.enter(index)?;
         let function = modules::function(index, self)?;
-        let grid = self.grid.map(|blocks| blocks as u32);
-        let shape = (grid, self.program.threads(self.name), self.shared);
+        let extent = Extent {
+            grid: self.grid.map(|blocks| blocks as u32),
+            threads: self.program.threads(self.name),
+            shared: self.shared,
+            overlaps: OVERLAPPING.get() && modules::capability(index)? >= OVERLAPS,
+        };
         // SAFETY: as the caller of `run` says.
-        unsafe { driver.launch(function, shape, stream::current(index)?, argument) }
+        unsafe { driver.launch(function, extent, stream::current(index)?, argument) }
     }
 }
 
@@ -71,4 +103,22 @@ pub(super) fn device_of(tensors: &[&Tensor]) -> Result<Device, CudaError> {
 /// Refuses what is not so, for this reason.
 pub(super) fn require(so: bool, reason: impl FnOnce() -> String) -> Result<(), CudaError> {
     if so { Ok(()) } else { Err(CudaError::Unsupported(reason())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::catch_unwind;
+
+    #[test]
+    fn kernels_overlap_only_where_that_is_said() {
+        assert!(!OVERLAPPING.get());
+        overlapping(|| {
+            overlapping(|| assert!(OVERLAPPING.get()));
+            assert!(OVERLAPPING.get());
+            std::thread::spawn(|| assert!(!OVERLAPPING.get())).join().unwrap();
+        });
+        assert!(catch_unwind(|| overlapping(|| panic!("in the midst of it"))).is_err());
+        assert!(!OVERLAPPING.get());
+    }
 }

@@ -7,13 +7,16 @@
 //!
 //! # Layout
 //! - [`attention`]: attention over pages; [`plan`]: how its work is cut. [`pages`]: writing them.
+//! - [`product`]: the linear layers of few rows.
 //! - [`sampling`]: logits to tokens, statistics and gradients.
 //! - [`elementwise`]: norm, rotary embedding, gate. [`adamw`]: the optimizer's step.
 //! - [`source`]: the programs. [`nvrtc`]: compiles them. `modules`: keeps them. [`launch`]: runs them.
+//! - [`cache`]: what is found out about a device, on disk.
 //! - [`library`], [`driver`]: shared objects and what is called in them.
 
 pub mod adamw;
 pub mod attention;
+pub mod cache;
 pub mod driver;
 pub mod elementwise;
 #[cfg(test)]
@@ -24,6 +27,7 @@ mod modules;
 pub mod nvrtc;
 pub mod pages;
 pub mod plan;
+pub mod product;
 pub mod sampling;
 pub mod source;
 

@@ -1,5 +1,6 @@
 //! The programs: sources, and the kernels that are made of them.
 
+use super::product::{COLUMNS, TILINGS, Tiling};
 use std::fmt;
 
 const DEVICE: &str = include_str!("kernels/device.cuh");
@@ -59,6 +60,8 @@ pub enum Program {
     Attention(Element, usize),
     /// Writing pages.
     Pages(Element),
+    /// Products with few rows; with up to so many.
+    Product(Element, usize),
     /// Norm, rotary embedding, gate.
     Elementwise(Element),
     /// Logits to tokens.
@@ -70,12 +73,24 @@ pub enum Program {
 /// A kernel of a program.
 struct Entry {
     name: &'static str,
+    template: &'static str,
     argument: &'static str,
     /// Arguments of the template.
     parameters: String,
     threads: u32,
     /// Blocks that a multiprocessor is to hold at once: a bound for a thread's registers.
     blocks: u32,
+    /// It says itself when the kernel before has to have ended; others begin then.
+    ahead: bool,
+}
+
+impl Entry {
+    /// What calls the template with argument `a`.
+    fn body(&self) -> String {
+        let wait =
+            if self.ahead { "" } else { "wait_for_kernel_before(); let_kernel_after_begin(); " };
+        format!("{wait}{}{}", self.template, self.parameters)
+    }
 }
 
 impl Program {
@@ -84,6 +99,9 @@ impl Program {
         let mut all = Vec::new();
         for element in Element::ALL {
             all.extend(HEAD_DIMS.map(|dim| Self::Attention(element, dim)));
+            if element != Element::F32 {
+                all.extend(COLUMNS.map(|columns| Self::Product(element, columns)));
+            }
             all.extend([Self::Pages(element), Self::Elementwise(element)]);
             all.extend([Self::Sampling(element), Self::AdamW(element)]);
         }
@@ -94,6 +112,7 @@ impl Program {
         match self {
             Self::Attention(..) => include_str!("kernels/attention.cu"),
             Self::Pages(_) => include_str!("kernels/pages.cu"),
+            Self::Product(..) => include_str!("kernels/product.cu"),
             Self::Elementwise(_) => include_str!("kernels/elementwise.cu"),
             Self::Sampling(_) => include_str!("kernels/sampling.cu"),
             Self::AdamW(_) => include_str!("kernels/adamw.cu"),
@@ -103,10 +122,12 @@ impl Program {
     fn entries(self) -> Vec<Entry> {
         let entry = |name, argument, threads, parameters: &str| Entry {
             name,
+            template: name,
             argument,
             parameters: parameters.into(),
             threads,
             blocks: if name == "attend" { ATTENDING_BLOCKS } else { 1 },
+            ahead: false,
         };
         match self {
             Self::Attention(element, dim) => {
@@ -120,6 +141,20 @@ impl Program {
             Self::Pages(element) => {
                 let parameters = format!("<{}>", element.name());
                 vec![entry("write_kv", "WriteKv", 128, &parameters)]
+            }
+            Self::Product(element, columns) => {
+                let tilings = TILINGS.iter().map(|tiling| {
+                    let Tiling { across, along, slice, stages, .. } = tiling;
+                    let numbers = format!("{columns}, {across}, {along}, {slice}, {stages}");
+                    let parameters = format!("<{}, {numbers}>", element.name());
+                    Entry {
+                        template: "product",
+                        blocks: tiling.blocks,
+                        ahead: true,
+                        ..entry(tiling.name, "Product", tiling.threads(), &parameters)
+                    }
+                });
+                tilings.collect()
             }
             Self::Elementwise(element) => {
                 let parameters = format!("<{}>", element.name());
@@ -159,10 +194,12 @@ impl Program {
 
     /// The whole source for a device.
     pub fn device_source(self) -> String {
-        let kernel = |Entry { name, argument, parameters, threads, blocks }: &Entry| {
+        let kernel = |entry: &Entry| {
+            let Entry { name, argument, threads, blocks, .. } = entry;
+            let body = entry.body();
             format!(
                 "extern \"C\" __global__ void __launch_bounds__({threads}, {blocks}) \
-                 kernel_{name}(const __grid_constant__ {argument} a) {{ {name}{parameters}(a); }}\n"
+                 kernel_{name}(const __grid_constant__ {argument} a) {{ {body}(a); }}\n"
             )
         };
         let kernels: String = self.entries().iter().map(kernel).collect();
@@ -172,11 +209,13 @@ impl Program {
     /// The whole source for the CPU harness.
     #[cfg(test)]
     pub(super) fn harness_source(self) -> String {
-        let kernel = |Entry { name, argument, parameters, threads, .. }: &Entry| {
+        let kernel = |entry: &Entry| {
+            let Entry { name, argument, threads, .. } = entry;
+            let body = entry.body();
             format!(
                 "extern \"C\" void kernel_{name}(const void *a, unsigned x, unsigned y) {{ \
                  machine::launch([](const void *a) {{ \
-                 {name}{parameters}(*(const {argument} *)a); }}, a, {{x, y, 1}}, {threads}); }}\n"
+                 {body}(*(const {argument} *)a); }}, a, {{x, y, 1}}, {threads}); }}\n"
             )
         };
         let kernels: String = self.entries().iter().map(kernel).collect();
@@ -189,6 +228,9 @@ impl fmt::Display for Program {
         match self {
             Self::Attention(element, dim) => write!(f, "attention of {} by {dim}", element.name()),
             Self::Pages(element) => write!(f, "pages of {}", element.name()),
+            Self::Product(element, columns) => {
+                write!(f, "products of {} with {columns} rows", element.name())
+            }
             Self::Elementwise(element) => write!(f, "elementwise of {}", element.name()),
             Self::Sampling(element) => write!(f, "sampling of {}", element.name()),
             Self::AdamW(element) => write!(f, "AdamW of {}", element.name()),

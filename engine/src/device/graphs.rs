@@ -10,7 +10,7 @@ use super::{
     plan::{StepPlan, StepRows},
 };
 use crate::{
-    cuda::{CudaError, attention::Capacity, plan::Machine},
+    cuda::{CudaError, attention::Capacity, launch::overlapping, plan::Machine},
     model::{
         attention::{Attention, DeviceBatch},
         decoder::Decoder,
@@ -41,6 +41,8 @@ pub struct DecodeGraphs {
     runs: u64,
     /// Recording has failed, and is not tried again.
     off: bool,
+    /// Kernels of a graph may overlap.
+    overlaps: bool,
 }
 
 struct Recorded {
@@ -99,7 +101,7 @@ impl DecodeGraphs {
     /// run, which `machine` is about.
     pub fn new(device: Device, machine: Machine, blocks: usize) -> Self {
         let (pool, steps) = (None, BTreeMap::new());
-        Self { device, machine, blocks, pool, steps, runs: 0, off: false }
+        Self { device, machine, blocks, pool, steps, runs: 0, off: false, overlaps: true }
     }
 
     /// Steps that ran as a graph.
@@ -173,7 +175,19 @@ impl DecodeGraphs {
             return Err(TorchError(format!("there are no graphs on {:?}", self.device)));
         };
         let forward = || Recorded::forward(plan, decoder, pages);
-        let (graph, hidden) = untimed(|| Graph::record(index, self.pool, forward))?;
+        let record = |overlaps: bool| {
+            let body = || if overlaps { overlapping(forward) } else { forward() };
+            untimed(|| Graph::record(index, self.pool, body))
+        };
+        let recorded = record(self.overlaps).or_else(|error| {
+            if !self.overlaps {
+                return Err(error);
+            }
+            tracing::warn!(%error, "kernels that overlap cannot be recorded; going on without");
+            self.overlaps = false;
+            record(false)
+        });
+        let (graph, hidden) = recorded?;
         if self.pool.is_none() {
             self.pool = Some(graph.pool()?);
         }

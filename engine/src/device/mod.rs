@@ -8,6 +8,7 @@
 //! - [`varlen`]: causal attention of rows that belong to sequences of different lengths.
 //! - [`attention`]: attention over pages. [`plan`]: which rows of a step read which pages.
 //! - [`pages`]: the pages of all layers. [`graphs`]: decode steps that are recorded.
+//! - [`tuning`]: the fastest kernels for a model's products.
 //! - [`stats`]: log-prob, entropy and baseline of rows of logits. [`sampling`]: draws from them.
 
 pub mod attention;
@@ -17,6 +18,7 @@ pub mod placement;
 pub mod plan;
 pub mod sampling;
 pub mod stats;
+pub mod tuning;
 pub mod varlen;
 
 pub use placement::{DeviceName, Dtype, Placement, PlacementError};

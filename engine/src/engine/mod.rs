@@ -80,7 +80,7 @@ pub struct EngineConfig {
     /// f32 on the CPU, and elsewhere, where results depend on the batch, none.
     pub num_speculative_tokens: Option<usize>,
     /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
-    /// graphs.
+    /// graphs, and leave products to libtorch.
     pub enforce_eager: bool,
 }
 

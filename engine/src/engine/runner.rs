@@ -9,6 +9,7 @@ use crate::{
         pages::DevicePages,
         plan::{StepPlan, StepRows},
         sampling, stats,
+        tuning::tune,
     },
     head::Head,
     kernels::attention::Span,
@@ -73,7 +74,8 @@ pub struct StepOutput {
 impl Runner {
     /// A runner over handles to `weights`, which serves them as `dtype`, with `num_blocks` blocks
     /// of KV: those of `pages`, unless the weights are native. On a CUDA device decode steps of
-    /// sequences of up to `recorded` tokens are recorded as graphs; none are if that is 0.
+    /// sequences of up to `recorded` tokens are recorded as graphs, of the kernels that are fastest
+    /// there; none are if that is 0.
     pub fn new(
         config: &ModelConfig,
         (weights, dtype): (&Weights, ServeDtype),
@@ -85,6 +87,9 @@ impl Runner {
         let machine = machine(config, decoder.placement());
         let blocks = recorded.div_ceil(BLOCK_SIZE).min(num_blocks);
         let graphs = machine.filter(|_| blocks > 0);
+        if let (Some(_), Device::Cuda(index)) = (graphs, device) {
+            tch::no_grad(|| tune(index, &decoder.products(), decoder.head()));
+        }
         let storages = || Storages::of(weights.iter().map(|(_, tensor)| tensor));
         Self {
             copied_bytes: decoder.copied_bytes(),

@@ -7,12 +7,13 @@ use super::{
     rope::{Rope, Rotation},
 };
 use crate::{
-    device::Placement,
+    cuda::product::Output,
+    device::{Placement, tuning::Products},
     kernels::matmul::narrow::Narrow,
     ops::{
         linear::{linear, linear_each, logits, narrow_linear},
         rms_norm::{add_rms_norm, rms_norm},
-        swiglu::swiglu,
+        swiglu::{gated, swiglu},
     },
     profile::{Phase, timed},
     torch::slices::floats,
@@ -140,8 +141,14 @@ struct Mlp {
 
 impl Mlp {
     fn forward(&self, x: &Tensor) -> Tensor {
-        let [gate, up] = self.gate_up.forward(x);
-        self.down.forward(&swiglu(&gate, &up))
+        let made = match &self.gate_up.joined {
+            Some(both) => timed(Phase::Linear, || gated(x, &both.weight, both.bias.as_ref())),
+            None => {
+                let [gate, up] = self.gate_up.forward(x);
+                swiglu(&gate, &up)
+            }
+        };
+        self.down.forward(&made)
     }
 }
 
@@ -301,6 +308,28 @@ impl Decoder {
         let stream = (x.shallow_clone(), None);
         let (x, last) = self.layers[index].forward(stream, rotation, attention);
         x + last
+    }
+
+    /// The products of a step, and how many rows of weights they read, for [`tuning`](crate::device::tuning).
+    pub fn products(&self) -> Vec<Products<'_>> {
+        let layers = |part: &dyn Fn(&Layer) -> Option<&Linear>| -> Vec<_> {
+            let parts = self.layers.iter().filter_map(part);
+            parts.map(|linear| (&linear.weight, linear.bias.as_ref())).collect()
+        };
+        let plain = |name, layers| Products { name, layers, output: Output::Plain };
+        let gate_up = layers(&|layer| layer.mlp.gate_up.joined.as_ref());
+        let all = [
+            plain("q, k, v", layers(&|layer| layer.attention.qkv.joined.as_ref())),
+            plain("output", layers(&|layer| Some(&layer.attention.o))),
+            Products { name: "gate, up", layers: gate_up, output: Output::Gated },
+            plain("down", layers(&|layer| Some(&layer.mlp.down))),
+            Products {
+                name: "head",
+                layers: vec![(&self.head.weight, None)],
+                output: Output::Wide,
+            },
+        ];
+        all.into_iter().filter(|products| !products.layers.is_empty()).collect()
     }
 
     /// The norm that follows the last layer.

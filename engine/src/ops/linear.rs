@@ -3,6 +3,7 @@
 
 use super::may_record;
 use crate::{
+    cuda::product::{Output, choice::product},
     device::{is_native, wide},
     kernels::matmul::{self, Layer, narrow::Narrow},
     torch::{
@@ -20,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 /// If a shape does not fit, or the tensors differ in device or type.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     if !is_native(weight) {
-        return x.linear(weight, bias);
+        return chosen((x, weight, bias), Output::Plain).unwrap_or_else(|| x.linear(weight, bias));
     }
     let x = x.contiguous();
     if !may_record(&[&x, weight]) {
@@ -28,6 +29,16 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     }
     let inputs: Vec<&Tensor> = [&x, weight].into_iter().chain(bias).collect();
     apply(Linear, &inputs).unwrap_or_else(|error| panic!("linear: {error}"))
+}
+
+/// What the kernel that was chosen for such a product makes; none where libtorch is to make it, or there
+/// is a graph.
+pub(super) fn chosen(
+    (x, weight, bias): (&Tensor, &Tensor, Option<&Tensor>),
+    output: Output,
+) -> Option<Tensor> {
+    let without = !may_record(&[x, weight]) && !bias.is_some_and(|bias| may_record(&[bias]));
+    without.then(|| product((x, weight, bias), output)).flatten()
 }
 
 /// [`linear`] with the same `x` for several weights and biases. Without a graph it is one go over
@@ -71,6 +82,9 @@ pub fn logits(hidden: &Tensor, weight: &Tensor) -> Tensor {
         return linear(hidden, weight, None);
     }
     tch::no_grad(|| {
+        if let Some(logits) = chosen((hidden, weight, None), Output::Wide) {
+            return logits;
+        }
         if weight.device().is_cuda() {
             return hidden.mm_dtype(&weight.tr(), Kind::Float);
         }

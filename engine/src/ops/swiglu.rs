@@ -1,8 +1,11 @@
 //! The gate of the MLP.
 
-use super::{may_record, on_cuda};
+use super::{
+    linear::{chosen, linear},
+    may_record, on_cuda,
+};
 use crate::{
-    cuda::elementwise as cuda,
+    cuda::{elementwise as cuda, product::Output},
     device::is_native,
     kernels::elementwise::gate::SwiGlu as Kernel,
     torch::{
@@ -31,6 +34,18 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
         return SwiGlu.forward(&[gate, up]);
     }
     apply(SwiGlu, &[&gate, &up]).unwrap_or_else(|error| panic!("swiglu: {error}"))
+}
+
+/// [`swiglu`] of the halves of `x W^T + b`: `x` `[M, K]`, `weight` `[2 N, K]`, `bias` `[2 N]`; `[M, N]`.
+///
+/// # Panics
+/// As [`linear`] and [`swiglu`].
+pub fn gated(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    chosen((x, weight, bias), Output::Gated).unwrap_or_else(|| {
+        let both = linear(x, weight, bias);
+        let half = both.size()[1] / 2;
+        swiglu(&both.narrow(1, 0, half), &both.narrow(1, half, half))
+    })
 }
 
 struct SwiGlu;

@@ -5,7 +5,12 @@
 use super::{Check, Limit, Place};
 use anyhow::ensure;
 use onpolicy_engine::{
-    cuda::{attention as kernel, plan::Machine, sampling as draws},
+    cuda::{
+        attention as kernel,
+        plan::Machine,
+        product::{Output, choice},
+        sampling as draws,
+    },
     device::{
         attention::{Paged, PagedPlan, attend, write_kv},
         sampling, stats, wide,
@@ -64,6 +69,9 @@ pub fn equal_references(place: &Place) -> Result<Vec<Check>, anyhow::Error> {
             checks.push(Check::new(name, worst, Limit::Most(most)));
         };
         push("norm, rotation, gate", elementwise(place, kind), most / 2.0);
+        if place.placement.device.is_cuda() && kind != Kind::Float {
+            push("products of few rows", products(place, kind)?, most / 2.0);
+        }
         push("gradients of rotation and gate", gradients(place, kind)?, most);
         // In f32 a sum of 50,001 terms is off by a few 1e-6 of itself, and the scales are up to 4.
         let summed = if kind == Kind::Float { 3e-5 } else { most };
@@ -190,6 +198,40 @@ impl Case {
         let paged = Paged { q: &q, k_pages: &k_pages, v_pages: &v_pages, plan, scale, window };
         Ok(kernel::attend(&paged)?)
     }
+}
+
+/// Rows of x and of W, and the depth: one tile and less, tails, tiles that blocks share.
+const PRODUCTS: [[i64; 3]; 5] =
+    [[1, 8, 8], [5, 72, 200], [16, 4608, 896], [33, 1184, 3584], [64, 3584, 4864]];
+
+/// Products by every kernel that there is for them: plain with a bias, gated, in f32.
+fn products(place: &Place, kind: Kind) -> Result<f64, anyhow::Error> {
+    let device = place.placement.device;
+    let mut worst = 0.0;
+    for [rows, width, depth] in PRODUCTS {
+        let x = random(&[rows, depth], kind);
+        let weight = random(&[2 * width, depth], Kind::Float) / (depth as f64).sqrt();
+        let weight = weight.to_kind(kind);
+        let bias = random(&[1, 2 * width], kind).view([2 * width]);
+        let [wide_x, wide_weight] = [&x, &weight].map(|part| part.to_kind(Kind::Double));
+        let sums = wide_x.matmul(&wide_weight.tr());
+        let plain = &sums + bias.to_kind(Kind::Double);
+        let halves = plain.chunk(2, 1);
+        let gate = halves[0].silu() * &halves[1];
+        let [x, weight, bias] = [&x, &weight, &bias].map(|part| part.to_device(device));
+        for (output, bias, want) in [
+            (Output::Plain, Some(&bias), &plain),
+            (Output::Gated, Some(&bias), &gate),
+            (Output::Wide, None, &sums),
+        ] {
+            let Some(case) = choice::Case::of(&x, &weight, output) else { continue };
+            for tiling in choice::tilings(device, &case)? {
+                let got = choice::product_by((&x, &weight, bias), output, tiling)?;
+                worst = larger(worst, distance(&got, want));
+            }
+        }
+    }
+    Ok(worst)
 }
 
 /// Norm of a sum, rotation and gate, without gradients.

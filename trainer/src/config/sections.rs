@@ -78,7 +78,7 @@ pub struct Engine {
     /// given, 7 for f32 on the CPU, and 0 elsewhere.
     pub num_speculative_tokens: Option<usize>,
     /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
-    /// graphs.
+    /// graphs, and leave products to libtorch.
     pub enforce_eager: bool,
     /// With `remote`: how the servers are spoken to.
     #[serde(skip_serializing_if = "is_default")]

@@ -1,7 +1,8 @@
 // A GPU as far as the kernels need one, on the CPU: the threads of a block are coroutines on one
 // thread, run in turns between barriers; blocks run one after the other. It is strict where a GPU is
 // lenient: all threads of a warp or block must reach the same barrier, shared memory starts as NaN,
-// and an asynchronous copy arrives no earlier than the kernel waits for it.
+// an asynchronous copy arrives no earlier than the kernel waits for it, and none begins before the
+// kernel waits for the one before it, unless it may be made ahead of that.
 
 #include <algorithm>
 #include <cmath>
@@ -51,7 +52,7 @@ struct Thread {
   jmp_buf state;
   ucontext_t context;
   dim3 index;
-  bool started, done;
+  bool started, done, waited;
   const Barrier *waits_at;
   u64 generation;
   int turn; // which of its warp's two boards it writes to next
@@ -119,6 +120,7 @@ template <class V> V seen(const unsigned char (*board)[64], int lane) {
 inline void enter() {
   kernel(arguments);
   if (!current->copies.empty()) fail("a thread ended before its copies arrived");
+  if (!current->waited) fail("a thread never waited for the kernel before");
   current->done = true;
   _longjmp(scheduler, 1);
 }
@@ -140,7 +142,7 @@ inline void run_block() {
   std::memset(shared, 0xff, sizeof(shared));
   for (int i = 0; i < count; ++i) {
     threads[i].index = {(unsigned)i, 0, 0};
-    threads[i].started = threads[i].done = false;
+    threads[i].started = threads[i].done = threads[i].waited = false;
     threads[i].waits_at = nullptr;
     threads[i].turn = threads[i].groups = 0;
     threads[i].copies.clear();
@@ -275,9 +277,14 @@ template <bool TRANSPOSED> void load_eights(u32 (&m)[4], const void *row) {
 inline void load_matrices(u32 (&m)[4], const void *row) { load_eights<false>(m, row); }
 inline void load_matrices_transposed(u32 (&m)[4], const void *row) { load_eights<true>(m, row); }
 
-inline void copy_async(void *to, const void *from, bool valid) {
+inline void copy_ahead(void *to, const void *from, bool valid) {
   if ((uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0) machine::fail("a copy is not aligned");
   machine::current->copies.push_back({to, from, valid, machine::current->groups});
+}
+
+inline void copy_async(void *to, const void *from, bool valid) {
+  if (!machine::current->waited) machine::fail("a copy of what the kernel before may write");
+  copy_ahead(to, from, valid);
 }
 
 inline void commit_copies() { ++machine::current->groups; }
@@ -294,6 +301,17 @@ template <int LEFT> void wait_for_copies() {
                               [&](const machine::Copy &copy) { return copy.group < arrived; }),
                copies.end());
 }
+
+inline void load_coherent(float (&four)[4], const void *at) { std::memcpy(four, at, 16); }
+inline void __threadfence() {}
+inline int atomicAdd(int *at, int by) {
+  const int before = *at;
+  *at += by;
+  return before;
+}
+
+inline void wait_for_kernel_before() { machine::current->waited = true; }
+inline void let_kernel_after_begin() {}
 
 namespace machine {
 

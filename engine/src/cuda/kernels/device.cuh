@@ -72,9 +72,41 @@ DEVICE void copy_async(void *to, const void *from, bool valid) {
                : "memory");
 }
 
+// The same of what no kernel before writes: it may begin before `wait_for_kernel_before`. Memory gives
+// what lies beside it to the cache, too: it is read next.
+DEVICE void copy_ahead(void *to, const void *from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most the last `LEFT` commits of this thread are under way.
 template <int LEFT> DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Four numbers that another block may have written while this kernel runs; at a multiple of 16.
+DEVICE void load_coherent(float (&four)[4], const void *at) {
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
+               : "l"(at)
+               : "memory");
+}
+
+// Kernels of a graph may begin before the one before them has ended (programmatic dependent launch,
+// from compute capability 9.0 on; nothing elsewhere). Every thread waits for it, and for what it has
+// written, before it reads or writes what others do; so, in turn, all that came before it has ended.
+DEVICE void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may take what room there is as soon as all blocks of this one are here.
+DEVICE void let_kernel_after_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }

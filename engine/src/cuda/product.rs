@@ -1,0 +1,286 @@
+//! `x W^T` for few rows of `x`, as a decode step has them: reading W is what it takes.
+
+pub mod choice;
+
+use super::{
+    CudaError,
+    driver::{Attribute, Driver},
+    launch::{Argument, Launch, device_of, require},
+    source::{Element, Program},
+};
+use std::{ffi::c_void, fmt, ptr::null};
+use tch::{Device, Kind, Tensor};
+
+/// Rows of `x` that there are kernels for: a product takes the least that hold its own.
+pub const COLUMNS: [usize; 3] = [16, 32, 64];
+
+/// How a kernel cuts its work: see product.cu.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Tiling {
+    /// The kernel.
+    pub name: &'static str,
+    /// Warps with 32 rows of W each.
+    pub across: usize,
+    /// Warps that divide a slice of the depth.
+    pub along: usize,
+    /// Depth of a slice.
+    pub slice: usize,
+    /// Slices in shared memory, all but one of them on their way there.
+    pub stages: usize,
+    /// Thread blocks that a multiprocessor is to hold.
+    pub blocks: u32,
+}
+
+/// All of them. Tall tiles read `x` less often; short ones leave smaller pieces; deep slices read
+/// longer stretches of W.
+pub const TILINGS: [Tiling; 4] = [
+    Tiling { name: "product_128", across: 4, along: 1, slice: 64, stages: 4, blocks: 2 },
+    Tiling { name: "product_128_deep", across: 4, along: 2, slice: 128, stages: 3, blocks: 1 },
+    Tiling { name: "product_256", across: 8, along: 1, slice: 64, stages: 4, blocks: 1 },
+    Tiling { name: "product_64", across: 2, along: 2, slice: 64, stages: 5, blocks: 2 },
+];
+
+impl Tiling {
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        32 * (self.across * self.along) as u32
+    }
+
+    /// Rows of W in a tile.
+    fn rows(&self) -> usize {
+        32 * self.across
+    }
+
+    /// Bytes of shared memory of a block: as `Multiplier::Memory`.
+    fn shared(&self, columns: usize) -> usize {
+        let stage = (self.rows() + columns) * (self.slice + 8) * 2;
+        let sums = match self.along - 1 {
+            0 => 16,
+            others => others * columns / 4 * self.across * 32 * 16,
+        };
+        self.stages * stage + sums
+    }
+
+    /// Thread blocks that run at once; none if the device has not enough shared memory for one.
+    fn at_once(&self, columns: usize, processors: &Processors) -> usize {
+        let bytes = self.shared(columns);
+        if bytes > processors.shared_of_block {
+            return 0;
+        }
+        // The system takes a kilobyte of each block.
+        processors.count * (processors.shared / (bytes + 1024)).min(self.blocks as usize)
+    }
+}
+
+/// The multiprocessors of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Processors {
+    /// How many there are.
+    pub count: usize,
+    /// Bytes of shared memory of each.
+    pub shared: usize,
+    /// Bytes of it that one block may have.
+    pub shared_of_block: usize,
+}
+
+impl Processors {
+    /// Of CUDA device `index`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn of(index: usize) -> Result<Self, CudaError> {
+        let driver = Driver::get()?;
+        let number = |attribute| driver.attribute(index, attribute).map(|number| number as usize);
+        Ok(Self {
+            count: number(Attribute::Multiprocessors)?,
+            shared: number(Attribute::SharedMemory)?,
+            shared_of_block: number(Attribute::SharedMemoryOfBlock)?,
+        })
+    }
+}
+
+/// What becomes of the sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Output {
+    /// Nothing: they are rounded to the type of `x`.
+    Plain,
+    /// The gate of an MLP: `silu` of the first half of W's rows times the second half, rounded once.
+    Gated,
+    /// They stay f32.
+    Wide,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let output = match self.output {
+            Output::Plain => "",
+            Output::Gated => ", gated",
+            Output::Wide => ", f32",
+        };
+        write!(f, "{} {} x {}{output}", self.element.name(), self.width, self.depth)
+    }
+}
+
+impl Output {
+    /// Numbers that a row has where W has so many rows.
+    fn width(self, rows: usize) -> usize {
+        if self == Self::Gated { rows / 2 } else { rows }
+    }
+}
+
+/// What a product is, but for its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Type of all but wide results.
+    pub element: Element,
+    /// Rows of `x` that the kernel is for, one of [`COLUMNS`].
+    pub columns: usize,
+    /// Rows of W.
+    pub width: usize,
+    /// Columns of W.
+    pub depth: usize,
+    /// What becomes of the sums.
+    pub output: Output,
+}
+
+impl Shape {
+    /// Of `x` `[M, depth]` and `weight` `[width, depth]`; none if there are no kernels for them.
+    pub fn of(x: &Tensor, weight: &Tensor, output: Output) -> Option<Self> {
+        let element = Element::of(x.kind()).filter(|&element| element != Element::F32)?;
+        let ([rows, depth], [width, same]) = (axes(x)?, axes(weight)?);
+        let columns = COLUMNS.into_iter().find(|&columns| rows <= columns)?;
+        let halves = if output == Output::Gated { 2 } else { 1 };
+        let whole = depth > 0 && depth.is_multiple_of(8) && width.is_multiple_of(8 * halves);
+        let fits = whole && rows > 0 && width > 0 && depth == same && x.kind() == weight.kind();
+        // Units of work are counted in 32 bits.
+        let small = width.checked_mul(depth).is_some_and(|numbers| numbers < 1 << 40);
+        (fits && small).then_some(Self { element, columns, width, depth, output })
+    }
+
+    fn program(&self) -> Program {
+        Program::Product(self.element, self.columns)
+    }
+
+    /// Units of work, see product.cu.
+    fn units(&self, tiling: &Tiling) -> usize {
+        self.width.div_ceil(tiling.rows()) * self.depth.div_ceil(tiling.slice)
+    }
+}
+
+fn axes(matrix: &Tensor) -> Option<[usize; 2]> {
+    matrix.size2().ok().map(|(rows, columns)| [rows as usize, columns as usize])
+}
+
+/// As in product.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Product {
+    x: *const c_void,
+    weight: *const c_void,
+    bias: *const c_void,
+    out: *mut c_void,
+    pieces: *mut f32,
+    arrived: *mut i32,
+    rows: i32,
+    depth: i32,
+    width: i32,
+    gated: i32,
+    wide: i32,
+}
+
+impl Argument for Product {}
+
+/// Where blocks that share a tile leave their pieces. Products that use the same one follow each other on
+/// one stream.
+#[derive(Debug)]
+pub struct Workspace {
+    processors: Processors,
+    /// f32
+    pieces: Tensor,
+    /// i32: zeros, between products.
+    arrived: Tensor,
+}
+
+/// Tiles of a product at most.
+const MOST_TILES: usize = 1 << 15;
+
+impl Workspace {
+    /// For any product on a device with these processors.
+    ///
+    /// # Errors
+    /// The device has not as much memory.
+    pub fn new(processors: Processors, device: Device) -> Result<Self, tch::TchError> {
+        let piece = |tiling: &Tiling, columns| tiling.rows() * columns;
+        let sizes = TILINGS.iter().flat_map(|tiling| {
+            COLUMNS.map(|n| 2 * tiling.at_once(n, &processors) * piece(tiling, n))
+        });
+        let most = sizes.max().unwrap_or(0) as i64;
+        Ok(Self {
+            processors,
+            pieces: Tensor::f_empty([most], (Kind::Float, device))?,
+            arrived: Tensor::f_zeros([MOST_TILES as i64], (Kind::Int, device))?,
+        })
+    }
+
+    /// The tilings that there is enough shared memory for.
+    pub fn tilings(&self, shape: Shape) -> impl Iterator<Item = &'static Tiling> {
+        TILINGS.iter().filter(move |tiling| {
+            let tiles = shape.width.div_ceil(tiling.rows());
+            tiling.at_once(shape.columns, &self.processors) > 0 && tiles <= MOST_TILES
+        })
+    }
+
+    /// `x W^T + b`: `x` `[M, K]`, `weight` `[N, K]`, `bias` `[N]`; `[M, N]`, or `[M, N / 2]` if gated.
+    /// All are contiguous, of one type and on the workspace's device.
+    ///
+    /// # Errors
+    /// Shapes or types that do not fit, or what [`Launch::run`] says.
+    pub fn product(
+        &mut self,
+        (x, weight, bias): (&Tensor, &Tensor, Option<&Tensor>),
+        output: Output,
+        tiling: &Tiling,
+    ) -> Result<Tensor, CudaError> {
+        let said = || format!("product of {x:?} and {weight:?} with {bias:?} by {}", tiling.name);
+        let all: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+        let device = device_of(&[&all[..], &[&self.pieces]].concat())?;
+        let plain = |part: &&Tensor| {
+            let aligned = (part.data_ptr() as usize).is_multiple_of(16);
+            aligned && part.is_contiguous() && part.kind() == x.kind()
+        };
+        let shape = Shape::of(x, weight, output).filter(|_| all.iter().all(plain));
+        let biased = bias.is_none_or(|bias| bias.size() == weight.size()[..1]);
+        let Some(shape) = shape.filter(|_| biased) else {
+            return Err(CudaError::Unsupported(said()));
+        };
+        require(self.tilings(shape).any(|fitting| fitting == tiling), said)?;
+        let rows = x.size()[0];
+        let kind = if output == Output::Wide { Kind::Float } else { x.kind() };
+        let out = Tensor::empty([rows, output.width(shape.width) as i64], (kind, device));
+        let argument = Product {
+            x: x.data_ptr(),
+            weight: weight.data_ptr(),
+            bias: bias.map_or(null(), |bias| bias.data_ptr()),
+            out: out.data_ptr(),
+            pieces: self.pieces.data_ptr().cast(),
+            arrived: self.arrived.data_ptr().cast(),
+            rows: rows as i32,
+            depth: shape.depth as i32,
+            width: shape.width as i32,
+            gated: i32::from(output == Output::Gated),
+            wide: i32::from(output == Output::Wide),
+        };
+        let blocks = tiling.at_once(shape.columns, &self.processors).min(shape.units(tiling));
+        let shared = tiling.shared(shape.columns) as u32;
+        let launch =
+            Launch { program: shape.program(), name: tiling.name, grid: [blocks, 1], shared };
+        // SAFETY: shapes and types were checked; the pieces have room for each block's, and all zeros
+        // of `arrived` are zeros again after each product before, which this workspace's stream ends
+        // first.
+        unsafe { launch.run(device, &argument) }?;
+        Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,125 @@
+//! Which kernel makes a product of which shape on a device, if not libtorch's: what was chosen for it
+//! (see [`crate::device::tuning`]), and products by it.
+
+use super::{Output, Processors, Shape, Tiling, Workspace};
+use crate::{cuda::CudaError, torch::TorchError};
+use std::{
+    cell::RefCell,
+    collections::{HashMap, hash_map::Entry},
+    fmt,
+    sync::{PoisonError, RwLock},
+};
+use tch::{Device, Tensor};
+
+/// What a choice is made for. One row of `x` has one of its own, because libtorch has other kernels
+/// for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Case {
+    /// Shapes and type.
+    pub shape: Shape,
+    /// `x` has one row.
+    pub single: bool,
+}
+
+impl Case {
+    /// Of `x` `[M, depth]` and `weight` `[width, depth]`; none if there are no kernels for them.
+    pub fn of(x: &Tensor, weight: &Tensor, output: Output) -> Option<Self> {
+        let shape = Shape::of(x, weight, output)?;
+        Some(Self { shape, single: x.size()[0] == 1 })
+    }
+
+    /// The most rows of `x` that it is.
+    pub fn rows(&self) -> usize {
+        if self.single { 1 } else { self.shape.columns }
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rows by {}", self.rows(), self.shape)
+    }
+}
+
+type Choices = HashMap<(Device, Case), &'static Tiling>;
+
+static CHOICES: RwLock<Option<Choices>> = RwLock::new(None);
+
+thread_local! {
+    /// One for each thread, whose operations follow each other.
+    static WORKSPACES: RefCell<HashMap<Device, Workspace>> = RefCell::default();
+}
+
+/// Takes `tiling` for products of this case on `device` from now on; libtorch's if it is none.
+pub fn choose(device: Device, case: Case, tiling: Option<&'static Tiling>) {
+    let mut choices = CHOICES.write().unwrap_or_else(PoisonError::into_inner);
+    let choices = choices.get_or_insert_default();
+    match tiling {
+        Some(tiling) => choices.insert((device, case), tiling),
+        None => choices.remove(&(device, case)),
+    };
+}
+
+fn chosen(device: Device, case: Case) -> Option<&'static Tiling> {
+    let choices = CHOICES.read().unwrap_or_else(PoisonError::into_inner);
+    choices.as_ref()?.get(&(device, case)).copied()
+}
+
+/// As [`Workspace::product`], by what was chosen; none where libtorch is to make it. Without a gradient.
+///
+/// # Panics
+/// If a kernel cannot be launched.
+pub fn product(
+    (x, weight, bias): (&Tensor, &Tensor, Option<&Tensor>),
+    output: Output,
+) -> Option<Tensor> {
+    let tiling = chosen(weight.device(), Case::of(x, weight, output)?)?;
+    match product_by((&x.contiguous(), weight, bias), output, tiling) {
+        Ok(made) => Some(made),
+        Err(CudaError::Unsupported(_)) => None,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// As [`Workspace::product`], in this thread's workspace.
+///
+/// # Errors
+/// As [`Workspace::product`].
+pub fn product_by(
+    parts: (&Tensor, &Tensor, Option<&Tensor>),
+    output: Output,
+    tiling: &'static Tiling,
+) -> Result<Tensor, CudaError> {
+    in_workspace(parts.1.device(), |workspace| workspace.product(parts, output, tiling))?
+}
+
+/// The kernels that make products of this case on a device.
+///
+/// # Errors
+/// If the device has no memory for a workspace.
+pub fn tilings(device: Device, case: &Case) -> Result<Vec<&'static Tiling>, CudaError> {
+    in_workspace(device, |workspace| workspace.tilings(case.shape).collect())
+}
+
+/// Runs `body` with this thread's workspace.
+fn in_workspace<R>(device: Device, body: impl FnOnce(&mut Workspace) -> R) -> Result<R, CudaError> {
+    WORKSPACES.with_borrow_mut(|workspaces| {
+        let workspace = match workspaces.entry(device) {
+            Entry::Occupied(made) => made.into_mut(),
+            Entry::Vacant(place) => {
+                let made = Workspace::new(processors(device)?, device);
+                let failed = |error: tch::TchError| TorchError(error.to_string());
+                place.insert(made.map_err(failed)?)
+            }
+        };
+        Ok(body(workspace))
+    })
+}
+
+fn processors(device: Device) -> Result<Processors, CudaError> {
+    match device {
+        Device::Cuda(index) => Processors::of(index),
+        #[cfg(test)]
+        Device::Cpu => Ok(Processors { count: 3, shared: 228 << 10, shared_of_block: 227 << 10 }),
+        _ => Err(CudaError::Unsupported(format!("tensors on {device:?}"))),
+    }
+}

@@ -1,0 +1,239 @@
+//! Which kernels make a model's products of few rows fastest on a CUDA device, libtorch's among them:
+//! tried out with the model's own weights, and remembered for the next process.
+//!
+//! What reads the weights once is bound by memory; how near a kernel comes to that depends on shapes
+//! and device in ways that are better measured than guessed. Each way to make a product is compared
+//! with libtorch's numbers first.
+
+use crate::{
+    cuda::{
+        CudaError, cache,
+        driver::Driver,
+        launch::overlapping,
+        product::{
+            COLUMNS, Output, TILINGS, Tiling,
+            choice::{self, Case},
+        },
+        source::{Element, Program},
+    },
+    ops::{
+        linear::{linear, logits},
+        swiglu::gated,
+    },
+    profile::untimed,
+    torch::{TorchError, graph::Graph, random, stream::synchronize},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+use tch::{Device, Kind, Tensor};
+
+/// Runs of which the fastest counts.
+const RUNS: usize = 5;
+
+/// The same product in every layer of a model.
+#[derive(Debug)]
+pub struct Products<'a> {
+    /// Of what.
+    pub name: &'static str,
+    /// Weight and bias of each layer.
+    pub layers: Vec<(&'a Tensor, Option<&'a Tensor>)>,
+    /// What becomes of the sums.
+    pub output: Output,
+}
+
+impl Products<'_> {
+    fn weight(&self) -> &Tensor {
+        self.layers[0].0
+    }
+
+    /// In one layer, by what was chosen.
+    fn make(&self, x: &Tensor, layer: usize) -> Tensor {
+        let (weight, bias) = self.layers[layer];
+        match self.output {
+            Output::Plain => linear(x, weight, bias),
+            Output::Gated => gated(x, weight, bias),
+            Output::Wide => logits(x, weight),
+        }
+    }
+
+    /// One input for each kind of case.
+    fn inputs(&self) -> Vec<Tensor> {
+        let weight = self.weight();
+        let rows = [1].into_iter().chain(COLUMNS);
+        let random = |rows: usize| random::normal(&[rows as i64, weight.size()[1]]);
+        rows.map(|rows| random(rows).to_kind(weight.kind()).to_device(weight.device())).collect()
+    }
+}
+
+/// How long a case took, by one layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Trial {
+    /// Microseconds of libtorch's own.
+    pub libtorch: f64,
+    /// Microseconds of each of [`TILINGS`] that could be run, by name.
+    pub tilings: BTreeMap<String, f64>,
+}
+
+impl Trial {
+    /// The fastest of [`TILINGS`], if it is faster than libtorch's.
+    pub fn fastest(&self) -> Option<&'static Tiling> {
+        let time = |tiling: &&'static Tiling| self.tilings.get(tiling.name).copied();
+        let times = TILINGS.iter().filter_map(|tiling| Some((tiling, time(&tiling)?)));
+        let (tiling, time) = times.min_by(|(_, a), (_, b)| a.total_cmp(b))?;
+        (time < self.libtorch).then_some(tiling)
+    }
+}
+
+/// One way to make a product after the other.
+#[derive(Debug)]
+pub struct Tried {
+    /// Of what.
+    pub name: &'static str,
+    /// Shapes and type.
+    pub case: Case,
+    /// How long each took.
+    pub trial: Trial,
+}
+
+/// Times every way to make `products` with each number of rows that there are kernels for, but for what
+/// `known` has, and adds that to it. The fastest is chosen for the products that follow. `others` is
+/// read before each run, so that the device's caches hold nothing of the weights.
+///
+/// # Errors
+/// What the device refuses.
+pub fn choose_fastest(
+    products: &[Products<'_>],
+    others: &Tensor,
+    known: &mut BTreeMap<String, Trial>,
+) -> Result<Vec<Tried>, CudaError> {
+    let mut tried = Vec::new();
+    for products in products {
+        for x in products.inputs() {
+            let Some(case) = Case::of(&x, products.weight(), products.output) else { continue };
+            let trial = match known.get(&case.to_string()) {
+                Some(trial) => trial.clone(),
+                None => try_all(products, &x, case, others)?,
+            };
+            choice::choose(x.device(), case, trial.fastest());
+            known.insert(case.to_string(), trial.clone());
+            tried.push(Tried { name: products.name, case, trial });
+        }
+    }
+    Ok(tried)
+}
+
+fn try_all(
+    products: &Products<'_>,
+    x: &Tensor,
+    case: Case,
+    others: &Tensor,
+) -> Result<Trial, CudaError> {
+    let device = x.device();
+    choice::choose(device, case, None);
+    let wanted = products.make(x, 0);
+    let libtorch = microseconds(products, x, others)?;
+    let mut trial = Trial { libtorch, tilings: BTreeMap::new() };
+    for tiling in choice::tilings(device, &case)? {
+        choice::choose(device, case, Some(tiling));
+        let distance = distance(&products.make(x, 0), &wanted);
+        if distance > tolerance(x.kind()) {
+            tracing::warn!(%case, tiling = tiling.name, distance, "a kernel's numbers are wrong");
+            continue;
+        }
+        trial.tilings.insert(tiling.name.into(), microseconds(products, x, others)?);
+    }
+    Ok(trial)
+}
+
+/// The largest distance, by the largest number; infinite where one is no number.
+fn distance(got: &Tensor, wanted: &Tensor) -> f64 {
+    let [got, wanted] = [got, wanted].map(|t| t.to_kind(Kind::Double));
+    let error = (got - &wanted).abs().max().double_value(&[]);
+    let distance = error / wanted.abs().max().double_value(&[]);
+    if distance.is_nan() { f64::INFINITY } else { distance }
+}
+
+/// How far two ways to round and sum may lie apart: some of the last bits.
+fn tolerance(kind: Kind) -> f64 {
+    if kind == Kind::BFloat16 { 1.0 / 64.0 } else { 1.0 / 512.0 }
+}
+
+/// Of the products of all layers, one after the other as in a recorded step, by their number.
+fn microseconds(products: &Products<'_>, x: &Tensor, others: &Tensor) -> Result<f64, TorchError> {
+    let layers = products.layers.len();
+    let all = || (0..layers).fold(None, |_, layer| Some(products.make(x, layer)));
+    let seconds = match x.device() {
+        Device::Cuda(index) => {
+            let (mut graph, _made) = untimed(|| Graph::record(index, None, || overlapping(all)))?;
+            let before = || {
+                let _ = others.sum(Kind::Float);
+                synchronize(index)
+            };
+            best_of(before, || graph.run().and_then(|()| synchronize(index)))
+        }
+        _ => best_of(
+            || Ok(()),
+            || {
+                let _ = all();
+                Ok(())
+            },
+        ),
+    };
+    Ok(1e6 * seconds? / layers as f64)
+}
+
+/// Seconds of the fastest of some runs, what comes before each of them aside.
+fn best_of(
+    mut before: impl FnMut() -> Result<(), TorchError>,
+    mut run: impl FnMut() -> Result<(), TorchError>,
+) -> Result<f64, TorchError> {
+    let mut best = f64::INFINITY;
+    for _ in 0..RUNS {
+        before()?;
+        let started = Instant::now();
+        run()?;
+        best = best.min(started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+/// Chooses the fastest kernels for a model's products on CUDA device `index`: as they were found before, or
+/// by trying. Where that fails they are libtorch's.
+pub fn tune(index: usize, products: &[Products<'_>], others: &Tensor) {
+    let started = Instant::now();
+    let file = file(index);
+    let mut known = file.as_deref().and_then(read).unwrap_or_default();
+    let before = known.len();
+    match choose_fastest(products, others, &mut known) {
+        Ok(tried) => {
+            let own = tried.iter().filter(|tried| tried.trial.fastest().is_some()).count();
+            let (all, new, seconds) =
+                (tried.len(), known.len() - before, started.elapsed().as_secs_f64());
+            tracing::info!(all, own, new, seconds, "products of few rows by the fastest kernels");
+        }
+        Err(error) => tracing::warn!(%error, "products cannot be tuned; they are libtorch's"),
+    }
+    if let Some(file) = file.filter(|_| known.len() > before) {
+        let text = serde_json::to_vec_pretty(&known).expect("numbers by names");
+        cache::keep(&file, &text);
+    }
+}
+
+/// Where the times on a device like this one are remembered, by these kernels.
+fn file(index: usize) -> Option<PathBuf> {
+    let name = Driver::get().and_then(|driver| driver.name(index)).ok()?;
+    let sources = [Element::Bf16, Element::F16]
+        .map(|element| Program::Product(element, COLUMNS[0]).device_source());
+    cache::file(&format!("{name} {}", sources.concat()), "json")
+}
+
+fn read(file: &Path) -> Option<BTreeMap<String, Trial>> {
+    serde_json::from_slice(&std::fs::read(file).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,126 @@
+//! A model's products on the CPU harness, by kernels that are said to be the fastest.
+
+use super::*;
+use crate::{
+    device::{
+        Placement,
+        pages::DevicePages,
+        plan::{StepPlan, StepRows},
+    },
+    kernels::attention::Span,
+    model::{
+        attention::{Attention, DeviceBatch},
+        config::ModelConfig,
+        decoder::Decoder,
+    },
+    weights::Weights,
+};
+use serde_json::json;
+
+/// Of shapes that no other test has: choices are for all threads.
+fn model() -> (ModelConfig, Decoder) {
+    let config = json!({
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "hidden_size": 136, "intermediate_size": 104, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 56,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "tie_word_embeddings": true,
+    });
+    let config = ModelConfig::from_hf(&config, None).unwrap();
+    random::seed(7);
+    let mut tensors: Vec<(String, Tensor)> = config
+        .tensor_shapes()
+        .into_iter()
+        .map(|(name, shape)| {
+            let tensor = match name.ends_with("norm.weight") {
+                true => Tensor::ones(shape, (Kind::Float, Device::Cpu)),
+                false if shape.len() == 1 => random::normal(&[1, shape[0]]).view(&shape[..]),
+                false => random::normal(&shape) * 0.2,
+            };
+            (name, tensor.to_kind(Kind::BFloat16))
+        })
+        .collect();
+    crate::model::joined::join(&mut tensors).unwrap();
+    let decoder = Decoder::new(&config, &Weights::new(tensors));
+    (config, decoder)
+}
+
+/// Logits of three rows after nothing.
+fn logits_of(config: &ModelConfig, decoder: &Decoder) -> Tensor {
+    let placement = Placement { device: Device::Cpu, kind: Kind::BFloat16 };
+    let pages = DevicePages::new(config, 3, placement).unwrap();
+    let blocks: Vec<u32> = vec![0, 1, 2];
+    let rows = StepRows {
+        tokens: vec![5, 50, 17],
+        positions: vec![0; 3],
+        slots: vec![0, 16, 32],
+        spans: (0..3)
+            .map(|row| Span { rows: row..row + 1, first_position: 0, blocks: &blocks[row..=row] })
+            .collect(),
+        sampled: vec![0, 1, 2],
+    };
+    let plan = StepPlan::new(&rows, Device::Cpu, None);
+    let attention = &mut Attention::OnDevice(DeviceBatch { pages: &pages, plan: &plan });
+    decoder.logits(&decoder.hidden(&plan.tokens, &plan.positions, attention))
+}
+
+#[test]
+fn a_model_runs_by_the_kernels_that_were_chosen() {
+    tch::no_grad(|| {
+        let (config, decoder) = model();
+        let products = decoder.products();
+        let names: Vec<&str> = products.iter().map(|products| products.name).collect();
+        assert_eq!(names, ["q, k, v", "output", "gate, up", "down", "head"]);
+        let libtorchs = logits_of(&config, &decoder);
+
+        let mut known = BTreeMap::new();
+        let tried = choose_fastest(&products, decoder.head(), &mut known).unwrap();
+        assert_eq!((tried.len(), known.len()), (5 * 4, 5 * 4), "one row, and three kernels");
+        for Tried { name, case, trial } in &tried {
+            // The harness is no GPU.
+            assert_eq!(trial.fastest(), None, "{name} {case}");
+            assert_eq!(trial.tilings.len(), TILINGS.len(), "{name} {case}: all numbers are right");
+        }
+        assert!(logits_of(&config, &decoder).equal(&libtorchs));
+
+        for tiling in &TILINGS {
+            // What is known is not tried again.
+            for trial in known.values_mut() {
+                *trial = Trial { libtorch: 1.0, tilings: [(tiling.name.into(), 0.5)].into() };
+            }
+            let chosen = choose_fastest(&products, decoder.head(), &mut known).unwrap();
+            assert!(chosen.iter().all(|tried| tried.trial.fastest() == Some(tiling)));
+            let own = logits_of(&config, &decoder);
+            assert_eq!(own.kind(), Kind::Float);
+            assert!(distance(&own, &libtorchs) < 0.03, "{}", tiling.name);
+            assert!(!own.equal(&libtorchs), "{}: another kernel rounds otherwise", tiling.name);
+        }
+        for trial in known.values_mut() {
+            trial.libtorch = 0.25;
+        }
+        choose_fastest(&products, decoder.head(), &mut known).unwrap();
+        assert!(logits_of(&config, &decoder).equal(&libtorchs));
+    });
+}
+
+#[test]
+fn the_fastest_is_chosen() {
+    let trial = |libtorch, times: &[(&str, f64)]| Trial {
+        libtorch,
+        tilings: times.iter().map(|&(name, time)| (name.to_string(), time)).collect(),
+    };
+    let [first, second] = [TILINGS[0].name, TILINGS[1].name];
+    assert_eq!(trial(3.0, &[(first, 2.0), (second, 1.0)]).fastest(), Some(&TILINGS[1]));
+    assert_eq!(trial(1.0, &[(first, 2.0), (second, 1.0)]).fastest(), None);
+    assert_eq!(trial(1.0, &[("of an older version", 0.5)]).fastest(), None);
+    let text = serde_json::to_string(&trial(3.0, &[(first, 2.5)])).unwrap();
+    assert_eq!(serde_json::from_str::<Trial>(&text).unwrap(), trial(3.0, &[(first, 2.5)]));
+}
+
+#[test]
+fn wrong_numbers_are_told_from_rounding() {
+    let wanted = Tensor::from_slice(&[4.0f32, -1.0, 0.5]);
+    assert_eq!(distance(&wanted, &wanted), 0.0);
+    assert_eq!(distance(&(&wanted + 1.0), &wanted), 0.25);
+    assert!(distance(&(&wanted * f64::NAN), &wanted).is_infinite());
+}
