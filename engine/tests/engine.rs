@@ -8,7 +8,7 @@ use onpolicy_engine::{
     engine::{EngineConfig, EngineHandle, OnUpdate},
 };
 use onpolicy_plugin_api::{
-    Engine, EngineError, Event, FinishReason, Request, SamplingParams, Sink,
+    Engine, EngineError, Event, FinishReason, PauseMode, Request, SamplingParams, Sink,
 };
 use std::{
     sync::{
@@ -23,6 +23,11 @@ const ROOMY: usize = 8 << 20;
 
 fn config(kv_memory: usize) -> EngineConfig {
     EngineConfig { kv_memory, max_num_seqs: 32, ..EngineConfig::default() }
+}
+
+/// Engines that deliver a step's tokens before the next step, and while it is computed.
+fn prompt_and_late(kv_memory: usize) -> [EngineConfig; 2] {
+    [None, Some(true)].map(|deliver_late| EngineConfig { deliver_late, ..config(kv_memory) })
 }
 
 fn prompt(seed: u32, len: usize) -> Vec<u32> {
@@ -194,42 +199,96 @@ fn wait_until_free(engine: &EngineHandle, what: &str) {
     }
 }
 
+/// Whatever a request asks for, and however it ends, what comes of it is the same.
+#[test]
+fn tokens_that_are_delivered_late_are_the_same() {
+    let checkpoint = tiny("qwen3");
+    let requests = || {
+        let prompt_logprobs = SamplingParams { prompt_logprobs: Some(0), ..sampled(2, 9, 1) };
+        let stops = SamplingParams { stop_token_ids: (0..40).collect(), ..sampled(8, 60, 2) };
+        let penalties = SamplingParams { frequency_penalty: 1.0, ..sampled(2, 30, 3) };
+        let all = [prompt_logprobs, stops, penalties, sampled(1, 1, 4), sampled(3, 50, 5)];
+        all.into_iter().enumerate().map(|(seed, params)| request(seed as u32, 20, params))
+    };
+    let [prompt, late] = prompt_and_late(ROOMY).map(|config| {
+        let engine = engine(&checkpoint, config);
+        let inboxes: Vec<_> = requests().map(|request| listen(&engine, request)).collect();
+        let events = |inbox: &mpsc::Receiver<Event>| -> Vec<Event> {
+            let next = || inbox.recv_timeout(Duration::from_secs(20)).ok();
+            std::iter::from_fn(next).collect()
+        };
+        inboxes.iter().map(|(inbox, _)| events(inbox)).collect::<Vec<_>>()
+    });
+    assert_eq!(prompt, late);
+    let ends = |events: &[Event]| {
+        events.iter().filter(|event| matches!(event, Event::Finished { .. })).count()
+    };
+    assert_eq!(late.iter().map(|events| ends(events)).collect::<Vec<_>>(), [2, 8, 2, 1, 3]);
+}
+
+#[test]
+fn a_paused_engine_holds_no_token_back() {
+    let checkpoint = tiny("llama-tied");
+    for config in prompt_and_late(ROOMY) {
+        let engine = engine(&checkpoint, config);
+        let (inbox, _gone) = listen(&engine, request(1, 20, sampled(1, 200, 0)));
+        let mut version = 0;
+        while version < 20 {
+            match inbox.recv_timeout(Duration::from_secs(20)) {
+                Ok(Event::Token { token, .. }) => assert_eq!(token.weight_version, version),
+                _ => break,
+            }
+            engine.pause(PauseMode::Keep, false).expect("it pauses");
+            inbox.try_iter().for_each(drop);
+            engine.update(|| Ok(())).expect("it is applied");
+            version += 1;
+            assert_eq!(inbox.try_iter().count(), 0, "all that was computed came before");
+            engine.resume().expect("it goes on");
+        }
+        assert!(version > 2, "the sample ended after {version} pauses");
+    }
+}
+
 #[test]
 fn whoever_stops_listening_frees_the_blocks() {
     let checkpoint = tiny("llama-tied");
-    let engine = engine(&checkpoint, config(ROOMY));
-    let long = || request(1, 20, sampled(4, 230, 0));
-    let (inbox, gone) = listen(&engine, long());
-    let limit = Duration::from_secs(10);
-    inbox.recv_timeout(limit).expect("a token");
-    assert!(blocks_used(&engine) > 0);
-    gone.store(true, Ordering::Relaxed);
-    wait_until_free(&engine, "a closed sink ends it");
-    let (inbox, _gone) = listen(&engine, long());
-    inbox.recv_timeout(limit).expect("a token");
-    drop(inbox);
-    wait_until_free(&engine, "and so does a dropped one");
+    for config in prompt_and_late(ROOMY) {
+        let engine = engine(&checkpoint, config);
+        let long = || request(1, 20, sampled(4, 230, 0));
+        let (inbox, gone) = listen(&engine, long());
+        let limit = Duration::from_secs(10);
+        inbox.recv_timeout(limit).expect("a token");
+        assert!(blocks_used(&engine) > 0);
+        gone.store(true, Ordering::Relaxed);
+        wait_until_free(&engine, "a closed sink ends it");
+        let (inbox, _gone) = listen(&engine, long());
+        inbox.recv_timeout(limit).expect("a token");
+        drop(inbox);
+        wait_until_free(&engine, "and so does a dropped one");
+    }
 }
 
 #[test]
 fn every_sample_ends_once_when_some_are_aborted() {
     let checkpoint = tiny("llama-tied");
-    let engine = engine(&checkpoint, config(ROOMY));
-    let (events, inbox) = mpsc::channel();
-    let sink = Listener { events, gone: Arc::default() };
-    let id = engine.submit(request(1, 20, sampled(3, 50, 0)), Box::new(sink)).expect("taken");
-    engine.abort(id, Some(1));
-    let mut ends = Vec::new();
-    while let Ok(event) = inbox.recv_timeout(Duration::from_secs(10)) {
-        if let Event::Finished { index, reason } = event {
-            ends.push((index, reason));
+    for config in prompt_and_late(ROOMY) {
+        let engine = engine(&checkpoint, config);
+        let (events, inbox) = mpsc::channel();
+        let sink = Listener { events, gone: Arc::default() };
+        let id = engine.submit(request(1, 20, sampled(3, 50, 0)), Box::new(sink)).expect("taken");
+        engine.abort(id, Some(1));
+        let mut ends = Vec::new();
+        while let Ok(event) = inbox.recv_timeout(Duration::from_secs(10)) {
+            if let Event::Finished { index, reason } = event {
+                ends.push((index, reason));
+            }
         }
+        ends.sort_by_key(|(index, _)| *index);
+        let length = FinishReason::Length;
+        assert_eq!(ends, [(0, length), (1, FinishReason::Abort), (2, length)]);
+        engine.abort(id, None);
+        assert_eq!(blocks_used(&engine), 0);
     }
-    ends.sort_by_key(|(index, _)| *index);
-    let length = FinishReason::Length;
-    assert_eq!(ends, [(0, length), (1, FinishReason::Abort), (2, length)]);
-    engine.abort(id, None);
-    assert_eq!(blocks_used(&engine), 0);
 }
 
 #[test]
@@ -262,26 +321,27 @@ fn what_nobody_waits_for_is_given_up() {
 #[test]
 fn shutting_down_fails_what_runs_and_what_comes() {
     let checkpoint = tiny("llama-tied");
-    let engine = engine(&checkpoint, config(ROOMY));
-    let (inbox, _gone) = listen(&engine, request(1, 20, sampled(2, 230, 0)));
-    inbox.recv_timeout(Duration::from_secs(10)).expect("a token");
-    engine.shutdown();
-    let last = inbox.iter().last();
-    assert!(
-        matches!(last, Some(Event::Failed { error: EngineError::Stopped })),
-        "the last event is {last:?}"
-    );
-    let deadline = Instant::now() + Duration::from_secs(5);
-    let late = collect(&engine, vec![request(1, 4, sampled(1, 4, 0))], deadline, &mut || {});
-    assert_eq!(late, Err(CollectError::Engine(EngineError::Stopped)));
-    assert_eq!(engine.update(|| Ok(())), Err(EngineError::Stopped));
+    for config in prompt_and_late(ROOMY) {
+        let engine = engine(&checkpoint, config);
+        let (inbox, _gone) = listen(&engine, request(1, 20, sampled(2, 230, 0)));
+        inbox.recv_timeout(Duration::from_secs(10)).expect("a token");
+        engine.shutdown();
+        let last = inbox.iter().last();
+        assert!(
+            matches!(last, Some(Event::Failed { error: EngineError::Stopped })),
+            "the last event is {last:?}"
+        );
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let late = collect(&engine, vec![request(1, 4, sampled(1, 4, 0))], deadline, &mut || {});
+        assert_eq!(late, Err(CollectError::Engine(EngineError::Stopped)));
+        assert_eq!(engine.update(|| Ok(())), Err(EngineError::Stopped));
+    }
 }
 
 /// Changes the weights of a running engine while a sample of `on_update`'s kind is under way, and
 /// returns its tokens' versions, and the first version seen after the update.
-fn versions(on_update: OnUpdate) -> Vec<u64> {
+fn versions(limits: EngineConfig) -> Vec<u64> {
     let checkpoint = tiny("llama-tied");
-    let limits = EngineConfig { on_update, ..config(ROOMY) };
     let engine = engine(&checkpoint, limits);
     let (inbox, _gone) = listen(&engine, request(1, 20, sampled(1, 200, 0)));
     let mut versions = Vec::new();
@@ -302,12 +362,14 @@ fn versions(on_update: OnUpdate) -> Vec<u64> {
 
 #[test]
 fn running_samples_meet_an_update_as_the_user_says() {
-    for on_update in [OnUpdate::Keep, OnUpdate::Recompute] {
-        let versions = versions(on_update);
-        assert_eq!((versions[0], versions[199]), (0, 1), "{on_update:?}: both versions are seen");
-        assert!(versions.is_sorted());
+    for config in prompt_and_late(ROOMY) {
+        for on_update in [OnUpdate::Keep, OnUpdate::Recompute] {
+            let versions = versions(EngineConfig { on_update, ..config });
+            assert_eq!((versions[0], versions[199]), (0, 1), "{on_update:?}: both are seen");
+            assert!(versions.is_sorted());
+        }
+        assert_eq!(versions(EngineConfig { on_update: OnUpdate::Drain, ..config }), [0; 200]);
     }
-    assert_eq!(versions(OnUpdate::Drain), [0; 200]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ pub(crate) mod check;
 mod control;
 mod handle;
 mod hold;
+mod outlet;
 mod request;
 mod runner;
 mod targets;
@@ -82,6 +83,9 @@ pub struct EngineConfig {
     /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
     /// graphs, and leave products to libtorch.
     pub enforce_eager: bool,
+    /// Deliver a step's tokens while the next one is computed, in place of before it. If not given, that
+    /// is so on a CUDA device, which computes by itself.
+    pub deliver_late: Option<bool>,
 }
 
 impl Default for EngineConfig {
@@ -98,6 +102,7 @@ impl Default for EngineConfig {
             serve_dtype: ServeDtype::F32,
             num_speculative_tokens: None,
             enforce_eager: false,
+            deliver_late: None,
         }
     }
 }
@@ -323,7 +328,9 @@ impl EngineHandle {
                 }
                 let weights = (&model.weights, dtype);
                 let runner = runner::Runner::new(&model.config, weights, (pages, blocks), recorded);
-                Worker::new(runner, scheduler, worker_shared, config.on_update).run(&inbox);
+                let late = config.deliver_late.unwrap_or(device.is_some());
+                let how = (config.on_update, late);
+                Worker::new(runner, scheduler, worker_shared, how).run(&inbox);
             })
             .map_err(|error| EngineError::Internal(format!("no thread: {error}")))?;
         let inner = Inner {

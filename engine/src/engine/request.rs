@@ -1,5 +1,6 @@
 //! A request that the engine has taken and not ended yet.
 
+use super::outlet::Outlet;
 use crate::{
     grammar::Place,
     sampler::{Counts, Draw, Past, has_penalties, stream_of},
@@ -12,7 +13,7 @@ use onpolicy_plugin_api::{
 /// A live request: its sink, how to draw, and which samples have not ended.
 pub struct LiveRequest {
     params: SamplingParams,
-    sink: Box<dyn Sink>,
+    outlet: Outlet,
     seed: u64,
     /// Tokens that end a sample.
     stop_ids: Vec<u32>,
@@ -48,7 +49,7 @@ impl LiveRequest {
             open: vec![true; params.n],
             places: grammar.map_or_else(Vec::new, |place| vec![place; params.n]),
             params,
-            sink,
+            outlet: Outlet::new(sink),
         };
         // A prompt of one token has no log-probs to wait for.
         live.add_prompt_tokens(1, Vec::new());
@@ -71,7 +72,7 @@ impl LiveRequest {
         if self.params.prompt_logprobs.is_some() && self.prompt_tokens.len() == room {
             // They are sent once.
             self.params.prompt_logprobs = None;
-            self.sink.send(Event::Prompt { tokens: std::mem::take(&mut self.prompt_tokens) });
+            self.outlet.send(Event::Prompt { tokens: std::mem::take(&mut self.prompt_tokens) });
         }
     }
 
@@ -131,12 +132,17 @@ impl LiveRequest {
         fields.into_iter().find_map(|(restricts, field)| restricts.then_some(field))
     }
 
-    /// Counts a token and delivers it; false if nobody listens any more.
-    pub fn deliver(&mut self, index: usize, token: Token) -> bool {
+    /// Counts a token, which is delivered with the next event, or by [`LiveRequest::hand_over`].
+    pub fn take(&mut self, index: usize, token: Token) {
         if let Some(counts) = self.counts.get_mut(index) {
             counts.push(token.id);
         }
-        self.sink.send(Event::Token { index, token })
+        self.outlet.hold(Event::Token { index, token });
+    }
+
+    /// Delivers the tokens that were taken.
+    pub fn hand_over(&mut self) {
+        self.outlet.flush();
     }
 
     /// True if the token ends a sample.
@@ -148,7 +154,7 @@ impl LiveRequest {
     pub fn finish(&mut self, index: usize, reason: FinishReason) -> bool {
         if let Some(open) = self.open.get_mut(index).filter(|open| **open) {
             *open = false;
-            self.sink.send(Event::Finished { index, reason });
+            self.outlet.send(Event::Finished { index, reason });
         }
         !self.open.contains(&true)
     }
@@ -162,11 +168,11 @@ impl LiveRequest {
 
     /// Ends the request with an error.
     pub fn fail(mut self, error: EngineError) {
-        self.sink.send(Event::Failed { error });
+        self.outlet.send(Event::Failed { error });
     }
 
     /// True once nobody listens any more.
     pub fn is_abandoned(&self) -> bool {
-        self.sink.is_closed()
+        self.outlet.is_closed()
     }
 }

@@ -70,6 +70,8 @@ pub struct Worker {
     pub(super) hold: Hold,
     pub(super) shared: Arc<Shared>,
     pub(super) on_update: OnUpdate,
+    /// Tokens are delivered while the next step is computed.
+    late: bool,
     steps: u64,
     /// How long the last update took to make the served copies anew.
     pub(super) refresh: Duration,
@@ -80,11 +82,11 @@ impl Worker {
         runner: Runner,
         scheduler: Scheduler,
         shared: Arc<Shared>,
-        on_update: OnUpdate,
+        (on_update, late): (OnUpdate, bool),
     ) -> Self {
         let (live, updates, hold) = (HashMap::new(), VecDeque::new(), Hold::default());
         let (steps, refresh) = (0, Duration::ZERO);
-        Self { runner, scheduler, live, updates, hold, shared, on_update, steps, refresh }
+        Self { runner, scheduler, live, updates, hold, shared, on_update, late, steps, refresh }
     }
 
     /// Works until told to stop, or until every handle is gone.
@@ -93,7 +95,9 @@ impl Worker {
         while timed(Phase::Schedule, || self.take_commands(inbox)) {
             timed(Phase::Schedule, || self.drop_abandoned());
             timed(Phase::Update, || self.apply_updates());
-            if self.hold.steps() {
+            if !self.hold.steps() {
+                self.hand_over();
+            } else {
                 let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
                 if let Err(panic) = step {
                     self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
@@ -113,6 +117,7 @@ impl Worker {
     /// Takes what has been sent; waits if there is nothing to do. False: stop.
     fn take_commands(&mut self, inbox: &Receiver<Command>) -> bool {
         if self.rests() {
+            self.hand_over();
             let command = match timed(Phase::Idle, || self.wait(inbox)) {
                 Ok(command) => command,
                 Err(RecvTimeoutError::Timeout) => return true,
@@ -154,6 +159,8 @@ impl Worker {
     }
 
     fn take(&mut self, command: Command) -> bool {
+        // What has been computed is there before the answer.
+        self.hand_over();
         match command {
             Command::Submit(submissions) => {
                 for submission in submissions {
@@ -243,9 +250,11 @@ impl Worker {
         let started = Instant::now();
         let step = timed(Phase::Schedule, || self.scheduler.schedule());
         if step.is_empty() {
-            return;
+            return self.hand_over();
         }
         let output = self.runner.forward(&step, &self.scheduler);
+        // While the device computes.
+        self.hand_over();
         timed(Phase::Sampling, || self.collect_prompt_logprobs(&step, &output));
         timed(Phase::Schedule, || self.scheduler.computed(&step));
         let sampled = timed(Phase::Sampling, || self.sample(&step, &output));
@@ -336,10 +345,7 @@ impl Worker {
             delivered += 1;
             let stop = live.stops_at(drawn.id);
             let token = Token { id: drawn.id, stats: drawn.stats, weight_version, top: drawn.top };
-            if !live.deliver(target.index, token) {
-                self.abort(target.request, None);
-                continue;
-            }
+            live.take(target.index, token);
             let full = self.scheduler.append(target.seq, drawn.id);
             if stop || full {
                 let reason = if stop { FinishReason::Stop } else { FinishReason::Length };
@@ -350,6 +356,14 @@ impl Worker {
             }
         }
         metrics::counter!("onpolicy_generated_tokens_total").increment(delivered);
+        if !self.late {
+            self.hand_over();
+        }
+    }
+
+    /// Delivers what samples have got.
+    pub(super) fn hand_over(&mut self) {
+        timed(Phase::Delivery, || self.live.values_mut().for_each(LiveRequest::hand_over));
     }
 
     fn fail(&mut self, id: RequestId, error: EngineError) {
