@@ -75,9 +75,9 @@ fn lines(name: &str, case: &Case, trials: &[&Trial], rates: &Rates) -> Vec<Line>
         Line::times(&group, way, Unit::Microseconds, &seconds, Some(need))
     };
     let libtorch = line("libtorch", trials.iter().map(|trial| trial.libtorch).collect());
-    let own = trials[0].tilings.keys().filter_map(|way| {
+    let own = trials[0].ways.keys().filter_map(|way| {
         let times: Vec<f64> =
-            trials.iter().filter_map(|trial| trial.tilings.get(way).copied()).collect();
+            trials.iter().filter_map(|trial| trial.ways.get(way).copied()).collect();
         (times.len() == trials.len()).then(|| line(way, times))
     });
     [libtorch].into_iter().chain(own).collect()
@@ -103,7 +103,7 @@ mod tests {
         let case = Case { shape, single: false };
         let trial = |libtorch, own: &[(&str, f64)]| Trial {
             libtorch,
-            tilings: own.iter().map(|&(name, time)| (name.to_string(), time)).collect(),
+            ways: own.iter().map(|&(name, time)| (name.to_string(), time)).collect(),
         };
         let trials = [trial(4.0, &[("a", 2.0), ("b", 9.0)]), trial(8.0, &[("a", 2.0)])];
         let rates = Rates { ours_gflops: 0.0, libtorch_gflops: 1e6, read_gbs: 1000.0 };

@@ -33,11 +33,14 @@ pub struct Tiling {
 
 /// All of them. Tall tiles read `x` less often; short ones leave smaller pieces; deep slices read
 /// longer stretches of W.
-pub const TILINGS: [Tiling; 4] = [
+pub const TILINGS: [Tiling; 7] = [
+    Tiling { name: "product_64", across: 2, along: 2, slice: 64, stages: 5, blocks: 2 },
+    Tiling { name: "product_96", across: 3, along: 1, slice: 64, stages: 4, blocks: 2 },
     Tiling { name: "product_128", across: 4, along: 1, slice: 64, stages: 4, blocks: 2 },
     Tiling { name: "product_128_deep", across: 4, along: 2, slice: 128, stages: 3, blocks: 1 },
+    Tiling { name: "product_192", across: 6, along: 1, slice: 64, stages: 5, blocks: 1 },
     Tiling { name: "product_256", across: 8, along: 1, slice: 64, stages: 4, blocks: 1 },
-    Tiling { name: "product_64", across: 2, along: 2, slice: 64, stages: 5, blocks: 2 },
+    Tiling { name: "product_288", across: 9, along: 1, slice: 64, stages: 4, blocks: 1 },
 ];
 
 impl Tiling {
@@ -69,6 +72,33 @@ impl Tiling {
         }
         // The system takes a kilobyte of each block.
         processors.count * (processors.shared / (bytes + 1024)).min(self.blocks as usize)
+    }
+}
+
+/// Who does how much of a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deal {
+    /// Each tile is done by so many blocks, in equal parts of the depth.
+    Parts(usize),
+    /// As many blocks as run at once take equal runs of units, whichever tiles these belong to.
+    Even,
+}
+
+/// A way to make a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Way {
+    /// The kernel.
+    pub tiling: &'static Tiling,
+    /// Among how many blocks its work is dealt out.
+    pub deal: Deal,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.deal {
+            Deal::Parts(parts) => write!(f, "{} / {parts}", self.tiling.name),
+            Deal::Even => write!(f, "{}, even", self.tiling.name),
+        }
     }
 }
 
@@ -161,9 +191,25 @@ impl Shape {
         Program::Product(self.element, self.columns)
     }
 
-    /// Units of work, see product.cu.
-    fn units(&self, tiling: &Tiling) -> usize {
-        self.width.div_ceil(tiling.rows()) * self.depth.div_ceil(tiling.slice)
+    fn tiles(&self, tiling: &Tiling) -> usize {
+        self.width.div_ceil(tiling.rows())
+    }
+
+    fn slices(&self, tiling: &Tiling) -> usize {
+        self.depth.div_ceil(tiling.slice)
+    }
+
+    /// Ways to make it by a kernel of which so many blocks run at once: whole tiles, tiles in as many
+    /// parts as there is room for, in half as many, and even runs of units.
+    fn deals(&self, tiling: &Tiling, at_once: usize) -> Vec<Deal> {
+        let most = (at_once / self.tiles(tiling)).min(self.slices(tiling));
+        let mut parts = vec![1, most.div_ceil(2), most];
+        parts.retain(|&parts| parts > 0);
+        parts.sort_unstable();
+        parts.dedup();
+        let uneven = !at_once.is_multiple_of(self.tiles(tiling)) && self.slices(tiling) > 1;
+        let even = uneven.then_some(Deal::Even);
+        parts.into_iter().map(Deal::Parts).chain(even).collect()
     }
 }
 
@@ -222,12 +268,15 @@ impl Workspace {
         })
     }
 
-    /// The tilings that there is enough shared memory for.
-    pub fn tilings(&self, shape: Shape) -> impl Iterator<Item = &'static Tiling> {
-        TILINGS.iter().filter(move |tiling| {
-            let tiles = shape.width.div_ceil(tiling.rows());
-            tiling.at_once(shape.columns, &self.processors) > 0 && tiles <= MOST_TILES
-        })
+    /// The ways to make a product on this device.
+    pub fn ways(&self, shape: Shape) -> Vec<Way> {
+        let fitting = TILINGS.iter().filter(|tiling| shape.tiles(tiling) <= MOST_TILES);
+        let ways = fitting.flat_map(|tiling| {
+            let at_once = tiling.at_once(shape.columns, &self.processors);
+            let deals = if at_once > 0 { shape.deals(tiling, at_once) } else { Vec::new() };
+            deals.into_iter().map(move |deal| Way { tiling, deal })
+        });
+        ways.collect()
     }
 
     /// `x W^T + b`: `x` `[M, K]`, `weight` `[N, K]`, `bias` `[N]`; `[M, N]`, or `[M, N / 2]` if gated.
@@ -239,9 +288,9 @@ impl Workspace {
         &mut self,
         (x, weight, bias): (&Tensor, &Tensor, Option<&Tensor>),
         output: Output,
-        tiling: &Tiling,
+        way: Way,
     ) -> Result<Tensor, CudaError> {
-        let said = || format!("product of {x:?} and {weight:?} with {bias:?} by {}", tiling.name);
+        let said = || format!("product of {x:?} and {weight:?} with {bias:?} by {way}");
         let all: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
         let device = device_of(&[&all[..], &[&self.pieces]].concat())?;
         let plain = |part: &&Tensor| {
@@ -253,7 +302,7 @@ impl Workspace {
         let Some(shape) = shape.filter(|_| biased) else {
             return Err(CudaError::Unsupported(said()));
         };
-        require(self.tilings(shape).any(|fitting| fitting == tiling), said)?;
+        require(self.ways(shape).contains(&way), said)?;
         let rows = x.size()[0];
         let kind = if output == Output::Wide { Kind::Float } else { x.kind() };
         let out = Tensor::empty([rows, output.width(shape.width) as i64], (kind, device));
@@ -270,13 +319,20 @@ impl Workspace {
             gated: i32::from(output == Output::Gated),
             wide: i32::from(output == Output::Wide),
         };
-        let blocks = tiling.at_once(shape.columns, &self.processors).min(shape.units(tiling));
+        let Way { tiling, deal } = way;
+        let blocks = match deal {
+            Deal::Parts(parts) => parts * shape.tiles(tiling),
+            Deal::Even => {
+                let units = shape.tiles(tiling) * shape.slices(tiling);
+                tiling.at_once(shape.columns, &self.processors).min(units)
+            }
+        };
         let shared = tiling.shared(shape.columns) as u32;
         let launch =
             Launch { program: shape.program(), name: tiling.name, grid: [blocks, 1], shared };
-        // SAFETY: shapes and types were checked; the pieces have room for each block's, and all zeros
-        // of `arrived` are zeros again after each product before, which this workspace's stream ends
-        // first.
+        // SAFETY: shapes and types were checked; there is room for the pieces of as many blocks as run
+        // at once, and more of them leave none; all zeros of `arrived` are zeros again after each
+        // product before, which this workspace's stream ends first.
         unsafe { launch.run(device, &argument) }?;
         Ok(out)
     }

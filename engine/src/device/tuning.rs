@@ -11,7 +11,7 @@ use crate::{
         driver::Driver,
         launch::overlapping,
         product::{
-            COLUMNS, Output, TILINGS, Tiling,
+            COLUMNS, Output, Way,
             choice::{self, Case},
         },
         source::{Element, Program},
@@ -74,17 +74,16 @@ impl Products<'_> {
 pub struct Trial {
     /// Microseconds of libtorch's own.
     pub libtorch: f64,
-    /// Microseconds of each of [`TILINGS`] that could be run, by name.
-    pub tilings: BTreeMap<String, f64>,
+    /// Microseconds of each [`Way`] whose numbers were right.
+    pub ways: BTreeMap<String, f64>,
 }
 
 impl Trial {
-    /// The fastest of [`TILINGS`], if it is faster than libtorch's.
-    pub fn fastest(&self) -> Option<&'static Tiling> {
-        let time = |tiling: &&'static Tiling| self.tilings.get(tiling.name).copied();
-        let times = TILINGS.iter().filter_map(|tiling| Some((tiling, time(&tiling)?)));
-        let (tiling, time) = times.min_by(|(_, a), (_, b)| a.total_cmp(b))?;
-        (time < self.libtorch).then_some(tiling)
+    /// The fastest of `ways`, if it is faster than libtorch's.
+    pub fn fastest(&self, ways: &[Way]) -> Option<Way> {
+        let times = ways.iter().filter_map(|way| Some((*way, *self.ways.get(&way.to_string())?)));
+        let (way, time) = times.min_by(|(_, a), (_, b)| a.total_cmp(b))?;
+        (time < self.libtorch).then_some(way)
     }
 }
 
@@ -97,6 +96,8 @@ pub struct Tried {
     pub case: Case,
     /// How long each took.
     pub trial: Trial,
+    /// The fastest, if it is not libtorch's.
+    pub chosen: Option<Way>,
 }
 
 /// Times every way to make `products` with each number of rows that there are kernels for, but for what
@@ -118,9 +119,10 @@ pub fn choose_fastest(
                 Some(trial) => trial.clone(),
                 None => try_all(products, &x, case, others)?,
             };
-            choice::choose(x.device(), case, trial.fastest());
+            let chosen = trial.fastest(&choice::ways(x.device(), &case)?);
+            choice::choose(x.device(), case, chosen);
             known.insert(case.to_string(), trial.clone());
-            tried.push(Tried { name: products.name, case, trial });
+            tried.push(Tried { name: products.name, case, trial, chosen });
         }
     }
     Ok(tried)
@@ -136,15 +138,15 @@ fn try_all(
     choice::choose(device, case, None);
     let wanted = products.make(x, 0);
     let libtorch = microseconds(products, x, others)?;
-    let mut trial = Trial { libtorch, tilings: BTreeMap::new() };
-    for tiling in choice::tilings(device, &case)? {
-        choice::choose(device, case, Some(tiling));
+    let mut trial = Trial { libtorch, ways: BTreeMap::new() };
+    for way in choice::ways(device, &case)? {
+        choice::choose(device, case, Some(way));
         let distance = distance(&products.make(x, 0), &wanted);
         if distance > tolerance(x.kind()) {
-            tracing::warn!(%case, tiling = tiling.name, distance, "a kernel's numbers are wrong");
+            tracing::warn!(%case, %way, distance, "a kernel's numbers are wrong");
             continue;
         }
-        trial.tilings.insert(tiling.name.into(), microseconds(products, x, others)?);
+        trial.ways.insert(way.to_string(), microseconds(products, x, others)?);
     }
     Ok(trial)
 }
@@ -208,9 +210,12 @@ pub fn tune(index: usize, products: &[Products<'_>], others: &Tensor) {
     let file = file(index);
     let mut known = file.as_deref().and_then(read).unwrap_or_default();
     let before = known.len();
+    if before == 0 {
+        tracing::info!("trying kernels for products of few rows, once for this device");
+    }
     match choose_fastest(products, others, &mut known) {
         Ok(tried) => {
-            let own = tried.iter().filter(|tried| tried.trial.fastest().is_some()).count();
+            let own = tried.iter().filter(|tried| tried.chosen.is_some()).count();
             let (all, new, seconds) =
                 (tried.len(), known.len() - before, started.elapsed().as_secs_f64());
             tracing::info!(all, own, new, seconds, "products of few rows by the fastest kernels");

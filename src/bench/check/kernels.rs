@@ -225,8 +225,8 @@ fn products(place: &Place, kind: Kind) -> Result<f64, anyhow::Error> {
             (Output::Wide, None, &sums),
         ] {
             let Some(case) = choice::Case::of(&x, &weight, output) else { continue };
-            for tiling in choice::tilings(device, &case)? {
-                let got = choice::product_by((&x, &weight, bias), output, tiling)?;
+            for way in choice::ways(device, &case)? {
+                let got = choice::product_by((&x, &weight, bias), output, way)?;
                 worst = larger(worst, distance(&got, want));
             }
         }

@@ -2,11 +2,11 @@
 //
 // The tensor cores' first matrix are rows of W, its second one rows of x: of those there may be few.
 // A tile is 32 rows of W for each of `ACROSS` warps, and all of x; a unit of work is a tile over one
-// slice of the depth, which `ALONG` warps divide. Every thread block takes an equal run of the units,
-// whichever tiles they belong to (stream-K, arXiv 2301.03598), so that all of them end together, and
-// has `STAGES - 1` of them on their way from memory while it computes one. Where a tile is shared,
-// each block leaves a piece of it, and whichever comes last adds them up, in the order of the depth:
-// the result does not depend on who that was.
+// slice of the depth, which `ALONG` warps divide. Every thread block takes an equal run of the units:
+// some tiles, an equal part of one, or, if the number of blocks is no multiple of the tiles', whatever
+// they belong to (stream-K, arXiv 2301.03598). It has `STAGES - 1` units on their way from memory while
+// it computes one. Where a tile is shared, each block leaves a piece of it, and whichever comes last adds
+// them up, in the order of the depth: the result does not depend on who that was.
 
 // As in product.rs.
 struct Product {
@@ -321,7 +321,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   }
 };
 
-// Grid: at most as many blocks as run at once, and as there are units. Shared memory: Memory.
+// Grid: at most as many blocks as there are units; they need not all run at once. Shared memory: Memory.
 template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES>
 DEVICE void product(const Product &a) {
   SHARED_MEMORY(memory);

@@ -1,7 +1,7 @@
-//! Which kernel makes a product of which shape on a device, if not libtorch's: what was chosen for it
-//! (see [`crate::device::tuning`]), and products by it.
+//! Which way to make a product of which shape was chosen on a device, if not libtorch's (see
+//! [`crate::device::tuning`]), and products made so.
 
-use super::{Output, Processors, Shape, Tiling, Workspace};
+use super::{Output, Processors, Shape, Way, Workspace};
 use crate::{cuda::CudaError, torch::TorchError};
 use std::{
     cell::RefCell,
@@ -40,7 +40,7 @@ impl fmt::Display for Case {
     }
 }
 
-type Choices = HashMap<(Device, Case), &'static Tiling>;
+type Choices = HashMap<(Device, Case), Way>;
 
 static CHOICES: RwLock<Option<Choices>> = RwLock::new(None);
 
@@ -49,17 +49,17 @@ thread_local! {
     static WORKSPACES: RefCell<HashMap<Device, Workspace>> = RefCell::default();
 }
 
-/// Takes `tiling` for products of this case on `device` from now on; libtorch's if it is none.
-pub fn choose(device: Device, case: Case, tiling: Option<&'static Tiling>) {
+/// Makes products of this case on `device` in this way from now on; by libtorch if it is none.
+pub fn choose(device: Device, case: Case, way: Option<Way>) {
     let mut choices = CHOICES.write().unwrap_or_else(PoisonError::into_inner);
     let choices = choices.get_or_insert_default();
-    match tiling {
-        Some(tiling) => choices.insert((device, case), tiling),
+    match way {
+        Some(way) => choices.insert((device, case), way),
         None => choices.remove(&(device, case)),
     };
 }
 
-fn chosen(device: Device, case: Case) -> Option<&'static Tiling> {
+fn chosen(device: Device, case: Case) -> Option<Way> {
     let choices = CHOICES.read().unwrap_or_else(PoisonError::into_inner);
     choices.as_ref()?.get(&(device, case)).copied()
 }
@@ -72,8 +72,8 @@ pub fn product(
     (x, weight, bias): (&Tensor, &Tensor, Option<&Tensor>),
     output: Output,
 ) -> Option<Tensor> {
-    let tiling = chosen(weight.device(), Case::of(x, weight, output)?)?;
-    match product_by((&x.contiguous(), weight, bias), output, tiling) {
+    let way = chosen(weight.device(), Case::of(x, weight, output)?)?;
+    match product_by((&x.contiguous(), weight, bias), output, way) {
         Ok(made) => Some(made),
         Err(CudaError::Unsupported(_)) => None,
         Err(error) => panic!("{error}"),
@@ -87,17 +87,17 @@ pub fn product(
 pub fn product_by(
     parts: (&Tensor, &Tensor, Option<&Tensor>),
     output: Output,
-    tiling: &'static Tiling,
+    way: Way,
 ) -> Result<Tensor, CudaError> {
-    in_workspace(parts.1.device(), |workspace| workspace.product(parts, output, tiling))?
+    in_workspace(parts.1.device(), |workspace| workspace.product(parts, output, way))?
 }
 
-/// The kernels that make products of this case on a device.
+/// The ways to make products of this case on a device.
 ///
 /// # Errors
 /// If the device has no memory for a workspace.
-pub fn tilings(device: Device, case: &Case) -> Result<Vec<&'static Tiling>, CudaError> {
-    in_workspace(device, |workspace| workspace.tilings(case.shape).collect())
+pub fn ways(device: Device, case: &Case) -> Result<Vec<Way>, CudaError> {
+    in_workspace(device, |workspace| workspace.ways(case.shape))
 }
 
 /// Runs `body` with this thread's workspace.

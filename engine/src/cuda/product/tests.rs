@@ -30,9 +30,9 @@ impl Case {
         &self,
         workspace: &mut Workspace,
         output: Output,
-        tiling: &Tiling,
+        way: Way,
     ) -> Result<Tensor, CudaError> {
-        workspace.product((&self.x, &self.weight, self.bias.as_ref()), output, tiling)
+        workspace.product((&self.x, &self.weight, self.bias.as_ref()), output, way)
     }
 
     fn want(&self, output: Output) -> Tensor {
@@ -48,20 +48,25 @@ impl Case {
         y
     }
 
-    fn check(&self, workspace: &mut Workspace, output: Output, tiling: &Tiling, allowed: f64) {
-        let what = format!("{:?} by {:?}, {output:?}, {}", self.x, self.weight, tiling.name);
-        let got = self.run(workspace, output, tiling).unwrap();
-        assert_eq!(got.kind() == Kind::Float, output == Output::Wide, "{what}");
+    /// By all ways.
+    fn check(&self, workspace: &mut Workspace, output: Output, allowed: f64) {
         let want = self.want(output);
-        let errors = (got.to_kind(Kind::Double) - &want).abs() / want.abs().clamp_min(1.0);
-        let error = errors.max().double_value(&[]);
-        // f32 sums of products of this size are off by more than a last bit of their own.
-        let allowed = if output == Output::Wide { 1e-5 } else { allowed };
-        assert!(error <= allowed, "{what}: {error:e}");
-        let left = workspace.arrived.abs().max().int64_value(&[]);
-        assert_eq!(left, 0, "{what}: the next product finds zeros");
-        let again = self.run(workspace, output, tiling).unwrap();
-        assert!(again.equal(&got), "{what}: the same once more");
+        // A sum grows as the root of the depth, and what it is rounded by on the way does, too.
+        let depth = self.x.size()[1] as f64;
+        let allowed = if output == Output::Wide { 1e-6 * depth.sqrt() } else { allowed };
+        let shape = Shape::of(&self.x, &self.weight, output).unwrap();
+        for way in workspace.ways(shape) {
+            let what = format!("{:?} by {:?}, {output:?}, {way}", self.x, self.weight);
+            let got = self.run(workspace, output, way).unwrap();
+            assert_eq!(got.kind() == Kind::Float, output == Output::Wide, "{what}");
+            let errors = (got.to_kind(Kind::Double) - &want).abs() / want.abs().clamp_min(1.0);
+            let error = errors.max().double_value(&[]);
+            assert!(error <= allowed, "{what}: {error:e}");
+            let left = workspace.arrived.abs().max().int64_value(&[]);
+            assert_eq!(left, 0, "{what}: the next product finds zeros");
+            let again = self.run(workspace, output, way).unwrap();
+            assert!(again.equal(&got), "{what}: the same once more");
+        }
     }
 }
 
@@ -69,17 +74,15 @@ impl Case {
 fn products_are_those_of_f64() {
     random::seed(1);
     for (kind, allowed) in KINDS {
-        for tiling in &TILINGS {
-            // One tile and one unit; tails in every direction; tiles that blocks share, and not.
-            for (shape, count) in
-                [([1, 8, 8], 3), ([5, 72, 200], 2), ([16, 300 * 8, 96], 3), ([13, 136, 1048], 5)]
+        // One tile and one unit; tails in every direction; tiles that blocks share, and not.
+        for (shape, count) in
+            [([1, 8, 8], 3), ([5, 72, 200], 2), ([16, 300 * 8, 96], 3), ([13, 136, 1048], 5)]
+        {
+            let mut workspace = Workspace::new(processors(count), Device::Cpu).unwrap();
+            for (output, biased) in
+                [(Output::Plain, true), (Output::Wide, false), (Output::Plain, false)]
             {
-                let mut workspace = Workspace::new(processors(count), Device::Cpu).unwrap();
-                for (output, biased) in
-                    [(Output::Plain, true), (Output::Wide, false), (Output::Plain, false)]
-                {
-                    Case::new(shape, biased, kind).check(&mut workspace, output, tiling, allowed);
-                }
+                Case::new(shape, biased, kind).check(&mut workspace, output, allowed);
             }
         }
     }
@@ -89,11 +92,9 @@ fn products_are_those_of_f64() {
 fn products_of_all_numbers_of_rows() {
     random::seed(2);
     let mut workspace = Workspace::new(processors(3), Device::Cpu).unwrap();
-    for tiling in &TILINGS {
-        for rows in [1, 16, 17, 31, 33, 64] {
-            let case = Case::new([rows, 152, 320], true, Kind::BFloat16);
-            case.check(&mut workspace, Output::Plain, tiling, 1.0 / 256.0);
-        }
+    for rows in [1, 16, 17, 31, 33, 64] {
+        let case = Case::new([rows, 152, 320], true, Kind::BFloat16);
+        case.check(&mut workspace, Output::Plain, 1.0 / 256.0);
     }
 }
 
@@ -101,14 +102,10 @@ fn products_of_all_numbers_of_rows() {
 fn gates() {
     random::seed(3);
     for (kind, allowed) in KINDS {
-        for tiling in &TILINGS {
-            for (shape, count) in [([3, 16, 16], 2), ([20, 2 * 200, 72], 3), ([9, 2 * 64, 520], 4)]
-            {
-                let mut workspace = Workspace::new(processors(count), Device::Cpu).unwrap();
-                for biased in [true, false] {
-                    let case = Case::new(shape, biased, kind);
-                    case.check(&mut workspace, Output::Gated, tiling, allowed);
-                }
+        for (shape, count) in [([3, 16, 16], 2), ([20, 2 * 200, 72], 3), ([9, 2 * 64, 520], 4)] {
+            let mut workspace = Workspace::new(processors(count), Device::Cpu).unwrap();
+            for biased in [true, false] {
+                Case::new(shape, biased, kind).check(&mut workspace, Output::Gated, allowed);
             }
         }
     }
@@ -120,15 +117,36 @@ fn a_row_does_not_depend_on_the_others() {
     random::seed(4);
     let mut workspace = Workspace::new(processors(3), Device::Cpu).unwrap();
     let case = Case::new([16, 200, 600], true, Kind::BFloat16);
-    for tiling in &TILINGS {
-        let all = case.run(&mut workspace, Output::Plain, tiling).unwrap();
+    let shape = Shape::of(&case.x, &case.weight, Output::Plain).unwrap();
+    for way in workspace.ways(shape) {
+        let all = case.run(&mut workspace, Output::Plain, way).unwrap();
         for rows in [1, 7] {
             let x = case.x.narrow(0, 16 - rows, rows).contiguous();
             let parts = (&x, &case.weight, case.bias.as_ref());
-            let some = workspace.product(parts, Output::Plain, tiling).unwrap();
-            assert!(some.equal(&all.narrow(0, 16 - rows, rows)), "{} {rows}", tiling.name);
+            let some = workspace.product(parts, Output::Plain, way).unwrap();
+            assert!(some.equal(&all.narrow(0, 16 - rows, rows)), "{way} {rows}");
         }
     }
+}
+
+/// Of Qwen2.5-7B on an H100, at 64 rows.
+#[test]
+fn work_is_dealt_out_in_ways_that_fill_the_device() {
+    let h100 = processors(132);
+    let deals = |width, depth, tiling: usize| {
+        let (element, output) = (Element::Bf16, Output::Plain);
+        let shape = Shape { element, columns: 64, width, depth, output };
+        let tiling = &TILINGS[tiling];
+        (shape.tiles(tiling), shape.deals(tiling, tiling.at_once(64, &h100)))
+    };
+    let parts = |parts: &[usize]| -> Vec<Deal> { parts.iter().map(|&n| Deal::Parts(n)).collect() };
+    let both = |numbers: &[usize]| [parts(numbers), vec![Deal::Even]].concat();
+    assert_eq!(deals(3584, 3584, 3), (28, both(&[1, 2, 4])));
+    assert_eq!(deals(3584, 3584, 2), (28, both(&[1, 5, 9])));
+    assert_eq!(deals(37888, 3584, 2), (296, both(&[1])));
+    assert_eq!(deals(37888, 3584, 6), (132, parts(&[1])), "one tile for each processor");
+    assert_eq!(deals(1152, 896, 5), (5, both(&[1, 7, 14])));
+    assert_eq!(deals(64, 64, 0), (1, parts(&[1])), "there is nothing to share");
 }
 
 #[test]
@@ -136,25 +154,29 @@ fn what_does_not_fit_is_refused() {
     let mut workspace = Workspace::new(processors(2), Device::Cpu).unwrap();
     let zeros = |shape: [i64; 2], kind| Tensor::zeros(shape, (kind, Device::Cpu));
     let half = |rows, columns| zeros([rows, columns], Kind::Half);
-    let mut refused = |x: Tensor, weight: Tensor, bias: Option<Tensor>, output| {
-        let parts = (&x, &weight, bias.as_ref());
-        let error = workspace.product(parts, output, &TILINGS[0]).unwrap_err();
+    let whole = Way { tiling: &TILINGS[0], deal: Deal::Parts(1) };
+    let mut refused = |x: Tensor, weight: Tensor, bias: Option<Tensor>, output, way| {
+        let error = workspace.product((&x, &weight, bias.as_ref()), output, way).unwrap_err();
         assert!(matches!(error, CudaError::Unsupported(_)), "{error}");
     };
-    refused(half(65, 16), half(8, 16), None, Output::Plain);
-    refused(half(0, 16), half(8, 16), None, Output::Plain);
-    refused(half(2, 16), half(12, 16), None, Output::Plain);
-    refused(half(2, 16), half(8, 16), None, Output::Gated);
-    refused(half(2, 12), half(8, 12), None, Output::Plain);
-    refused(half(2, 16), half(8, 24), None, Output::Plain);
-    refused(half(2, 16), half(16, 8).tr(), None, Output::Plain);
-    refused(half(2, 16), half(8, 16), Some(half(1, 8)), Output::Plain);
-    refused(half(2, 16), zeros([8, 16], Kind::BFloat16), None, Output::Plain);
-    refused(zeros([2, 16], Kind::Float), zeros([8, 16], Kind::Float), None, Output::Plain);
+    let plain = Output::Plain;
+    refused(half(65, 16), half(8, 16), None, plain, whole);
+    refused(half(0, 16), half(8, 16), None, plain, whole);
+    refused(half(2, 16), half(12, 16), None, plain, whole);
+    refused(half(2, 16), half(8, 16), None, Output::Gated, whole);
+    refused(half(2, 12), half(8, 12), None, plain, whole);
+    refused(half(2, 16), half(8, 24), None, plain, whole);
+    refused(half(2, 16), half(16, 8).tr(), None, plain, whole);
+    refused(half(2, 16), half(8, 16), Some(half(1, 8)), plain, whole);
+    refused(half(2, 16), zeros([8, 16], Kind::BFloat16), None, plain, whole);
+    refused(zeros([2, 16], Kind::Float), zeros([8, 16], Kind::Float), None, plain, whole);
+    let many = Way { deal: Deal::Parts(100), ..whole };
+    refused(half(2, 16), half(8, 16), None, plain, many);
     let tight = Processors { count: 2, shared: 100 << 10, shared_of_block: 99 << 10 };
     let tight = Workspace::new(tight, Device::Cpu).unwrap();
-    let shape = Shape::of(&half(64, 16), &half(8, 16), Output::Plain).unwrap();
-    assert_eq!(tight.tilings(shape).count(), 0, "64 rows need more shared memory");
-    let fitting = tight.tilings(Shape { columns: 16, ..shape }).map(|tiling| tiling.name);
-    assert_eq!(fitting.collect::<Vec<_>>(), ["product_128", "product_64"]);
+    let shape = Shape::of(&half(64, 16), &half(8, 16), plain).unwrap();
+    let names = |shape| tight.ways(shape).iter().map(|way| way.tiling.name).collect::<Vec<_>>();
+    assert_eq!(names(shape), ["product_96"], "64 rows need more shared memory");
+    let some = ["product_64", "product_96", "product_128"];
+    assert_eq!(names(Shape { columns: 16, ..shape }), some);
 }

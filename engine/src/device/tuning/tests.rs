@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::{
+    cuda::product::{Deal, TILINGS},
     device::{
         Placement,
         pages::DevicePages,
@@ -76,20 +77,20 @@ fn a_model_runs_by_the_kernels_that_were_chosen() {
         let mut known = BTreeMap::new();
         let tried = choose_fastest(&products, decoder.head(), &mut known).unwrap();
         assert_eq!((tried.len(), known.len()), (5 * 4, 5 * 4), "one row, and three kernels");
-        for Tried { name, case, trial } in &tried {
-            // The harness is no GPU.
-            assert_eq!(trial.fastest(), None, "{name} {case}");
-            assert_eq!(trial.tilings.len(), TILINGS.len(), "{name} {case}: all numbers are right");
+        for Tried { name, case, trial, .. } in &tried {
+            let ways = choice::ways(Device::Cpu, case).unwrap();
+            assert_eq!(trial.ways.len(), ways.len(), "{name} {case}: all numbers are right");
+            assert!(trial.ways.values().chain([&trial.libtorch]).all(|&time| time > 0.0));
         }
-        assert!(logits_of(&config, &decoder).equal(&libtorchs));
 
         for tiling in &TILINGS {
             // What is known is not tried again.
             for trial in known.values_mut() {
-                *trial = Trial { libtorch: 1.0, tilings: [(tiling.name.into(), 0.5)].into() };
+                let way = Way { tiling, deal: Deal::Parts(1) };
+                *trial = Trial { libtorch: 1.0, ways: [(way.to_string(), 0.5)].into() };
             }
             let chosen = choose_fastest(&products, decoder.head(), &mut known).unwrap();
-            assert!(chosen.iter().all(|tried| tried.trial.fastest() == Some(tiling)));
+            assert!(chosen.iter().all(|tried| tried.chosen.unwrap().tiling == tiling));
             let own = logits_of(&config, &decoder);
             assert_eq!(own.kind(), Kind::Float);
             assert!(distance(&own, &libtorchs) < 0.03, "{}", tiling.name);
@@ -98,23 +99,27 @@ fn a_model_runs_by_the_kernels_that_were_chosen() {
         for trial in known.values_mut() {
             trial.libtorch = 0.25;
         }
-        choose_fastest(&products, decoder.head(), &mut known).unwrap();
+        let chosen = choose_fastest(&products, decoder.head(), &mut known).unwrap();
+        assert!(chosen.iter().all(|tried| tried.chosen.is_none()));
         assert!(logits_of(&config, &decoder).equal(&libtorchs));
     });
 }
 
 #[test]
 fn the_fastest_is_chosen() {
+    let way = |index: usize, deal| Way { tiling: &TILINGS[index], deal };
+    let ways = [way(0, Deal::Parts(2)), way(0, Deal::Even), way(1, Deal::Parts(1))];
     let trial = |libtorch, times: &[(&str, f64)]| Trial {
         libtorch,
-        tilings: times.iter().map(|&(name, time)| (name.to_string(), time)).collect(),
+        ways: times.iter().map(|&(name, time)| (name.to_string(), time)).collect(),
     };
-    let [first, second] = [TILINGS[0].name, TILINGS[1].name];
-    assert_eq!(trial(3.0, &[(first, 2.0), (second, 1.0)]).fastest(), Some(&TILINGS[1]));
-    assert_eq!(trial(1.0, &[(first, 2.0), (second, 1.0)]).fastest(), None);
-    assert_eq!(trial(1.0, &[("of an older version", 0.5)]).fastest(), None);
-    let text = serde_json::to_string(&trial(3.0, &[(first, 2.5)])).unwrap();
-    assert_eq!(serde_json::from_str::<Trial>(&text).unwrap(), trial(3.0, &[(first, 2.5)]));
+    let times = [("product_64 / 2", 2.0), ("product_64, even", 1.0), ("product_96 / 1", 1.5)];
+    assert_eq!(trial(3.0, &times).fastest(&ways), Some(ways[1]));
+    assert_eq!(trial(3.0, &times[..1]).fastest(&ways), Some(ways[0]));
+    assert_eq!(trial(1.0, &times).fastest(&ways), None);
+    assert_eq!(trial(1.0, &[("of an older version", 0.5)]).fastest(&ways), None);
+    let text = serde_json::to_string(&trial(3.0, &times)).unwrap();
+    assert_eq!(serde_json::from_str::<Trial>(&text).unwrap(), trial(3.0, &times));
 }
 
 #[test]
