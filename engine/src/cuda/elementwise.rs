@@ -196,8 +196,8 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, CudaErro
 }
 
 /// [`rotate`] of `q` `[N, heads, head_dim]`, and what stands in the slots of the pages afterwards: `k`
-/// turned, and `v`, `[N, kv_heads, head_dim]` each. Rows may lie apart; a row whose slot is -1 is
-/// written nowhere, and no slot lies outside of the pages.
+/// turned, and `v`, `[N, kv_heads, head_dim]` each. `head_dim` is a multiple of 16; rows may lie apart, by
+/// a multiple of 8. A row whose slot is -1 is written nowhere, and no slot lies outside of the pages.
 ///
 /// # Errors
 /// As [`rms_norm`].
@@ -218,6 +218,12 @@ pub fn rotate_write(
     }
     check_angles([cos, sin], [rows, head_dim / 2].map(|axis| axis as i64))?;
     check_slots(slots)?;
+    let lined = |part: &&Tensor| aligned(part) && part.stride()[0] % 8 == 0;
+    let whole =
+        head_dim.is_multiple_of(16) && [k_pages, v_pages, cos, sin].into_iter().all(aligned);
+    require(whole && [q, k, v].iter().all(lined), || {
+        format!("heads of {head_dim} numbers, or q, k and v of {q:?} at odd addresses")
+    })?;
     let shape = [rows, heads, head_dim].map(|axis| axis as i64);
     let out = Tensor::empty(shape, (q.kind(), device));
     let argument = RotateWrite {
@@ -237,9 +243,10 @@ pub fn rotate_write(
         k_stride: k.stride()[0] as i32,
         v_stride: v.stride()[0] as i32,
     };
-    let grid = [rows, heads + 2 * kv_heads];
-    let program = Program::Elementwise(element);
-    let launch = Launch { program, name: "rotate_write", grid, shared: 0 };
+    let lines = (heads + 2 * kv_heads) * head_dim / 2 * element.bytes() / 16;
+    let (program, name) = (Program::Elementwise(element), "rotate_write");
+    let grid = [rows, lines.div_ceil(program.threads(name) as usize)];
+    let launch = Launch { program, name, grid, shared: 0 };
     // SAFETY: shapes and types were checked; the caller vouches for the slots.
     unsafe { launch.run(device, &argument) }?;
     Ok(out)
@@ -346,7 +353,7 @@ mod tests {
     fn norms() {
         random::seed(1);
         for (kind, allowed) in KINDS {
-            for shape in [vec![3, 8], vec![5, 896], vec![2, 3, 4096]] {
+            for shape in [vec![3, 8], vec![5, 896], vec![2, 3, 4096], vec![2, 10_240]] {
                 let (x, y) = (random(&shape, kind), random(&shape, kind));
                 let weight = random(&shape[shape.len() - 1..], kind);
                 let got = rms_norm(&x, &weight, 1e-5).unwrap();
@@ -380,23 +387,28 @@ mod tests {
     #[test]
     fn rotations_into_pages() {
         random::seed(4);
-        for (kind, _) in KINDS {
-            // q, k and v as parts of one product.
-            let wide = random(&[4, 9 * 16], kind);
-            let part =
-                |from: i64, heads: i64| wide.narrow(1, 16 * from, 16 * heads).view([4, heads, 16]);
-            let (q, k, v) = (part(0, 5), part(5, 2), part(7, 2));
-            let angles = random(&[4, 8], Kind::Float) * 3.0;
-            let (cos, sin) = (angles.cos(), angles.sin());
-            let slots = Tensor::from_slice(&[5i64, -1, 47, 16]);
-            let pages = || random(&[3, 2, 16, 16], kind);
-            let (keys, values) = (pages(), pages());
-            let want = (keys.copy(), values.copy());
-            let turned = rotate(&k, &cos, &sin).unwrap();
-            super::super::pages::write_kv((&turned, &v), (&want.0, &want.1), &slots).unwrap();
-            let got = rotate_write([&q, &k, &v], [&cos, &sin], (&keys, &values), &slots).unwrap();
-            assert!(got.equal(&rotate(&q, &cos, &sin).unwrap()), "{kind:?}");
-            assert!(keys.equal(&want.0) && values.equal(&want.1), "{kind:?}");
+        // Of 9 and of 144 lines of a row: one block and two.
+        for (heads, dim) in [(5, 16), (14, 128)] {
+            for (kind, _) in KINDS {
+                // q, k and v as parts of one product.
+                let wide = random(&[4, (heads + 4) * dim], kind);
+                let part = |from: i64, heads: i64| {
+                    wide.narrow(1, dim * from, dim * heads).view([4, heads, dim])
+                };
+                let (q, k, v) = (part(0, heads), part(heads, 2), part(heads + 2, 2));
+                let angles = random(&[4, dim / 2], Kind::Float) * 3.0;
+                let (cos, sin) = (angles.cos(), angles.sin());
+                let slots = Tensor::from_slice(&[5i64, -1, 47, 16]);
+                let pages = || random(&[3, 2, 16, dim], kind);
+                let (keys, values) = (pages(), pages());
+                let want = (keys.copy(), values.copy());
+                let turned = rotate(&k, &cos, &sin).unwrap();
+                super::super::pages::write_kv((&turned, &v), (&want.0, &want.1), &slots).unwrap();
+                let angles = [&cos, &sin];
+                let got = rotate_write([&q, &k, &v], angles, (&keys, &values), &slots).unwrap();
+                assert!(got.equal(&rotate(&q, &cos, &sin).unwrap()), "{kind:?} {dim}");
+                assert!(keys.equal(&want.0) && values.equal(&want.1), "{kind:?} {dim}");
+            }
         }
     }
 
@@ -430,6 +442,12 @@ mod tests {
             rotate(&zeros(&[2, 1, 8]), &zeros(&[2, 8]), &zeros(&[2, 8])),
             swiglu(&zeros(&[2, 8]), &zeros(&[2, 16])),
             swiglu(&zeros(&[2, 8]).to_kind(Kind::Int64), &zeros(&[2, 8])),
+            rotate_write(
+                [&zeros(&[2, 1, 24]); 3],
+                [&zeros(&[2, 12]); 2],
+                (&zeros(&[3, 1, 16, 24]), &zeros(&[3, 1, 16, 24])),
+                &Tensor::from_slice(&[0i64, 1]),
+            ),
         ];
         assert!(refused.iter().all(|result| matches!(result, Err(CudaError::Unsupported(_)))));
     }

@@ -161,7 +161,7 @@ impl Program {
                 vec![
                     entry("rms_norm", "Norm", 256, &parameters),
                     entry("rotate", "Rotate", 128, &parameters),
-                    entry("rotate_write", "RotateWrite", 64, &parameters),
+                    entry("rotate_write", "RotateWrite", 128, &parameters),
                     entry("swiglu", "Gate", 256, &parameters),
                     entry("swiglu_gradient", "GateGradient", 256, &parameters),
                 ]

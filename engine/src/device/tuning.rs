@@ -21,7 +21,7 @@ use crate::{
         swiglu::gated,
     },
     profile::untimed,
-    torch::{TorchError, graph::Graph, random, stream::synchronize},
+    torch::{TorchError, graph::Graph, random, storage::empty_cache, stream::synchronize},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -111,13 +111,13 @@ pub fn choose_fastest(
     others: &Tensor,
     known: &mut BTreeMap<String, Trial>,
 ) -> Result<Vec<Tried>, CudaError> {
-    let mut tried = Vec::new();
+    let (mut tried, mut watch) = (Vec::new(), Stopwatch { others, first: None });
     for products in products {
         for x in products.inputs() {
             let Some(case) = Case::of(&x, products.weight(), products.output) else { continue };
             let trial = match known.get(&case.to_string()) {
                 Some(trial) => trial.clone(),
-                None => try_all(products, &x, case, others)?,
+                None => try_all(products, &x, case, &mut watch)?,
             };
             let chosen = trial.fastest(&choice::ways(x.device(), &case)?);
             choice::choose(x.device(), case, chosen);
@@ -132,12 +132,12 @@ fn try_all(
     products: &Products<'_>,
     x: &Tensor,
     case: Case,
-    others: &Tensor,
+    watch: &mut Stopwatch<'_>,
 ) -> Result<Trial, CudaError> {
     let device = x.device();
     choice::choose(device, case, None);
     let wanted = products.make(x, 0);
-    let libtorch = microseconds(products, x, others)?;
+    let libtorch = watch.microseconds(products, x)?;
     let mut trial = Trial { libtorch, ways: BTreeMap::new() };
     for way in choice::ways(device, &case)? {
         choice::choose(device, case, Some(way));
@@ -146,7 +146,7 @@ fn try_all(
             tracing::warn!(%case, %way, distance, "a kernel's numbers are wrong");
             continue;
         }
-        trial.ways.insert(way.to_string(), microseconds(products, x, others)?);
+        trial.ways.insert(way.to_string(), watch.microseconds(products, x)?);
     }
     Ok(trial)
 }
@@ -164,28 +164,40 @@ fn tolerance(kind: Kind) -> f64 {
     if kind == Kind::BFloat16 { 1.0 / 64.0 } else { 1.0 / 512.0 }
 }
 
-/// Of the products of all layers, one after the other as in a recorded step, by their number.
-fn microseconds(products: &Products<'_>, x: &Tensor, others: &Tensor) -> Result<f64, TorchError> {
-    let layers = products.layers.len();
-    let all = || (0..layers).fold(None, |_, layer| Some(products.make(x, layer)));
-    let seconds = match x.device() {
-        Device::Cuda(index) => {
-            let (mut graph, _made) = untimed(|| Graph::record(index, None, || overlapping(all)))?;
-            let before = || {
-                let _ = others.sum(Kind::Float);
-                synchronize(index)
-            };
-            best_of(before, || graph.run().and_then(|()| synchronize(index)))
-        }
-        _ => best_of(
-            || Ok(()),
-            || {
-                let _ = all();
-                Ok(())
-            },
-        ),
-    };
-    Ok(1e6 * seconds? / layers as f64)
+struct Stopwatch<'a> {
+    others: &'a Tensor,
+    /// Whose memory all graphs share.
+    first: Option<Graph>,
+}
+
+impl Stopwatch<'_> {
+    /// Of the products of all layers, one after the other as in a recorded step, by their number.
+    fn microseconds(&mut self, products: &Products<'_>, x: &Tensor) -> Result<f64, TorchError> {
+        let layers = products.layers.len();
+        let all = || (0..layers).fold(None, |_, layer| Some(products.make(x, layer)));
+        let seconds = match x.device() {
+            Device::Cuda(index) => {
+                let pool = self.first.as_ref().map(Graph::pool).transpose()?;
+                let recorded = untimed(|| Graph::record(index, pool, || overlapping(all)));
+                let (mut graph, _made) = recorded?;
+                let before = || {
+                    let _ = self.others.sum(Kind::Float);
+                    synchronize(index)
+                };
+                let best = best_of(before, || graph.run().and_then(|()| synchronize(index)));
+                self.first.get_or_insert(graph);
+                best
+            }
+            _ => best_of(
+                || Ok(()),
+                || {
+                    let _ = all();
+                    Ok(())
+                },
+            ),
+        };
+        Ok(1e6 * seconds? / layers as f64)
+    }
 }
 
 /// Seconds of the fastest of some runs, what comes before each of them aside.
@@ -221,6 +233,9 @@ pub fn tune(index: usize, products: &[Products<'_>], others: &Tensor) {
             tracing::info!(all, own, new, seconds, "products of few rows by the fastest kernels");
         }
         Err(error) => tracing::warn!(%error, "products cannot be tuned; they are libtorch's"),
+    }
+    if let Err(error) = empty_cache(Device::Cuda(index)) {
+        tracing::warn!(%error, "what was tried may still hold memory");
     }
     if let Some(file) = file.filter(|_| known.len() > before) {
         let text = serde_json::to_vec_pretty(&known).expect("numbers by names");

@@ -12,27 +12,56 @@ struct Norm {
 };
 
 constexpr int NORM_THREADS = 256;
+constexpr int KEPT = 4; // lines that a thread keeps until their row is summed up
+
+// What line `i` of the row is normed from; stored where it is a sum.
+template <class T> DEVICE Line<T> summed(const Norm &a, i64 row, int i) {
+  typedef Line<T> L;
+  L line = ((const L *)a.x)[row + i];
+  if (a.added) {
+    const L more = ((const L *)a.added)[row + i];
+#pragma unroll
+    for (int j = 0; j < L::COUNT; ++j) put(line.at[j], number(line.at[j]) + number(more.at[j]));
+    ((L *)a.sum)[row + i] = line;
+  }
+  return line;
+}
+
+template <class T> DEVICE float squares_of(const Line<T> &line) {
+  float squares = 0.0f;
+#pragma unroll
+  for (int j = 0; j < Line<T>::COUNT; ++j) squares += number(line.at[j]) * number(line.at[j]);
+  return squares;
+}
+
+template <class T> DEVICE Line<T> scaled(const Line<T> &line, float factor, const Line<T> &weight) {
+  Line<T> made;
+#pragma unroll
+  for (int j = 0; j < Line<T>::COUNT; ++j) {
+    put(made.at[j], number(line.at[j]) * factor * number(weight.at[j]));
+  }
+  return made;
+}
 
 // out = sum / sqrt(mean(sum^2) + eps) * weight. Grid: rows.
 template <class T> DEVICE void rms_norm(const Norm &a) {
   typedef Line<T> L;
   __shared__ float parts[NORM_THREADS / WARP];
-  const int lines = a.width / L::COUNT;
+  const int lines = a.width / L::COUNT, rest = threadIdx.x + KEPT * NORM_THREADS;
   const i64 row = (i64)blockIdx.x * lines;
-  const L *x = (const L *)a.x + row, *added = (const L *)a.added + row;
-  L *sum = (L *)a.sum + row, *out = (L *)a.out + row;
+  const L *weights = (const L *)a.weight;
+  L *out = (L *)a.out + row;
+  L kept[KEPT], weight[KEPT];
   float squares = 0.0f;
-  for (int i = threadIdx.x; i < lines; i += NORM_THREADS) {
-    L line = x[i];
-    if (a.added) {
-      const L more = added[i];
 #pragma unroll
-      for (int j = 0; j < L::COUNT; ++j) put(line.at[j], number(line.at[j]) + number(more.at[j]));
-      sum[i] = line;
-    }
-#pragma unroll
-    for (int j = 0; j < L::COUNT; ++j) squares += number(line.at[j]) * number(line.at[j]);
+  for (int k = 0; k < KEPT; ++k) {
+    const int i = threadIdx.x + k * NORM_THREADS;
+    if (i >= lines) continue;
+    weight[k] = weights[i];
+    kept[k] = summed<T>(a, row, i);
+    squares += squares_of(kept[k]);
   }
+  for (int i = rest; i < lines; i += NORM_THREADS) squares += squares_of(summed<T>(a, row, i));
   squares = warp_sum(squares);
   if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = squares;
   __syncthreads();
@@ -40,16 +69,13 @@ template <class T> DEVICE void rms_norm(const Norm &a) {
 #pragma unroll
   for (int i = 0; i < NORM_THREADS / WARP; ++i) total += parts[i];
   const float factor = 1.0f / sqrtf(total / (float)a.width + a.eps);
-  const L *from = a.added ? sum : x;
-  for (int i = threadIdx.x; i < lines; i += NORM_THREADS) {
-    const L line = from[i], weight = ((const L *)a.weight)[i];
-    L scaled;
 #pragma unroll
-    for (int j = 0; j < L::COUNT; ++j) {
-      put(scaled.at[j], number(line.at[j]) * factor * number(weight.at[j]));
-    }
-    out[i] = scaled;
+  for (int k = 0; k < KEPT; ++k) {
+    const int i = threadIdx.x + k * NORM_THREADS;
+    if (i < lines) out[i] = scaled(kept[k], factor, weight[k]);
   }
+  const L *from = (const L *)(a.added ? a.sum : a.x) + row;
+  for (int i = rest; i < lines; i += NORM_THREADS) out[i] = scaled(from[i], factor, weights[i]);
 }
 
 struct Rotate {
@@ -88,16 +114,35 @@ struct RotateWrite {
   void *values;     // as keys
   int heads;
   int kv_heads;
-  int half;
+  int half; // a multiple of 8, as the strides are
   int q_stride;
   int k_stride;
   int v_stride;
 };
 
-// Turns q and k, and stores k and v in their pages. Grid: rows, heads and twice the KV heads. Block: 64.
+// COUNT numbers of an angle's table, at a multiple of 4.
+template <int COUNT> struct Angles {
+  float at[COUNT];
+
+  METHOD Angles(const float *table) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j += 4) {
+      const Line<float> four = *(const Line<float> *)(table + j);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) at[j + i] = four.at[i];
+    }
+  }
+};
+
+// Turns q and k, and stores k and v in their pages. Grid: rows, and as many blocks of 128 as they have
+// lines in the lower halves of heads of q, k and v.
 template <class T> DEVICE void rotate_write(const RotateWrite &a) {
+  typedef Line<T> L;
+  const int each = a.half / L::COUNT, i = blockIdx.y * 128 + threadIdx.x;
+  if (i >= (a.heads + 2 * a.kv_heads) * each) return;
   const i64 row = blockIdx.x, slot = a.slots[row];
-  const int head = blockIdx.y, kv = (head - a.heads) % a.kv_heads, dim = 2 * a.half;
+  const int head = i / each, d = i % each * L::COUNT, dim = 2 * a.half;
+  const int kv = (head - a.heads) % a.kv_heads;
   const bool is_q = head < a.heads, is_v = head >= a.heads + a.kv_heads;
   if (!is_q && slot < 0) return;
   const T *x = is_q   ? (const T *)a.q + row * a.q_stride + head * dim
@@ -107,17 +152,18 @@ template <class T> DEVICE void rotate_write(const RotateWrite &a) {
   T *out = is_q   ? (T *)a.out + (row * a.heads + head) * dim
            : is_v ? (T *)a.values + page
                   : (T *)a.keys + page;
-  for (int d = threadIdx.x; d < a.half; d += 64) {
-    if (is_v) {
-      out[d] = x[d];
-      out[d + a.half] = x[d + a.half];
-      continue;
+  L low = *(const L *)(x + d), high = *(const L *)(x + d + a.half);
+  if (!is_v) {
+    const Angles<L::COUNT> cos(a.cos + row * a.half + d), sin(a.sin + row * a.half + d);
+#pragma unroll
+    for (int j = 0; j < L::COUNT; ++j) {
+      const float x = number(low.at[j]), y = number(high.at[j]);
+      put(low.at[j], x * cos.at[j] - y * sin.at[j]);
+      put(high.at[j], y * cos.at[j] + x * sin.at[j]);
     }
-    const float cos = a.cos[row * a.half + d], sin = a.sin[row * a.half + d];
-    const float low = number(x[d]), high = number(x[d + a.half]);
-    put(out[d], low * cos - high * sin);
-    put(out[d + a.half], high * cos + low * sin);
   }
+  *(L *)(out + d) = low;
+  *(L *)(out + d + a.half) = high;
 }
 
 struct Gate {
