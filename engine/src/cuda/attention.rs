@@ -39,6 +39,7 @@ struct Attend {
     tile_rows: *const i32,
     pieces: *mut f32,
     sums: *mut f32,
+    arrived: *mut i32,
     rows: i32,
     heads: i32,
     kv_heads: i32,
@@ -103,21 +104,13 @@ pub fn attend(paged: &Paged<'_, PagedPlan>) -> Result<Tensor, CudaError> {
     let room = Room::new(plan, heads, pages.head_dim, device);
     let argument = argument(paged, &pages, heads, &out, &room);
     let program = Program::Attention(pages.element, pages.head_dim);
-    let warps = [(rows * heads).div_ceil(WARPS), 1];
-    if pages.element == Element::F32 {
-        let launch = Launch { program, name: "attend_plainly", grid: warps, shared: 0 };
-        // SAFETY: shapes and types were checked; a plan names rows and blocks that are there.
-        unsafe { launch.run(device, &argument) }?;
-        return Ok(out);
-    }
-    let (grid, shared) = ([plan.sizes().tiles, pages.kv_heads], shared_memory(pages.head_dim));
-    // SAFETY: as above; `room` has a place for every piece.
-    unsafe {
-        Launch { program, name: "attend", grid, shared }.run(device, &argument)?;
-        if plan.sizes().pieces > 0 {
-            Launch { program, name: "merge", grid: warps, shared: 0 }.run(device, &argument)?;
-        }
-    }
+    let (name, grid, shared) = match pages.element {
+        Element::F32 => ("attend_plainly", [(rows * heads).div_ceil(WARPS), 1], 0),
+        _ => ("attend", [plan.sizes().tiles, pages.kv_heads], shared_memory(pages.head_dim)),
+    };
+    // SAFETY: shapes and types were checked; a plan names rows and blocks that are there, and `room` has a
+    // place for every piece.
+    unsafe { Launch { program, name, grid, shared }.run(device, &argument) }?;
     Ok(out)
 }
 
@@ -184,6 +177,7 @@ fn argument(
         tile_rows: ints(plan.tile_rows()),
         pieces: room.values.data_ptr().cast(),
         sums: room.sums.data_ptr().cast(),
+        arrived: plan.arrived().data_ptr().cast(),
         rows: plan.rows() as i32,
         heads: heads as i32,
         kv_heads: pages.kv_heads as i32,

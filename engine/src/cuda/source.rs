@@ -136,7 +136,7 @@ impl Program {
                 if element == Element::F32 {
                     return vec![entry("attend_plainly")];
                 }
-                vec![entry("attend"), entry("merge")]
+                vec![entry("attend")]
             }
             Self::Pages(element) => {
                 let parameters = format!("<{}>", element.name());

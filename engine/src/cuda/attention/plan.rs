@@ -111,6 +111,8 @@ pub struct PagedPlan {
     block_tables: Tensor,
     /// All of the above.
     whole: Tensor,
+    /// `[N, kv_heads]`, i32: zeros between two kernels, which count in it.
+    arrived: Tensor,
     capacity: Capacity,
     machine: Machine,
 }
@@ -182,6 +184,10 @@ impl PagedPlan {
             tile_rows,
             table_width,
             block_tables,
+            arrived: Tensor::zeros(
+                [capacity.rows as i64, machine.kv_heads as i64],
+                (Kind::Int, whole.device()),
+            ),
             whole,
             capacity,
             machine,
@@ -216,6 +222,10 @@ impl PagedPlan {
 
     pub(super) fn table_width(&self) -> &Tensor {
         &self.table_width
+    }
+
+    pub(super) fn arrived(&self) -> &Tensor {
+        &self.arrived
     }
 
     pub(super) fn block_tables(&self) -> &Tensor {

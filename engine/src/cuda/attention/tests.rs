@@ -133,7 +133,15 @@ impl Case {
             _ => 5e-6,
         };
         for blocks in [1, 400] {
-            let got = self.run(&self.plan(blocks), window).to_kind(Kind::Double);
+            let plan = self.plan(blocks);
+            let made = self.run(&plan, window);
+            assert_eq!(
+                plan.arrived().abs().max().int64_value(&[]),
+                0,
+                "the next layer finds zeros"
+            );
+            assert!(self.run(&plan, window).equal(&made), "the same once more");
+            let got = made.to_kind(Kind::Double);
             let error = (got - &want).abs().max().double_value(&[]);
             assert!(error < allowed, "error {error} with {blocks} blocks, window {window:?}");
         }

@@ -302,6 +302,7 @@ template <int LEFT> void wait_for_copies() {
                copies.end());
 }
 
+inline float load_coherent(const float *at) { return *at; }
 inline void load_coherent(float (&four)[4], const void *at) { std::memcpy(four, at, 16); }
 inline void __threadfence() {}
 inline int atomicAdd(int *at, int by) {

@@ -5,7 +5,8 @@
 // table. A thread block runs one tile for one KV head: 64 tokens a step come into shared memory
 // while the step before is computed on tensor cores with an online softmax (arXiv 2307.08691). Of
 // the four warps `STRIPS` divide the rows, and those with the same rows divide the step's tokens.
-// A row of several tiles leaves pieces, which `merge` adds up by their largest scores and sums.
+// A row of several tiles leaves pieces; the block that leaves the last of a row's adds them up, by their
+// largest scores and sums and in their order.
 
 // As in attention.rs.
 struct Attend {
@@ -22,6 +23,7 @@ struct Attend {
   const int *tile_rows;    // rows of the tiles
   float *pieces;           // [pieces, heads, HD], weighted values
   float *sums;             // [pieces, heads, 2]: largest score, sum of weights
+  int *arrived;            // [rows, kv_heads]: pieces that have been left; 0 before and after
   int rows;
   int heads;
   int kv_heads;
@@ -245,6 +247,51 @@ DEVICE void write(const Found<HD> &found, const Attend &a, const Tile &tile, con
   }
 }
 
+// Adds up four numbers of a row and head out of its pieces.
+template <class T, int HD> DEVICE void merge(const Attend &a, int row, int query_head, int d) {
+  const int first = a.row_pieces[row], last = a.row_pieces[row + 1];
+  float largest = minus_infinity();
+  for (int piece = first; piece < last; ++piece) {
+    largest = fmaxf(largest, load_coherent(&a.sums[((i64)piece * a.heads + query_head) * 2]));
+  }
+  float sum = 0.0f, out[4] = {};
+  for (int piece = first; piece < last; ++piece) {
+    const i64 at = (i64)piece * a.heads + query_head;
+    const float factor = exp2_fast(load_coherent(&a.sums[at * 2]) - largest);
+    sum += factor * load_coherent(&a.sums[at * 2 + 1]);
+    float four[4];
+    load_coherent(four, &a.pieces[at * HD + d]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] += factor * four[j];
+  }
+  T *to = (T *)a.out + ((i64)row * a.heads + query_head) * HD + d;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) put(to[j], out[j] / sum);
+}
+
+// Puts the rows together whose last piece has been left.
+template <class T, int HD>
+DEVICE void merge_rows(const Attend &a, const Tile &tile, const Rows &rows, int head) {
+  __shared__ bool whole[MOST_ROWS];
+  const int group = a.heads / a.kv_heads;
+  __threadfence();
+  __syncthreads();
+  if ((int)threadIdx.x < tile.rows) {
+    const int row = rows.row[threadIdx.x], pieces = a.row_pieces[row + 1] - a.row_pieces[row];
+    int *arrived = &a.arrived[row * a.kv_heads + head];
+    whole[threadIdx.x] = pieces > 0 && atomicAdd(arrived, 1) == pieces - 1;
+    if (whole[threadIdx.x]) *arrived = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  for (int i = threadIdx.x; i < tile.rows * group * (HD / 4); i += THREADS) {
+    const int at = i / (HD / 4);
+    if (whole[at / group]) {
+      merge<T, HD>(a, rows.row[at / group], head * group + at % group, i % (HD / 4) * 4);
+    }
+  }
+}
+
 template <class T, int HD, int STRIPS>
 DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile, const Rows &rows) {
   constexpr int SHARERS = WARPS / STRIPS, TOKENS = STEP / SHARERS;
@@ -278,6 +325,7 @@ DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile
   leave(found, strip);
   __syncthreads();
   write<T, HD, STRIPS>(found, a, tile, rows, head);
+  merge_rows<T, HD>(a, tile, rows, head);
 }
 
 // Grid: tiles, kv_heads. Shared memory: two stages.
@@ -307,46 +355,6 @@ template <class T, int HD> DEVICE void attend(const Attend &a) {
     attend_tile<T, HD, 1>(memory, a, tile, rows);
   } else {
     attend_tile<T, HD, 4>(memory, a, tile, rows);
-  }
-}
-
-// Adds up the pieces of the rows that have any: a warp for each row and head.
-template <class T, int HD> DEVICE void merge(const Attend &a) {
-  constexpr int EACH = (HD + WARP - 1) / WARP;
-  const int index = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  if (index >= a.rows * a.heads) return;
-  const int row = index / a.heads, head = index % a.heads;
-  const int first = a.row_pieces[row], last = a.row_pieces[row + 1];
-  if (first == last) return;
-  float largest = minus_infinity();
-  for (int piece = first + lane; piece < last; piece += WARP) {
-    largest = fmaxf(largest, a.sums[((i64)piece * a.heads + head) * 2]);
-  }
-  largest = warp_max(largest);
-  float out[EACH] = {}, sum = 0.0f;
-  for (int begin = first; begin < last; begin += WARP) {
-    // Each lane weighs a piece, and all lanes add up each of them.
-    float factor = 0.0f;
-    if (begin + lane < last) {
-      const float *sums = a.sums + ((i64)(begin + lane) * a.heads + head) * 2;
-      factor = exp2_fast(sums[0] - largest);
-      sum += factor * sums[1];
-    }
-    const int count = min(last - begin, WARP);
-    for (int i = 0; i < count; ++i) {
-      const float weight = __shfl_sync(ALL_LANES, factor, i);
-      const float *piece = a.pieces + ((i64)(begin + i) * a.heads + head) * HD;
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        if (lane + e * WARP < HD) out[e] += weight * piece[lane + e * WARP];
-      }
-    }
-  }
-  sum = warp_sum(sum);
-  T *to = (T *)a.out + ((i64)row * a.heads + head) * HD;
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) {
-    if (lane + e * WARP < HD) put(to[lane + e * WARP], out[e] / sum);
   }
 }
 

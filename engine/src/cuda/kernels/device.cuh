@@ -87,7 +87,13 @@ template <int LEFT> DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// Four numbers that another block may have written while this kernel runs; at a multiple of 16.
+// A number, or four at a multiple of 16, that another block may have written while this kernel runs.
+DEVICE float load_coherent(const float *at) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(at) : "memory");
+  return x;
+}
+
 DEVICE void load_coherent(float (&four)[4], const void *at) {
   asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
