@@ -58,3 +58,25 @@ pub fn download(tensor: &Tensor) -> Vec<f32> {
     host.copy_data(&mut values, host.numel());
     values
 }
+
+/// The largest distance of two tensors' numbers, as a part of the largest number that is wanted; infinite
+/// where one is no number.
+fn distance(got: &Tensor, wanted: &Tensor) -> f64 {
+    let [got, wanted] = [got, wanted].map(|t| t.to_kind(Kind::Double));
+    let error = (got - &wanted).abs().max().double_value(&[]);
+    let distance = error / wanted.abs().max().double_value(&[]);
+    if distance.is_nan() { f64::INFINITY } else { distance }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_numbers_are_told_from_rounding() {
+        let wanted = Tensor::from_slice(&[4.0f32, -1.0, 0.5]);
+        assert_eq!(distance(&wanted, &wanted), 0.0);
+        assert_eq!(distance(&(&wanted + 1.0), &wanted), 0.25);
+        assert!(distance(&(&wanted * f64::NAN), &wanted).is_infinite());
+    }
+}

@@ -5,6 +5,7 @@
 //! and device in ways that are better measured than guessed. Each way to make a product is compared
 //! with libtorch's numbers first.
 
+use super::distance;
 use crate::{
     cuda::{
         CudaError, cache,
@@ -149,14 +150,6 @@ fn try_all(
         trial.ways.insert(way.to_string(), watch.microseconds(products, x)?);
     }
     Ok(trial)
-}
-
-/// The largest distance, by the largest number; infinite where one is no number.
-fn distance(got: &Tensor, wanted: &Tensor) -> f64 {
-    let [got, wanted] = [got, wanted].map(|t| t.to_kind(Kind::Double));
-    let error = (got - &wanted).abs().max().double_value(&[]);
-    let distance = error / wanted.abs().max().double_value(&[]);
-    if distance.is_nan() { f64::INFINITY } else { distance }
 }
 
 /// How far two ways to round and sum may lie apart: some of the last bits.
