@@ -45,7 +45,6 @@ impl Worker {
             return;
         }
         while let Some(update) = self.updates.pop_front() {
-            self.hand_over();
             let started = Instant::now();
             let answer = self.apply(update.change, update.version);
             metrics::histogram!("onpolicy_weight_update_seconds").record(started.elapsed());

@@ -95,9 +95,7 @@ impl Worker {
         while timed(Phase::Schedule, || self.take_commands(inbox)) {
             timed(Phase::Schedule, || self.drop_abandoned());
             timed(Phase::Update, || self.apply_updates());
-            if !self.hold.steps() {
-                self.hand_over();
-            } else {
+            if self.hold.steps() {
                 let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
                 if let Err(panic) = step {
                     self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
@@ -117,7 +115,6 @@ impl Worker {
     /// Takes what has been sent; waits if there is nothing to do. False: stop.
     fn take_commands(&mut self, inbox: &Receiver<Command>) -> bool {
         if self.rests() {
-            self.hand_over();
             let command = match timed(Phase::Idle, || self.wait(inbox)) {
                 Ok(command) => command,
                 Err(RecvTimeoutError::Timeout) => return true,
@@ -361,8 +358,9 @@ impl Worker {
         }
     }
 
-    /// Delivers what samples have got.
-    pub(super) fn hand_over(&mut self) {
+    /// Delivers what samples have got. What is late waits for the next step or the next command: an
+    /// engine with running samples neither rests nor changes without one of them.
+    fn hand_over(&mut self) {
         timed(Phase::Delivery, || self.live.values_mut().for_each(LiveRequest::hand_over));
     }
 
