@@ -11,7 +11,7 @@
 //! - [`sampling`]: logits to tokens, statistics and gradients.
 //! - [`elementwise`]: norm, rotary embedding, gate. [`adamw`]: the optimizer's step.
 //! - [`source`]: the programs. [`nvrtc`]: compiles them. `modules`: keeps them. [`launch`]: runs them.
-//! - [`cache`]: what is found out about a device, on disk.
+//! - [`cache`]: what is found out about a device, on disk. [`processors`]: how much it runs at once.
 //! - [`library`], [`driver`]: shared objects and what is called in them.
 
 pub mod adamw;
@@ -27,6 +27,7 @@ mod modules;
 pub mod nvrtc;
 pub mod pages;
 pub mod plan;
+pub mod processors;
 pub mod product;
 pub mod sampling;
 pub mod source;

@@ -4,8 +4,8 @@ pub mod choice;
 
 use super::{
     CudaError,
-    driver::{Attribute, Driver},
     launch::{Argument, Launch, device_of, require},
+    processors::Processors,
     source::{Element, Program},
 };
 use std::{ffi::c_void, fmt, ptr::null};
@@ -66,12 +66,7 @@ impl Tiling {
 
     /// Thread blocks that run at once; none if the device has not enough shared memory for one.
     fn at_once(&self, columns: usize, processors: &Processors) -> usize {
-        let bytes = self.shared(columns);
-        if bytes > processors.shared_of_block {
-            return 0;
-        }
-        // The system takes a kilobyte of each block.
-        processors.count * (processors.shared / (bytes + 1024)).min(self.blocks as usize)
+        processors.at_once(self.shared(columns), self.blocks)
     }
 }
 
@@ -102,33 +97,6 @@ impl fmt::Display for Way {
     }
 }
 
-/// The multiprocessors of a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Processors {
-    /// How many there are.
-    pub count: usize,
-    /// Bytes of shared memory of each.
-    pub shared: usize,
-    /// Bytes of it that one block may have.
-    pub shared_of_block: usize,
-}
-
-impl Processors {
-    /// Of CUDA device `index`.
-    ///
-    /// # Errors
-    /// If there is none.
-    pub fn of(index: usize) -> Result<Self, CudaError> {
-        let driver = Driver::get()?;
-        let number = |attribute| driver.attribute(index, attribute).map(|number| number as usize);
-        Ok(Self {
-            count: number(Attribute::Multiprocessors)?,
-            shared: number(Attribute::SharedMemory)?,
-            shared_of_block: number(Attribute::SharedMemoryOfBlock)?,
-        })
-    }
-}
-
 /// What becomes of the sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Output {
@@ -138,17 +106,6 @@ pub enum Output {
     Gated,
     /// They stay f32.
     Wide,
-}
-
-impl fmt::Display for Shape {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let output = match self.output {
-            Output::Plain => "",
-            Output::Gated => ", gated",
-            Output::Wide => ", f32",
-        };
-        write!(f, "{} {} x {}{output}", self.element.name(), self.width, self.depth)
-    }
 }
 
 impl Output {
@@ -171,6 +128,17 @@ pub struct Shape {
     pub depth: usize,
     /// What becomes of the sums.
     pub output: Output,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let output = match self.output {
+            Output::Plain => "",
+            Output::Gated => ", gated",
+            Output::Wide => ", f32",
+        };
+        write!(f, "{} {} x {}{output}", self.element.name(), self.width, self.depth)
+    }
 }
 
 impl Shape {
@@ -199,9 +167,14 @@ impl Shape {
         self.depth.div_ceil(tiling.slice)
     }
 
-    /// Ways to make it by a kernel of which so many blocks run at once: whole tiles, tiles in as many
-    /// parts as there is room for, in half as many, and even runs of units.
-    fn deals(&self, tiling: &Tiling, at_once: usize) -> Vec<Deal> {
+    /// How its work may be dealt out among blocks of a tiling: whole tiles, tiles in as many parts as
+    /// there is room for, in half as many, and even runs of units. Not at all where the tiling is not for
+    /// these processors.
+    fn deals(&self, tiling: &Tiling, processors: &Processors) -> Vec<Deal> {
+        let at_once = tiling.at_once(self.columns, processors);
+        if at_once == 0 || self.tiles(tiling) > MOST_TILES {
+            return Vec::new();
+        }
         let most = (at_once / self.tiles(tiling)).min(self.slices(tiling));
         let mut parts = vec![1, most.div_ceil(2), most];
         parts.retain(|&parts| parts > 0);
@@ -270,13 +243,9 @@ impl Workspace {
 
     /// The ways to make a product on this device.
     pub fn ways(&self, shape: Shape) -> Vec<Way> {
-        let fitting = TILINGS.iter().filter(|tiling| shape.tiles(tiling) <= MOST_TILES);
-        let ways = fitting.flat_map(|tiling| {
-            let at_once = tiling.at_once(shape.columns, &self.processors);
-            let deals = if at_once > 0 { shape.deals(tiling, at_once) } else { Vec::new() };
-            deals.into_iter().map(move |deal| Way { tiling, deal })
-        });
-        ways.collect()
+        let deals = |tiling| shape.deals(tiling, &self.processors).into_iter();
+        let ways = |tiling| deals(tiling).map(move |deal| Way { tiling, deal });
+        TILINGS.iter().flat_map(ways).collect()
     }
 
     /// `x W^T + b`: `x` `[M, K]`, `weight` `[N, K]`, `bias` `[N]`; `[M, N]`, or `[M, N / 2]` if gated.
@@ -302,7 +271,8 @@ impl Workspace {
         let Some(shape) = shape.filter(|_| biased) else {
             return Err(CudaError::Unsupported(said()));
         };
-        require(self.ways(shape).contains(&way), said)?;
+        let Way { tiling, deal } = way;
+        require(shape.deals(tiling, &self.processors).contains(&deal), said)?;
         let rows = x.size()[0];
         let kind = if output == Output::Wide { Kind::Float } else { x.kind() };
         let out = Tensor::empty([rows, output.width(shape.width) as i64], (kind, device));
@@ -319,7 +289,6 @@ impl Workspace {
             gated: i32::from(output == Output::Gated),
             wide: i32::from(output == Output::Wide),
         };
-        let Way { tiling, deal } = way;
         let blocks = match deal {
             Deal::Parts(parts) => parts * shape.tiles(tiling),
             Deal::Even => {

@@ -310,7 +310,7 @@ impl Decoder {
         x + last
     }
 
-    /// The products of a step, and how many rows of weights they read, for [`tuning`](crate::device::tuning).
+    /// The products of a step that kernels are chosen for ([`tuning`](crate::device::tuning)).
     pub fn products(&self) -> Vec<Products<'_>> {
         let layers = |part: &dyn Fn(&Layer) -> Option<&Linear>| -> Vec<_> {
             let parts = self.layers.iter().filter_map(part);

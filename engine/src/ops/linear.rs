@@ -1,9 +1,9 @@
 //! `y = x W^T + b` with matrix products of our own, read from the weight where the optimizer
 //! writes it. Tensors that are not native take libtorch's.
 
-use super::may_record;
+use super::{made, may_record};
 use crate::{
-    cuda::product::{Output, choice::product},
+    cuda::product::{Output, choice},
     device::{is_native, wide},
     kernels::matmul::{self, Layer, narrow::Narrow},
     torch::{
@@ -37,8 +37,11 @@ pub(super) fn chosen(
     (x, weight, bias): (&Tensor, &Tensor, Option<&Tensor>),
     output: Output,
 ) -> Option<Tensor> {
-    let without = !may_record(&[x, weight]) && !bias.is_some_and(|bias| may_record(&[bias]));
-    without.then(|| product((x, weight, bias), output)).flatten()
+    if may_record(&[x, weight]) || bias.is_some_and(|bias| may_record(&[bias])) {
+        return None;
+    }
+    let way = choice::chosen(x, weight, output)?;
+    made(choice::product_by((&x.contiguous(), weight, bias), output, way))
 }
 
 /// [`linear`] with the same `x` for several weights and biases. Without a graph it is one go over

@@ -28,7 +28,15 @@ fn on_cuda<T>(inputs: &[&Tensor], kernel: impl FnOnce() -> Result<T, CudaError>)
     if !inputs[0].device().is_cuda() || may_record(inputs) {
         return None;
     }
-    match kernel() {
+    made(kernel())
+}
+
+/// What a kernel has made; none if it is not for these inputs.
+///
+/// # Panics
+/// If it cannot be launched.
+fn made<T>(result: Result<T, CudaError>) -> Option<T> {
+    match result {
         Ok(made) => Some(made),
         Err(CudaError::Unsupported(_)) => None,
         Err(error) => panic!("{error}"),

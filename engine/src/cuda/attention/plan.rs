@@ -3,8 +3,8 @@
 use crate::{
     cuda::{
         CudaError,
-        driver::{Attribute, Driver},
         plan::{Machine, Sizes, Work},
+        processors::Processors,
         source::ATTENDING_BLOCKS,
     },
     device::upload,
@@ -83,12 +83,9 @@ impl Machine {
         let Device::Cuda(index) = device else {
             return Ok(Self { group, kv_heads, blocks: 8 });
         };
-        let driver = Driver::get()?;
-        let processors = driver.attribute(index, Attribute::Multiprocessors)? as usize;
-        let memory = driver.attribute(index, Attribute::SharedMemory)? as usize;
-        // The system takes a kilobyte of each block.
-        let fitting = memory / (super::shared_memory(head_dim) as usize + 1024);
-        let blocks = processors * fitting.clamp(1, ATTENDING_BLOCKS as usize);
+        let processors = Processors::of(index)?;
+        let shared = super::shared_memory(head_dim) as usize;
+        let blocks = processors.at_once(shared, ATTENDING_BLOCKS).max(processors.count);
         Ok(Self { group, kv_heads, blocks })
     }
 }

@@ -38,11 +38,6 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
     T x[COLUMNS][STRIDE];
   };
 
-  // A lane's part of 32 rows of W by all of x.
-  struct Sums {
-    float at[2][COLUMNS / 8][4];
-  };
-
   struct Memory {
     Stage stages[STAGES];
     // What the warps along the depth have, but for the first of them.
@@ -65,7 +60,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   const Product &a;
   Memory &memory;
   int slices, units;
-  Sums sums;
+  float sums[2][COLUMNS / 8][4]; // a lane's part of 32 rows of W by all of x
 
   METHOD Multiplier(const Product &a, unsigned char *memory) : a(a), memory(*(Memory *)memory) {
     slices = (a.depth + SLICE - 1) / SLICE;
@@ -79,7 +74,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
 #pragma unroll
       for (int j = 0; j < COLUMNS / 8; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums.at[f][j][i] = 0.0f;
+        for (int i = 0; i < 4; ++i) sums[f][j][i] = 0.0f;
       }
     }
   }
@@ -95,38 +90,41 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
     return within < half ? row / 16 % 2 * half + within : -1;
   }
 
-  METHOD void load_weight(Stage &stage, Unit unit) {
+  // Calls `load` with row, place and depth of each line of a slice that is this thread's, of so many rows.
+  template <int COUNT, class F> METHOD void each_line(int slice, F load) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
-      const int row = i / LINES, part = i % LINES * LINE, depth = unit.slice * SLICE + part;
+    for (int i = threadIdx.x; i < COUNT * LINES; i += THREADS) {
+      const int part = i % LINES * LINE;
+      load(i / LINES, part, slice * SLICE + part);
+    }
+  }
+
+  METHOD void load_weight(Stage &stage, Unit unit) {
+    each_line<ROWS>(unit.slice, [&](int row, int part, int depth) {
       const int from = weight_row(unit.tile, row);
       const bool valid = from >= 0 && depth < a.depth;
       const T *weight = (const T *)a.weight + (valid ? (i64)from * a.depth + depth : 0);
       copy_ahead(&stage.weight[row][part], weight, valid);
-    }
+    });
   }
 
   METHOD void load_x(Stage &stage, Unit unit) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < COLUMNS * LINES; i += THREADS) {
-      const int row = i / LINES, part = i % LINES * LINE, depth = unit.slice * SLICE + part;
+    each_line<COLUMNS>(unit.slice, [&](int row, int part, int depth) {
       const bool valid = row < a.rows && depth < a.depth;
       const T *x = (const T *)a.x + (valid ? (i64)row * a.depth + depth : 0);
       copy_async(&stage.x[row][part], x, valid);
-    }
+    });
   }
 
   // The same at once: it does not wait for copies that were begun before.
   METHOD void load_x_now(Stage &stage, Unit unit) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < COLUMNS * LINES; i += THREADS) {
-      const int row = i / LINES, part = i % LINES * LINE, depth = unit.slice * SLICE + part;
+    each_line<COLUMNS>(unit.slice, [&](int row, int part, int depth) {
       Line<T> line = {};
       if (row < a.rows && depth < a.depth) {
         line = *(const Line<T> *)((const T *)a.x + (i64)row * a.depth + depth);
       }
       *(Line<T> *)&stage.x[row][part] = line;
-    }
+    });
   }
 
   METHOD void multiply_slice(const Stage &stage) {
@@ -146,8 +144,8 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
         load_matrices(m, &stage.x[j * 8 + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
-          multiply(T(), sums.at[f][j], w[f], m[0], m[1]);
-          multiply(T(), sums.at[f][j + 1], w[f], m[2], m[3]);
+          multiply(T(), sums[f][j], w[f], m[0], m[1]);
+          multiply(T(), sums[f][j + 1], w[f], m[2], m[3]);
         }
       }
     }
@@ -175,13 +173,13 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   METHOD Line<float> line(int c) {
     Line<float> four;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) four.at[i] = sums.at[c % 2][c / 2][i];
+    for (int i = 0; i < 4; ++i) four.at[i] = sums[c % 2][c / 2][i];
     return four;
   }
 
   METHOD void add(int c, const Line<float> &four) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums.at[c % 2][c / 2][i] += four.at[i];
+    for (int i = 0; i < 4; ++i) sums[c % 2][c / 2][i] += four.at[i];
   }
 
   METHOD Line<float> *piece(int block, int tile) {
@@ -244,7 +242,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = first + lane / 4 + i / 2 * 8;
-          const float gate = biased(sums.at[0][j][i], row), up = biased(sums.at[1][j][i], half + row);
+          const float gate = biased(sums[0][j][i], row), up = biased(sums[1][j][i], half + row);
           gated[i] = gate / (1.0f + expf(-gate)) * up;
         }
         store(gated, first, j * 8, half);
@@ -256,7 +254,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
         float whole[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          whole[i] = biased(sums.at[f][j][i], first + lane / 4 + i / 2 * 8);
+          whole[i] = biased(sums[f][j][i], first + lane / 4 + i / 2 * 8);
         }
         store(whole, first, j * 8, a.width);
       }

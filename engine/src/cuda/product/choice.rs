@@ -7,7 +7,7 @@ use std::{
     cell::RefCell,
     collections::{HashMap, hash_map::Entry},
     fmt,
-    sync::{PoisonError, RwLock},
+    sync::{LazyLock, PoisonError, RwLock},
 };
 use tch::{Device, Tensor};
 
@@ -40,9 +40,7 @@ impl fmt::Display for Case {
     }
 }
 
-type Choices = HashMap<(Device, Case), Way>;
-
-static CHOICES: RwLock<Option<Choices>> = RwLock::new(None);
+static CHOICES: LazyLock<RwLock<HashMap<(Device, Case), Way>>> = LazyLock::new(RwLock::default);
 
 thread_local! {
     /// One for each thread, whose operations follow each other.
@@ -52,32 +50,17 @@ thread_local! {
 /// Makes products of this case on `device` in this way from now on; by libtorch if it is none.
 pub fn choose(device: Device, case: Case, way: Option<Way>) {
     let mut choices = CHOICES.write().unwrap_or_else(PoisonError::into_inner);
-    let choices = choices.get_or_insert_default();
     match way {
         Some(way) => choices.insert((device, case), way),
         None => choices.remove(&(device, case)),
     };
 }
 
-fn chosen(device: Device, case: Case) -> Option<Way> {
+/// The way that was chosen for such a product; none where libtorch is to make it.
+pub fn chosen(x: &Tensor, weight: &Tensor, output: Output) -> Option<Way> {
+    let case = Case::of(x, weight, output)?;
     let choices = CHOICES.read().unwrap_or_else(PoisonError::into_inner);
-    choices.as_ref()?.get(&(device, case)).copied()
-}
-
-/// As [`Workspace::product`], by what was chosen; none where libtorch is to make it. Without a gradient.
-///
-/// # Panics
-/// If a kernel cannot be launched.
-pub fn product(
-    (x, weight, bias): (&Tensor, &Tensor, Option<&Tensor>),
-    output: Output,
-) -> Option<Tensor> {
-    let way = chosen(weight.device(), Case::of(x, weight, output)?)?;
-    match product_by((&x.contiguous(), weight, bias), output, way) {
-        Ok(made) => Some(made),
-        Err(CudaError::Unsupported(_)) => None,
-        Err(error) => panic!("{error}"),
-    }
+    choices.get(&(weight.device(), case)).copied()
 }
 
 /// As [`Workspace::product`], in this thread's workspace.

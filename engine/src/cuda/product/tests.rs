@@ -137,7 +137,7 @@ fn work_is_dealt_out_in_ways_that_fill_the_device() {
         let (element, output) = (Element::Bf16, Output::Plain);
         let shape = Shape { element, columns: 64, width, depth, output };
         let tiling = &TILINGS[tiling];
-        (shape.tiles(tiling), shape.deals(tiling, tiling.at_once(64, &h100)))
+        (shape.tiles(tiling), shape.deals(tiling, &h100))
     };
     let parts = |parts: &[usize]| -> Vec<Deal> { parts.iter().map(|&n| Deal::Parts(n)).collect() };
     let both = |numbers: &[usize]| [parts(numbers), vec![Deal::Even]].concat();
