@@ -72,6 +72,9 @@ const PROGRAMMATIC: c_int = 6;
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
 const DYNAMIC_SHARED: c_int = 8;
 
+/// `CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT`, in percent of what there is.
+const SHARED_CARVEOUT: c_int = 9;
+
 /// Shared memory that a kernel gets without asking for more.
 const PLAIN_SHARED: u32 = 48 << 10;
 
@@ -216,7 +219,9 @@ impl Driver {
         Ok(Module(module as usize))
     }
 
-    /// The module's kernel of this name, with so much dynamic shared memory, in bytes.
+    /// The module's kernel of this name, with so much dynamic shared memory, in bytes. All kernels want
+    /// memory divided alike between shared memory and cache: a processor that has to divide it anew
+    /// first ends what it runs.
     ///
     /// # Errors
     /// If it has none, or the device has not so much.
@@ -227,6 +232,8 @@ impl Driver {
         unsafe {
             let code = (self.function)(&raw mut function, module.0 as Handle, name.as_ptr());
             self.check("cuModuleGetFunction", code)?;
+            let code = (self.set_attribute)(function, SHARED_CARVEOUT, 100);
+            self.check("cuFuncSetAttribute", code)?;
             if shared > PLAIN_SHARED {
                 let code = (self.set_attribute)(function, DYNAMIC_SHARED, shared as c_int);
                 self.check("cuFuncSetAttribute", code)?;

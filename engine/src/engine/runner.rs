@@ -88,7 +88,7 @@ impl Runner {
         let blocks = recorded.div_ceil(BLOCK_SIZE).min(num_blocks);
         let graphs = machine.filter(|_| blocks > 0);
         if let (Some(_), Device::Cuda(index)) = (graphs, device) {
-            tch::no_grad(|| tune(index, &decoder.products(), decoder.head()));
+            tch::no_grad(|| tune(index, &decoder.products()));
         }
         let storages = || Storages::of(weights.iter().map(|(_, tensor)| tensor));
         Self {

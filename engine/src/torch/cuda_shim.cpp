@@ -34,14 +34,15 @@ c10::Device device(int64_t index) {
   return c10::Device(CUDA, static_cast<c10::DeviceIndex>(index));
 }
 
-// One stream of the pool for each device: libraries keep a workspace for every stream they have seen.
+// One stream of the pool for each device: libraries keep a workspace for every stream they have seen. Of
+// high priority: what is recorded on it keeps that, wherever it runs.
 c10::Stream side_stream(const c10::impl::VirtualGuardImpl &guard, int64_t index) {
   static std::mutex mutex;
   static std::map<int64_t, c10::Stream> streams;
   const std::lock_guard<std::mutex> lock(mutex);
   auto known = streams.find(index);
   if (known == streams.end()) {
-    known = streams.emplace(index, guard.getStreamFromGlobalPool(device(index), false)).first;
+    known = streams.emplace(index, guard.getStreamFromGlobalPool(device(index), true)).first;
   }
   return known->second;
 }

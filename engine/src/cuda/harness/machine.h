@@ -224,6 +224,7 @@ inline float float_of_f16(u16 bits) {
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 // The layouts of PTX ISA 9.0, 9.7.14: "Matrix Fragments for mma.m16n8k16 with floating point type".
 struct Fragments {

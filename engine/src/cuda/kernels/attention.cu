@@ -274,16 +274,17 @@ template <class T, int HD>
 DEVICE void merge_rows(const Attend &a, const Tile &tile, const Rows &rows, int head) {
   __shared__ bool whole[MOST_ROWS];
   const int group = a.heads / a.kv_heads;
-  __threadfence();
   __syncthreads();
   if ((int)threadIdx.x < tile.rows) {
     const int row = rows.row[threadIdx.x], pieces = a.row_pieces[row + 1] - a.row_pieces[row];
     int *arrived = &a.arrived[row * a.kv_heads + head];
+    // What the barriers order for these threads, the fences order for all.
+    __threadfence();
     whole[threadIdx.x] = pieces > 0 && atomicAdd(arrived, 1) == pieces - 1;
+    __threadfence();
     if (whole[threadIdx.x]) *arrived = 0;
   }
   __syncthreads();
-  __threadfence();
   for (int i = threadIdx.x; i < tile.rows * group * (HD / 4); i += THREADS) {
     const int at = i / (HD / 4);
     if (whole[at / group]) {

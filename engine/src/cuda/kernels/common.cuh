@@ -40,6 +40,12 @@ template <class T> struct alignas(16) Line {
 
 DEVICE float minus_infinity() { return __int_as_float((int)0xff800000u); }
 
+// x sigmoid(x), within some ulp of f32: for results that are rounded to 16 bits.
+DEVICE float silu_fast(float x) {
+  constexpr float LOG2_E = 1.4426950408889634f;
+  return x * reciprocal_fast(1.0f + exp2_fast(-LOG2_E * x));
+}
+
 constexpr int WARP = 32;
 constexpr u32 ALL_LANES = 0xffffffffu;
 

@@ -36,6 +36,13 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
+// 1 / x, within 1 ulp; 0 for infinity.
+DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // d += a b over a warp: a is 16x16, b 16x8, d 16x8 of f32, all spread over the lanes.
 #define MULTIPLY(name, type)                                                                       \
   DEVICE void name(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {                             \

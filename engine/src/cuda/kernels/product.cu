@@ -29,9 +29,11 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   static constexpr int STRIDE = SLICE + 8; // keeps the rows of a matrix in different banks
   static constexpr int LINE = 16 / sizeof(T);
   static constexpr int LINES = SLICE / LINE;
+  static constexpr int APART = THREADS / LINES; // rows from a thread's line of a slice to its next one
+  static constexpr int X_LINES = (COLUMNS + APART - 1) / APART;
   static constexpr int STEPS = SLICE / 16 / ALONG;
   static constexpr bool MORE = ALONG > 1;
-  static_assert(SLICE % (16 * ALONG) == 0 && COLUMNS % 16 == 0);
+  static_assert(SLICE % (16 * ALONG) == 0 && COLUMNS % 16 == 0 && THREADS % LINES == 0);
 
   struct Stage {
     T weight[ROWS][STRIDE];
@@ -90,17 +92,19 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
     return within < half ? row / 16 % 2 * half + within : -1;
   }
 
-  // Calls `load` with row, place and depth of each line of a slice that is this thread's, of so many rows.
+  // Calls `load` with number, row, place and depth of each line of a slice that is this thread's, of so
+  // many rows.
   template <int COUNT, class F> METHOD void each_line(int slice, F load) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < COUNT * LINES; i += THREADS) {
-      const int part = i % LINES * LINE;
-      load(i / LINES, part, slice * SLICE + part);
+    const int first = threadIdx.x / LINES, part = threadIdx.x % LINES * LINE;
+#pragma unroll
+    for (int n = 0; n < (COUNT + APART - 1) / APART; ++n) {
+      const int row = first + n * APART;
+      if (COUNT % APART == 0 || row < COUNT) load(n, row, part, slice * SLICE + part);
     }
   }
 
   METHOD void load_weight(Stage &stage, Unit unit) {
-    each_line<ROWS>(unit.slice, [&](int row, int part, int depth) {
+    each_line<ROWS>(unit.slice, [&](int, int row, int part, int depth) {
       const int from = weight_row(unit.tile, row);
       const bool valid = from >= 0 && depth < a.depth;
       const T *weight = (const T *)a.weight + (valid ? (i64)from * a.depth + depth : 0);
@@ -109,22 +113,33 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   }
 
   METHOD void load_x(Stage &stage, Unit unit) {
-    each_line<COLUMNS>(unit.slice, [&](int row, int part, int depth) {
+    each_line<COLUMNS>(unit.slice, [&](int, int row, int part, int depth) {
       const bool valid = row < a.rows && depth < a.depth;
       const T *x = (const T *)a.x + (valid ? (i64)row * a.depth + depth : 0);
       copy_async(&stage.x[row][part], x, valid);
     });
   }
 
-  // The same at once: it does not wait for copies that were begun before.
-  METHOD void load_x_now(Stage &stage, Unit unit) {
-    each_line<COLUMNS>(unit.slice, [&](int row, int part, int depth) {
-      Line<T> line = {};
-      if (row < a.rows && depth < a.depth) {
-        line = *(const Line<T> *)((const T *)a.x + (i64)row * a.depth + depth);
-      }
-      *(Line<T> *)&stage.x[row][part] = line;
-    });
+  // x of the first `count` units, at once: it does not wait for copies that were begun before. All is asked
+  // for before any of it is stored, since an answer takes its time.
+  METHOD void load_first_x(Unit unit, int count) {
+    Line<T> lines[STAGES - 1][X_LINES];
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+      each_line<COLUMNS>(unit.slice, [&](int n, int row, int, int depth) {
+        lines[s][n] = {};
+        if (s < count && row < a.rows && depth < a.depth) {
+          lines[s][n] = *(const Line<T> *)((const T *)a.x + (i64)row * a.depth + depth);
+        }
+      });
+      unit.advance(slices);
+    }
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+      each_line<COLUMNS>(0, [&](int n, int row, int part, int) {
+        *(Line<T> *)&memory.stages[s].x[row][part] = lines[s][n];
+      });
+    }
   }
 
   METHOD void multiply_slice(const Stage &stage) {
@@ -200,12 +215,15 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
 #pragma unroll
       for (int c = 0; c < COLUMNS / 4; ++c) own[c * ACROSS * WARP + place] = line(c);
     }
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) before = atomicAdd(&a.arrived[tile], 1);
+    if (threadIdx.x == 0) {
+      // What the barriers order for this thread, the fences order for all.
+      __threadfence();
+      before = atomicAdd(&a.arrived[tile], 1);
+      __threadfence();
+    }
     __syncthreads();
     if (before != last - first) return false;
-    __threadfence();
     if (threadIdx.x == 0) a.arrived[tile] = 0;
     if (!has) return true;
     clear();
@@ -227,37 +245,42 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
     clear();
   }
 
-  METHOD float biased(float sum, int row) {
-    return a.bias && row < a.width ? sum + number(((const T *)a.bias)[row]) : sum;
+  // Adds the bias of two rows of W, eight apart, to a lane's sums of these.
+  METHOD void add_bias(float (&sums)[COLUMNS / 8][4], int row) {
+    if (!a.bias) return;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const int at = row + i * 4;
+      const float bias = at < a.width ? number(((const T *)a.bias)[at]) : 0.0f;
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; ++j) {
+        sums[j][i] += bias;
+        sums[j][i + 1] += bias;
+      }
+    }
   }
 
   METHOD void write(int tile) {
     const int lane = threadIdx.x % WARP, across = threadIdx.x / WARP % ACROSS;
     const int half = a.width / 2;
+    if (a.gated) {
+      const int first = tile * (ROWS / 2) + across * 16;
+      add_bias(sums[0], first + lane / 4);
+      add_bias(sums[1], half + first + lane / 4);
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 8; ++j) {
-      if (a.gated) {
-        const int first = tile * (ROWS / 2) + across * 16;
-        float gated[4];
+      for (int j = 0; j < COLUMNS / 8; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = first + lane / 4 + i / 2 * 8;
-          const float gate = biased(sums[0][j][i], row), up = biased(sums[1][j][i], half + row);
-          gated[i] = gate / (1.0f + expf(-gate)) * up;
-        }
-        store(gated, first, j * 8, half);
-        continue;
+        for (int i = 0; i < 4; ++i) sums[0][j][i] = silu_fast(sums[0][j][i]) * sums[1][j][i];
+        store(sums[0][j], first, j * 8, half);
       }
+      return;
+    }
 #pragma unroll
-      for (int f = 0; f < 2; ++f) {
-        const int first = tile * ROWS + across * 32 + f * 16;
-        float whole[4];
+    for (int f = 0; f < 2; ++f) {
+      const int first = tile * ROWS + across * 32 + f * 16;
+      add_bias(sums[f], first + lane / 4);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          whole[i] = biased(sums[f][j][i], first + lane / 4 + i / 2 * 8);
-        }
-        store(whole, first, j * 8, a.width);
-      }
+      for (int j = 0; j < COLUMNS / 8; ++j) store(sums[f][j], first, j * 8, a.width);
     }
   }
 
@@ -287,7 +310,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
     const int begin = first_unit(blockIdx.x), end = first_unit(blockIdx.x + 1);
     Unit next = {begin / slices, begin % slices}, current = next;
     // Weights are there already, whatever the kernel before makes.
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < STAGES - 1; ++s) {
       if (begin + s < end) load_weight(memory.stages[s], next);
       next.advance(slices);
@@ -295,12 +318,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
     }
     wait_for_kernel_before();
     let_kernel_after_begin();
-    next = current;
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) {
-      if (begin + s < end) load_x_now(memory.stages[s], next);
-      next.advance(slices);
-    }
+    load_first_x(current, end - begin);
     for (int unit = begin, stage = 0; unit < end; ++unit) {
       wait_for_copies<STAGES - 2>();
       __syncthreads();
