@@ -92,19 +92,31 @@ impl BlockManager {
         span: Range<usize>,
         copies: &mut Vec<(u32, u32)>,
     ) -> bool {
-        let first = span.start / BLOCK_SIZE;
-        let shared = table.get(first).copied().filter(|&block| self.references(block) > 1);
-        let added = blocks_for(span.end).saturating_sub(table.len());
-        if added + usize::from(shared.is_some()) > self.free() {
+        if self.missing(table, &span) > self.free() {
             return false;
         }
-        if let Some(source) = shared {
+        if let Some(source) = self.shared(table, &span) {
+            let first = span.start / BLOCK_SIZE;
             table[first] = self.allocate();
             self.release(source);
             copies.push((source, table[first]));
         }
-        table.extend((0..added).map(|_| self.allocate()));
+        while table.len() < blocks_for(span.end) {
+            table.push(self.allocate());
+        }
         true
+    }
+
+    /// How many blocks it takes to [`prepare`](Self::prepare) that.
+    pub fn missing(&self, table: &[u32], span: &Range<usize>) -> usize {
+        let added = blocks_for(span.end).saturating_sub(table.len());
+        added + usize::from(self.shared(table, span).is_some())
+    }
+
+    /// The block that the span starts in, if others hold it too.
+    fn shared(&self, table: &[u32], span: &Range<usize>) -> Option<u32> {
+        let first = table.get(span.start / BLOCK_SIZE).copied();
+        first.filter(|&block| self.references(block) > 1)
     }
 
     /// One more table holds each of the blocks.

@@ -8,6 +8,8 @@
 //! One step: [`schedule`](Scheduler::schedule), run it, [`computed`](Scheduler::computed); then for
 //! each chunk with a row, [`fork`](Scheduler::fork) says which sequences draw from it, and each of
 //! them gets its token by [`append`](Scheduler::append) or ends by [`finish`](Scheduler::finish).
+//! The next step may be planned before its tokens are known, once they are
+//! [expected](Scheduler::expect); then they are appended before the step after that is planned.
 //!
 //! Requests begin by priority, those of equal priority in the order of arrival; from then on order
 //! is that of beginning, and an older sequence is one that began earlier. A request is one unit
@@ -206,9 +208,11 @@ impl Scheduler {
         let mut next = 0;
         while let Some(&id) = self.running.get(next) {
             next += 1;
-            let pending = self.sequences[&id].pending();
+            let sequence = &self.sequences[&id];
+            let pending = sequence.pending();
             let len = if pending == 1 { 1 } else { pending.min(tokens_left) };
-            if len == 0 {
+            // One that is full ends with the token that it expects.
+            if len == 0 || sequence.is_full() {
                 continue;
             }
             if !self.make_room(id, len, &mut step.copies) {
@@ -262,23 +266,46 @@ impl Scheduler {
             if step.version != self.version {
                 sequence.mark_mixed();
             }
-            while sequence.has_unregistered_block() {
-                let Sequence { chain, tokens, blocks, .. } = &mut *sequence;
-                *chain = chain.and_then(|chain| self.blocks.register(chain, tokens, blocks));
-            }
+            sequence.register_blocks(&mut self.blocks);
         }
     }
 
-    /// Adds a drawn token to a running sequence. True if the sequence has reached its greatest
-    /// length: it must be finished. An unknown sequence is passed over.
+    /// True if no running sequence has to take another's blocks for what it computes next; the tokens that
+    /// the step under way draws count, whether they are known or not.
+    pub fn has_room(&self) -> bool {
+        let needs = |id: &SeqId| {
+            let sequence = &self.sequences[id];
+            let end = sequence.tokens.len() + usize::from(sequence.pending() == 0);
+            let span = sequence.computed..end.min(sequence.max_len - 1);
+            self.blocks.missing(&sequence.blocks, &span)
+        };
+        self.running.iter().map(needs).sum::<usize>() <= self.blocks.free()
+    }
+
+    /// Counts on a token that has been drawn for a running sequence and is not known yet, number `draw`
+    /// of the step under way: the next step may be planned with it. An unknown sequence is passed over.
+    pub fn expect(&mut self, seq: SeqId, draw: usize) {
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return };
+        debug_assert_eq!(sequence.pending(), 0, "a token is drawn from the last one's logits");
+        sequence.tokens.push(0);
+        sequence.expected = Some(draw);
+    }
+
+    /// Adds a drawn token to a sequence, or says which one it was that was expected. True if the
+    /// sequence has reached its greatest length: it must be finished. An unknown sequence is passed over.
     ///
     /// If the token is the next one that was guessed, its KV is there already, and the next row of
     /// the step is the one that the next token is drawn from: the sequence
     /// [`draws`](Self::draws) again. If not, the other guesses are worth nothing.
     pub fn append(&mut self, seq: SeqId, token: u32) -> bool {
         let Some(sequence) = self.sequences.get_mut(&seq) else { return false };
-        debug_assert_eq!(sequence.pending(), 0, "a token is drawn from the last one's logits");
-        sequence.tokens.push(token);
+        if sequence.expected.take().is_some() {
+            *sequence.tokens.last_mut().expect("the token that is expected") = token;
+            sequence.register_blocks(&mut self.blocks);
+        } else {
+            debug_assert_eq!(sequence.pending(), 0, "a token is drawn from the last one's logits");
+            sequence.tokens.push(token);
+        }
         if sequence.drafts.first() == Some(&token) {
             sequence.drafts.remove(0);
             sequence.computed += 1;
@@ -289,7 +316,7 @@ impl Scheduler {
         if let Some(drafter) = &mut self.drafter {
             drafter.learn(sequence.salt, &sequence.tokens, sequence.tokens.len() - 1);
         }
-        sequence.tokens.len() >= sequence.max_len
+        sequence.is_full()
     }
 
     /// True if all tokens of a live sequence are computed: its next token may be drawn.

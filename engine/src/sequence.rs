@@ -1,6 +1,6 @@
 //! One sample of a request: its tokens, its block table, and how far its KV is computed.
 
-use crate::block_manager::{BLOCK_SIZE, Chain, Salt, blocks_for};
+use crate::block_manager::{BLOCK_SIZE, BlockManager, Chain, Salt, blocks_for};
 use onpolicy_plugin_api::RequestId;
 
 /// Names a sequence for as long as the scheduler lives. Ids grow with arrival: a request's samples
@@ -32,6 +32,9 @@ pub struct Sequence {
     pub index: usize,
     /// Prompt, then what was generated; empty while unforked.
     pub tokens: Vec<u32>,
+    /// The last token is not known yet, something else stands for it: it is this one of those that the
+    /// step under way draws.
+    pub expected: Option<usize>,
     /// How many of the tokens are the prompt.
     pub prompt_len: usize,
     /// The most tokens it may have: prompt and `max_tokens`, within the model's length.
@@ -62,6 +65,11 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// True at its greatest length: its last token needs no KV.
+    pub fn is_full(&self) -> bool {
+        self.tokens.len() >= self.max_len
+    }
+
     /// The tokens generated so far.
     pub fn generated(&self) -> &[u32] {
         self.tokens.get(self.prompt_len..).unwrap_or_default()
@@ -77,9 +85,19 @@ impl Sequence {
         self.tokens.len().saturating_sub(1) / BLOCK_SIZE
     }
 
-    /// Full, computed blocks that are not in the prefix cache yet.
-    pub(crate) fn has_unregistered_block(&self) -> bool {
-        self.chain.is_some_and(|chain| (chain.len() + 1) * BLOCK_SIZE <= self.computed)
+    /// Full, computed blocks that are not in the prefix cache yet, and whose tokens are known.
+    fn has_unregistered_block(&self) -> bool {
+        let known = self.tokens.len() - usize::from(self.expected.is_some());
+        let computed = self.computed.min(known);
+        self.chain.is_some_and(|chain| (chain.len() + 1) * BLOCK_SIZE <= computed)
+    }
+
+    /// Brings such blocks into the prefix cache.
+    pub(crate) fn register_blocks(&mut self, manager: &mut BlockManager) {
+        while self.has_unregistered_block() {
+            let Self { chain, tokens, blocks, .. } = &mut *self;
+            *chain = chain.and_then(|chain| manager.register(chain, tokens, blocks));
+        }
     }
 
     /// From here on its KV comes from several weight versions, and is not registered.

@@ -2,13 +2,13 @@
 
 mod common;
 
-use common::{assert_close, engine, floats, golden, ids, json, tiny};
+use common::{assert_close, engine, floats, golden, ids, json, tiny, tiny_in};
 use onpolicy_engine::{
     collect::{CollectError, Sample, Samples, collect, submit},
     engine::{EngineConfig, EngineHandle, OnUpdate},
 };
 use onpolicy_plugin_api::{
-    Engine, EngineError, Event, FinishReason, PauseMode, Request, SamplingParams, Sink,
+    Engine, EngineError, Event, FinishReason, Grammar, PauseMode, Request, SamplingParams, Sink,
 };
 use std::{
     sync::{
@@ -18,6 +18,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use tch::Kind;
 
 const ROOMY: usize = 8 << 20;
 
@@ -25,9 +26,13 @@ fn config(kv_memory: usize) -> EngineConfig {
     EngineConfig { kv_memory, max_num_seqs: 32, ..EngineConfig::default() }
 }
 
-/// Engines that deliver a step's tokens before the next step, and while it is computed.
-fn prompt_and_late(kv_memory: usize) -> [EngineConfig; 2] {
-    [None, Some(true)].map(|deliver_late| EngineConfig { deliver_late, ..config(kv_memory) })
+/// A native engine, and two that compute by libtorch's operations: one takes a step after the other, one
+/// plans and delivers while a step is computed.
+fn engines(name: &str, config: EngineConfig) -> [EngineHandle; 3] {
+    let wide = tiny_in(name, Kind::Double);
+    let by_libtorch = |ahead| EngineConfig { async_scheduling: Some(ahead), ..config };
+    let [each, ahead] = [false, true].map(|ahead| engine(&wide, by_libtorch(ahead)));
+    [engine(&tiny(name), config), each, ahead]
 }
 
 fn prompt(seed: u32, len: usize) -> Vec<u32> {
@@ -199,38 +204,50 @@ fn wait_until_free(engine: &EngineHandle, what: &str) {
     }
 }
 
+/// What comes of requests that are made one after another.
+fn events_of(engine: &EngineHandle, requests: &[SamplingParams]) -> Vec<Vec<Event>> {
+    let requests = requests.iter().zip(0..);
+    let inboxes: Vec<_> =
+        requests.map(|(params, seed)| listen(engine, request(seed, 20, params.clone()))).collect();
+    let events = |inbox: &mpsc::Receiver<Event>| -> Vec<Event> {
+        let next = || inbox.recv_timeout(Duration::from_secs(20)).ok();
+        std::iter::from_fn(next).collect()
+    };
+    inboxes.iter().map(|(inbox, _)| events(inbox)).collect()
+}
+
+fn ends(events: &[Vec<Event>]) -> Vec<usize> {
+    let end = |event: &&Event| matches!(event, Event::Finished { .. });
+    events.iter().map(|events| events.iter().filter(end).count()).collect()
+}
+
 /// Whatever a request asks for, and however it ends, what comes of it is the same.
 #[test]
-fn tokens_that_are_delivered_late_are_the_same() {
-    let checkpoint = tiny("qwen3");
-    let requests = || {
-        let prompt_logprobs = SamplingParams { prompt_logprobs: Some(0), ..sampled(2, 9, 1) };
-        let stops = SamplingParams { stop_token_ids: (0..40).collect(), ..sampled(8, 60, 2) };
-        let penalties = SamplingParams { frequency_penalty: 1.0, ..sampled(2, 30, 3) };
-        let all = [prompt_logprobs, stops, penalties, sampled(1, 1, 4), sampled(3, 50, 5)];
-        all.into_iter().enumerate().map(|(seed, params)| request(seed as u32, 20, params))
-    };
-    let [prompt, late] = prompt_and_late(ROOMY).map(|config| {
-        let engine = engine(&checkpoint, config);
-        let inboxes: Vec<_> = requests().map(|request| listen(&engine, request)).collect();
-        let events = |inbox: &mpsc::Receiver<Event>| -> Vec<Event> {
-            let next = || inbox.recv_timeout(Duration::from_secs(20)).ok();
-            std::iter::from_fn(next).collect()
-        };
-        inboxes.iter().map(|(inbox, _)| events(inbox)).collect::<Vec<_>>()
-    });
-    assert_eq!(prompt, late);
-    let ends = |events: &[Event]| {
-        events.iter().filter(|event| matches!(event, Event::Finished { .. })).count()
-    };
-    assert_eq!(late.iter().map(|events| ends(events)).collect::<Vec<_>>(), [2, 8, 2, 1, 3]);
+fn steps_that_are_planned_ahead_give_the_same() {
+    let [_, each, ahead] = engines("qwen3", config(ROOMY));
+    let stops = SamplingParams { stop_token_ids: (0..40).collect(), ..sampled(8, 60, 2) };
+    let prompt_logprobs = SamplingParams { prompt_logprobs: Some(0), ..sampled(2, 9, 1) };
+    let plain = vec![prompt_logprobs, stops, sampled(1, 1, 4), sampled(3, 50, 5)];
+    let got = events_of(&ahead, &plain);
+    assert_eq!(got, events_of(&each, &plain));
+    assert_eq!(ends(&got), [2, 8, 1, 3]);
+    let stats = [&each, &ahead].map(|engine| engine.stats().expect("it runs"));
+    assert_eq!(stats[0].steps_ahead, 0);
+    assert!(stats[1].steps_ahead > 30, "{:?}", stats[1]);
+    // Those that have to know the tokens before, and all logits, beside others.
+    let base = || sampled(2, 30, 3);
+    let penalties = SamplingParams { frequency_penalty: 1.0, ..base() };
+    let bad_words = SamplingParams { bad_words: vec![vec![7], vec![8, 9]], ..base() };
+    let top = SamplingParams { top_p: 0.7, top_logprobs: 3, ..base() };
+    let grammar = Some(Grammar::Regex("(t[0-9]+ ?)*".into()));
+    let grammar = SamplingParams { grammar, ignore_eos: false, ..base() };
+    let all = [plain, vec![penalties, bad_words, top, grammar]].concat();
+    assert_eq!(events_of(&ahead, &all), events_of(&each, &all));
 }
 
 #[test]
 fn a_paused_engine_holds_no_token_back() {
-    let checkpoint = tiny("llama-tied");
-    for config in prompt_and_late(ROOMY) {
-        let engine = engine(&checkpoint, config);
+    for engine in engines("llama-tied", config(ROOMY)) {
         let (inbox, _gone) = listen(&engine, request(1, 20, sampled(1, 200, 0)));
         let mut version = 0;
         while version < 20 {
@@ -251,9 +268,7 @@ fn a_paused_engine_holds_no_token_back() {
 
 #[test]
 fn whoever_stops_listening_frees_the_blocks() {
-    let checkpoint = tiny("llama-tied");
-    for config in prompt_and_late(ROOMY) {
-        let engine = engine(&checkpoint, config);
+    for engine in engines("llama-tied", config(ROOMY)) {
         let long = || request(1, 20, sampled(4, 230, 0));
         let (inbox, gone) = listen(&engine, long());
         let limit = Duration::from_secs(10);
@@ -270,9 +285,7 @@ fn whoever_stops_listening_frees_the_blocks() {
 
 #[test]
 fn every_sample_ends_once_when_some_are_aborted() {
-    let checkpoint = tiny("llama-tied");
-    for config in prompt_and_late(ROOMY) {
-        let engine = engine(&checkpoint, config);
+    for engine in engines("llama-tied", config(ROOMY)) {
         let (events, inbox) = mpsc::channel();
         let sink = Listener { events, gone: Arc::default() };
         let id = engine.submit(request(1, 20, sampled(3, 50, 0)), Box::new(sink)).expect("taken");
@@ -320,9 +333,7 @@ fn what_nobody_waits_for_is_given_up() {
 
 #[test]
 fn shutting_down_fails_what_runs_and_what_comes() {
-    let checkpoint = tiny("llama-tied");
-    for config in prompt_and_late(ROOMY) {
-        let engine = engine(&checkpoint, config);
+    for engine in engines("llama-tied", config(ROOMY)) {
         let (inbox, _gone) = listen(&engine, request(1, 20, sampled(2, 230, 0)));
         inbox.recv_timeout(Duration::from_secs(10)).expect("a token");
         engine.shutdown();
@@ -340,10 +351,8 @@ fn shutting_down_fails_what_runs_and_what_comes() {
 
 /// Changes the weights of a running engine while a sample of `on_update`'s kind is under way, and
 /// returns its tokens' versions, and the first version seen after the update.
-fn versions(limits: EngineConfig) -> Vec<u64> {
-    let checkpoint = tiny("llama-tied");
-    let engine = engine(&checkpoint, limits);
-    let (inbox, _gone) = listen(&engine, request(1, 20, sampled(1, 200, 0)));
+fn versions(engine: &EngineHandle) -> Vec<u64> {
+    let (inbox, _gone) = listen(engine, request(1, 20, sampled(1, 200, 0)));
     let mut versions = Vec::new();
     let mut update = None;
     while let Ok(event) = inbox.recv_timeout(Duration::from_secs(20)) {
@@ -362,13 +371,14 @@ fn versions(limits: EngineConfig) -> Vec<u64> {
 
 #[test]
 fn running_samples_meet_an_update_as_the_user_says() {
-    for config in prompt_and_late(ROOMY) {
-        for on_update in [OnUpdate::Keep, OnUpdate::Recompute] {
-            let versions = versions(EngineConfig { on_update, ..config });
-            assert_eq!((versions[0], versions[199]), (0, 1), "{on_update:?}: both are seen");
+    for on_update in [OnUpdate::Keep, OnUpdate::Recompute, OnUpdate::Drain] {
+        let seen = |versions: &[u64]| (versions[0], versions[199]);
+        let wanted = if on_update == OnUpdate::Drain { (0, 0) } else { (0, 1) };
+        for engine in engines("llama-tied", EngineConfig { on_update, ..config(ROOMY) }) {
+            let versions = versions(&engine);
+            assert_eq!(seen(&versions), wanted, "{on_update:?}");
             assert!(versions.is_sorted());
         }
-        assert_eq!(versions(EngineConfig { on_update: OnUpdate::Drain, ..config }), [0; 200]);
     }
 }
 
@@ -387,13 +397,18 @@ fn a_failed_update_changes_no_version_and_stops_nothing() {
 
 #[test]
 fn recomputed_samples_use_the_new_weights_from_the_first_token() {
-    // After an update, a recomputed sample's later tokens are those that the new weights give to
-    // the whole sequence so far.
-    let (old, new) = (tiny("llama-tied"), tiny("llama-tied"));
+    recompute(Kind::Float, config(ROOMY));
+    recompute(Kind::Double, EngineConfig { async_scheduling: Some(true), ..config(ROOMY) });
+}
+
+/// After an update, a recomputed sample's later tokens are those that the new weights give to the whole
+/// sequence so far.
+fn recompute(kind: Kind, config: EngineConfig) {
+    let (old, new) = (tiny_in("llama-tied", kind), tiny_in("llama-tied", kind));
     for (_, tensor) in &new.tensors {
         let _ = tensor.shallow_clone().g_mul_scalar_(1.1);
     }
-    let limits = EngineConfig { on_update: OnUpdate::Recompute, ..config(ROOMY) };
+    let limits = EngineConfig { on_update: OnUpdate::Recompute, ..config };
     let served = engine(&old, limits);
     let greedy = SamplingParams { temperature: 0.0, ..sampled(1, 220, 0) };
     let (inbox, _gone) = listen(&served, request(1, 20, greedy.clone()));
@@ -417,9 +432,9 @@ fn recomputed_samples_use_the_new_weights_from_the_first_token() {
     assert!(changed < sample.len(), "the update came in the middle");
     let mut context = prompt(1, 20);
     context.push(0); // replaced below: the first token was taken off the channel already
-    let fresh = engine(&new, config(ROOMY));
-    let first =
-        run(&engine(&tiny("llama-tied"), config(ROOMY)), vec![request(1, 20, greedy.clone())]);
+    let fresh = engine(&new, config);
+    let first = engine(&tiny_in("llama-tied", kind), config);
+    let first = run(&first, vec![request(1, 20, greedy.clone())]);
     context[20] = tokens(&first[0].samples[0])[0];
     context.extend(sample[..changed - 1].iter().map(|(id, _)| id));
     let rest = SamplingParams { max_tokens: 220 - changed, ..greedy };

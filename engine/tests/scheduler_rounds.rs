@@ -70,6 +70,16 @@ fn guesses_lose_nothing() {
 }
 
 #[test]
+fn steps_planned_before_their_tokens_are_known_lose_nothing() {
+    let tables = [[7, 6, 24, 120, 5], [12, 8, 16, 100, 5], [40, 8, 64, 100, 8], [3, 1, 8, 40, 2]];
+    for (seed, config) in tables.map(limits).into_iter().enumerate() {
+        let seen = run_in(World::new(900 + seed as u64, config, None).ranked().eager(), 12_000);
+        assert!(seen.accepted > 300 && seen.expected > 5_000, "{seen:?}");
+        assert!(seed > 1 || seen.stats.preemptions > 100, "{seen:?}");
+    }
+}
+
+#[test]
 fn priorities_decide_who_begins_and_salts_who_shares() {
     let tables = [[12, 8, 16, 100, 8], [96, 16, 128, 90, 8]];
     for (seed, config) in tables.map(limits).iter().enumerate() {

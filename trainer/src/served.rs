@@ -214,6 +214,6 @@ fn engine_config(config: &Config) -> EngineConfig {
         serve_dtype: engine.serve_dtype,
         num_speculative_tokens: engine.num_speculative_tokens,
         enforce_eager: engine.enforce_eager,
-        deliver_late: None,
+        async_scheduling: engine.async_scheduling,
     }
 }

@@ -54,7 +54,7 @@ fn options_belong_to_the_engine_that_is_named_wherever_it_is_named() {
 #[test]
 fn what_does_not_go_together_is_refused_by_name() {
     let remote = "engine.kind=http://a:1";
-    let cases: [(&[&str], &str); 19] = [
+    let cases: [(&[&str], &str); 21] = [
         (&["engine.kind=remote"], "engine.urls = []: must name a server"),
         (&["engine.kind=http://a:1,http://a:1/v1"], "is named twice"),
         (&["engine.kind=ftp://a"], "must begin with http"),
@@ -71,6 +71,8 @@ fn what_does_not_go_together_is_refused_by_name() {
         (&[remote, "engine.enforce_eager=true"], "engine.enforce_eager"),
         (&[remote, "engine.num_speculative_tokens=3"], "engine.num_speculative_tokens"),
         (&["model.dtype=bf16", "engine.num_speculative_tokens=3"], "needs f32 on the CPU"),
+        (&["engine.async_scheduling=true"], "has no effect for f32 on the CPU"),
+        (&[remote, "engine.async_scheduling=false"], "engine.async_scheduling"),
         (&["engine.num_speculative_tokens=16"], "must be between 0 and 15"),
         (&["engine.options.a=1"], "engine.options = ...: has no effect"),
         (&["engine.transfer_dir=/t"], "engine.transfer_dir"),

@@ -17,7 +17,7 @@ use crate::{
         self, Drawn, NOTHING_LEFT, random_number,
         summed::{inv_temperature, needs_logits},
     },
-    torch::slices::floats,
+    torch::{TorchError, event::Event, slices::floats},
 };
 use onpolicy_plugin_api::TokenStats;
 use std::{ffi::c_void, ptr::null};
@@ -37,6 +37,7 @@ struct Draw {
     given: *const i64,
     slices: *mut f64,
     out: *mut f32,
+    tokens: *mut i64,
     sums: *mut f64,
     stride: i64,
     vocab: i32,
@@ -91,7 +92,11 @@ pub struct DrawPlan(Tensor);
 impl DrawPlan {
     /// For as many rows as there are in `hows`, on `device`.
     pub fn new(hows: &[How], device: Device) -> Self {
-        Self(numbers(hows).to_device(device))
+        let numbers = hows
+            .iter()
+            .flat_map(|how| [f64::from(how.inv_temperature), how.number.unwrap_or(-1.0)]);
+        let numbers: Vec<f64> = numbers.collect();
+        Self(upload(&numbers, device).view([hows.len() as i64, 2]))
     }
 
     /// Rows that it is for.
@@ -100,29 +105,53 @@ impl DrawPlan {
     }
 }
 
-/// `[rows, 2]`, f64, on the CPU.
-fn numbers(hows: &[How]) -> Tensor {
-    let numbers: Vec<f64> = hows
-        .iter()
-        .flat_map(|how| [f64::from(how.inv_temperature), how.number.unwrap_or(-1.0)])
-        .collect();
-    Tensor::from_slice(&numbers).view([hows.len() as i64, 2])
-}
-
 /// What rows say of one token each.
 #[derive(Debug)]
 pub struct RowNumbers {
-    /// `[rows, 4]`, f32: the token, or -1, -2, -3 where a row is no distribution (see [`drawn`]); its
+    /// `[rows, 4]`, f32: the token, or -1, -2, -3 where a row is no distribution (see [`token`]); its
     /// log-prob; the row's entropy H and baseline E_p\[S\].
     pub numbers: Tensor,
+    /// `[rows]`, i64: the token, or 0 where there is none.
+    pub tokens: Tensor,
     /// `[rows, 2]`, f64: the largest logit, and Z (NaN where a row is no distribution).
     pub sums: Tensor,
 }
 
 impl RowNumbers {
-    /// The tokens, `[rows]`, i64, still on the device.
-    pub fn tokens(&self) -> Tensor {
-        self.numbers.select(1, 0).to_kind(Kind::Int64)
+    /// Sends the numbers to the host; waits for nothing.
+    ///
+    /// # Errors
+    /// What libtorch says.
+    pub fn to_host(&self) -> Result<Coming, CudaError> {
+        // Into pinned memory, since it is not waited for.
+        let numbers = self.numbers.f_to_device_(Device::Cpu, Kind::Float, true, false);
+        let numbers = numbers.map_err(TorchError::from)?;
+        let sent = match self.numbers.device() {
+            Device::Cuda(index) => Some(Event::record(index)?),
+            _ => None,
+        };
+        Ok(Coming { numbers, sent })
+    }
+}
+
+/// Numbers of rows on their way to the host.
+#[derive(Debug)]
+pub struct Coming {
+    numbers: Tensor,
+    sent: Option<Event>,
+}
+
+impl Coming {
+    /// What was drawn, or what is wrong with a row, as the sampler says it. Waits for the device to have
+    /// sent the numbers, and no longer.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn wait(self) -> Result<Vec<Result<Drawn, String>>, CudaError> {
+        if let Some(sent) = self.sent {
+            sent.wait()?;
+        }
+        Ok(floats(&self.numbers).as_chunks::<4>().0.iter().map(token).collect())
     }
 }
 
@@ -170,6 +199,7 @@ fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowN
     let room = |shape: &[i64], kind| Tensor::empty(shape, (kind, device));
     let slices = room(&[rows as i64, count as i64, SUMS], Kind::Double);
     let numbers = room(&[rows as i64, 4], Kind::Float);
+    let tokens = room(&[rows as i64], Kind::Int64);
     let sums = room(&[rows as i64, 2], Kind::Double);
     let argument = Draw {
         logits: logits.data_ptr(),
@@ -177,6 +207,7 @@ fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowN
         given: given.map_or(null(), |tokens| tokens.data_ptr().cast()),
         slices: slices.data_ptr().cast(),
         out: numbers.data_ptr().cast(),
+        tokens: tokens.data_ptr().cast(),
         sums: sums.data_ptr().cast(),
         stride,
         vocab: vocab as i32,
@@ -189,7 +220,7 @@ fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowN
         launch("sum_slices", [count, rows]).run(device, &argument)?;
         launch("draw", [rows, 1]).run(device, &argument)?;
     }
-    Ok(RowNumbers { numbers, sums })
+    Ok(RowNumbers { numbers, tokens, sums })
 }
 
 /// The gradient of `sum_i scales[i] * ln p_i(tokens[i])` by `logits`, `[rows, vocab]`, as numbers of type
@@ -255,28 +286,54 @@ pub fn sample_some(
     logits: &Tensor,
     draws: &[sampler::Draw],
 ) -> Result<Vec<Option<Result<Drawn, String>>>, CudaError> {
-    let vocab = logits.size().get(1).copied().unwrap_or(0) as usize;
-    let hows: Vec<Option<How>> = draws.iter().map(|draw| How::of(draw, vocab)).collect();
-    let here: Vec<How> = hows.iter().copied().flatten().collect();
-    if here.is_empty() {
+    let hows = hows(logits, draws);
+    if hows.iter().all(Option::is_none) {
         return Ok(hows.iter().map(|_| None).collect());
     }
-    let summed = draws.iter().zip(&hows).filter(|(_, how)| how.is_some());
+    let mut made = draw_those(logits, draws, &hows)?.to_host()?.wait()?.into_iter();
+    Ok(hows.iter().map(|how| how.and_then(|_| made.next())).collect())
+}
+
+/// The numbers of all draws, on the device; none if one of them needs to see all logits.
+///
+/// # Errors
+/// As [`draw`].
+///
+/// # Panics
+/// As [`sample_some`].
+pub fn sample_all(
+    logits: &Tensor,
+    draws: &[sampler::Draw],
+) -> Result<Option<RowNumbers>, CudaError> {
+    let hows = hows(logits, draws);
+    let all = !hows.is_empty() && hows.iter().all(Option::is_some);
+    all.then(|| draw_those(logits, draws, &hows)).transpose()
+}
+
+fn hows(logits: &Tensor, draws: &[sampler::Draw]) -> Vec<Option<How>> {
+    let vocab = logits.size().get(1).copied().unwrap_or(0) as usize;
+    draws.iter().map(|draw| How::of(draw, vocab)).collect()
+}
+
+/// Makes the draws that have a [`How`].
+fn draw_those(
+    logits: &Tensor,
+    draws: &[sampler::Draw],
+    hows: &[Option<How>],
+) -> Result<RowNumbers, CudaError> {
+    let here: Vec<How> = hows.iter().copied().flatten().collect();
+    let summed = draws.iter().zip(hows).filter(|(_, how)| how.is_some());
     let rows: Vec<i64> = summed.map(|(draw, _)| draw.row as i64).collect();
     let chosen = match rows.iter().copied().eq(0..logits.size()[0]) {
         true => logits.shallow_clone(),
         false => logits.index_select(0, &upload(&rows, logits.device())),
     };
-    let numbers = draw(&chosen, &DrawPlan::new(&here, logits.device()))?;
-    let mut made = drawn(&numbers).into_iter();
-    Ok(hows.iter().map(|how| how.and_then(|_| made.next())).collect())
+    draw(&chosen, &DrawPlan::new(&here, logits.device()))
 }
 
-/// What was drawn, or what is wrong with a row, as the sampler says it. Waits for the device.
-pub fn drawn(numbers: &RowNumbers) -> Vec<Result<Drawn, String>> {
-    let numbers = numbers.numbers.to_device(Device::Cpu).contiguous();
-    let rows = floats(&numbers).as_chunks::<4>().0;
-    let drawn = rows.iter().map(|&[token, logprob, entropy, baseline]| match token as i64 {
+/// What a row says of the token that was drawn from it.
+fn token(&[token, logprob, entropy, baseline]: &[f32; 4]) -> Result<Drawn, String> {
+    match token as i64 {
         -1 => Err("the model produced NaN logits; its weights are broken".into()),
         -2 => Err("the model produced infinite logits; its weights are broken".into()),
         -3 => Err(NOTHING_LEFT.into()),
@@ -284,8 +341,7 @@ pub fn drawn(numbers: &RowNumbers) -> Vec<Result<Drawn, String>> {
             let stats = TokenStats { logprob, entropy, baseline };
             Ok(Drawn { id: id as u32, stats, top: Vec::new() })
         }
-    });
-    drawn.collect()
+    }
 }
 
 #[cfg(test)]

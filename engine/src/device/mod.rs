@@ -10,8 +10,10 @@
 //! - [`pages`]: the pages of all layers. [`graphs`]: decode steps that are recorded.
 //! - [`tuning`]: the fastest kernels for a model's products.
 //! - [`stats`]: log-prob, entropy and baseline of rows of logits. [`sampling`]: draws from them.
+//!   [`drawing`]: draws that the host does not wait for.
 
 pub mod attention;
+pub mod drawing;
 pub mod graphs;
 pub mod pages;
 pub mod placement;
@@ -23,6 +25,7 @@ pub mod varlen;
 
 pub use placement::{DeviceName, Dtype, Placement, PlacementError};
 
+use crate::torch::transfer::{copy_async, pinned};
 use tch::{Device, Kind, Tensor};
 
 /// Whether the kernels of this crate compute with such a tensor: f32 on the CPU.
@@ -35,10 +38,33 @@ pub fn wide(kind: Kind) -> Kind {
     if kind == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
+/// Most bytes that the driver takes aside at once when it is to copy them.
+const TAKEN_ASIDE: usize = 64 << 10;
+
 /// Numbers from the host, on `device`. Does not wait for what the device is doing.
 pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
-    let host = Tensor::from_slice(values);
+    let host = on_host(values, device);
     if device == Device::Cpu { host } else { host.to_device_(device, T::KIND, true, false) }
+}
+
+/// Writes numbers from the host over those of a tensor, which has as many. Does not wait for what the
+/// device is doing.
+///
+/// # Panics
+/// If it has not, or what the device refuses.
+pub fn send<T: tch::kind::Element>(values: &[T], to: &Tensor) {
+    let sent = copy_async(&on_host(values, to.device()), to);
+    sent.unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// Numbers for `device`, where it takes them from.
+fn on_host<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
+    let host = Tensor::from_slice(values);
+    if device == Device::Cpu || size_of_val(values) <= TAKEN_ASIDE {
+        return host;
+    }
+    // Where there is no pinned memory, it takes longer.
+    pinned(&host).unwrap_or(host)
 }
 
 /// The bytes of a tensor, row by row, little-endian, as safetensors stores them. Waits for the

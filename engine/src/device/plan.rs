@@ -1,4 +1,4 @@
-//! The tensors that a step of the engine is described by, brought to the device in two copies.
+//! The tensors that a step of the engine is described by, on the device.
 
 use super::{
     attention::{Paged, PagedPlan, attend, write_kv},
@@ -25,6 +25,36 @@ pub struct StepRows<'a> {
     pub spans: Vec<Span<'a>>,
     /// Rows that tokens are drawn from.
     pub sampled: Vec<i64>,
+    /// Rows whose tokens only the device knows yet.
+    pub unknown: Unknown,
+}
+
+/// Rows of a step whose tokens the step before has drawn, and that the host does not know yet.
+#[derive(Debug, Default)]
+pub struct Unknown {
+    /// The rows.
+    pub rows: Vec<i64>,
+    /// For each, which draw has made its token.
+    pub draws: Vec<i64>,
+    /// Tokens of all draws of that step, i64, on the device; there if a row is unknown.
+    pub drawn: Option<Tensor>,
+}
+
+impl Unknown {
+    /// Writes the tokens into those of all rows, on the device.
+    fn fill_in(&self, tokens: &Tensor) {
+        let Some(drawn) = self.drawn.as_ref().filter(|_| !self.rows.is_empty()) else { return };
+        let count = self.rows.len() as i64;
+        let first = |numbers: &[i64]| numbers.iter().copied().eq(0..count);
+        if first(&self.rows) && first(&self.draws) {
+            tokens.narrow(0, 0, count).copy_(&drawn.narrow(0, 0, count));
+            return;
+        }
+        let places: Vec<i64> = self.rows.iter().chain(&self.draws).copied().collect();
+        let places = upload(&places, tokens.device());
+        let drawn = drawn.index_select(0, &places.narrow(0, count, count));
+        let _ = tokens.shallow_clone().index_copy_(0, &places.narrow(0, 0, count), &drawn);
+    }
 }
 
 impl StepRows<'_> {
@@ -68,45 +98,41 @@ impl StepPlan {
     /// says for what device and heads.
     pub fn new(rows: &StepRows<'_>, device: Device, machine: Option<Machine>) -> Self {
         let slots = rows.slots();
-        // The kernels' plan has slots of its own.
-        let sent = if machine.is_some() { &[][..] } else { &slots };
-        let numbers = rows.tokens.iter().chain(&rows.positions).chain(&rows.sampled).chain(sent);
-        let numbers: Vec<i64> = numbers.copied().collect();
-        let (count, drawn) = (rows.tokens.len() as i64, rows.sampled.len() as i64);
-        let numbers = upload(&numbers, device);
-        let [tokens, positions] = [0, 1].map(|i| numbers.narrow(0, i * count, count));
-        let begins = rows.spans.iter().all(|span| span.first_position == 0);
-        let prompts = || Varlen::of_prompts(rows.spans.iter().map(|s| s.rows.clone()), device);
-        Self {
-            tokens,
-            positions,
-            sampled: numbers.narrow(0, 2 * count, drawn),
-            paged: match machine {
-                Some(machine) => {
-                    let plan = kernel::PagedPlan::new(&rows.spans, &slots, machine, device);
-                    Paging::Kernels(plan)
+        let (spans, sampled) = (&rows.spans, upload(&rows.sampled, device));
+        let plan = match machine {
+            Some(machine) => {
+                let tokens_and_slots = [&rows.tokens[..], &slots];
+                let plan = kernel::PagedPlan::new(spans, tokens_and_slots, machine, device);
+                Self::of_kernels(plan, sampled)
+            }
+            None => {
+                let numbers = [&rows.tokens[..], &rows.positions, &slots].concat();
+                let numbers = upload(&numbers, device).view([3, -1]);
+                Self {
+                    tokens: numbers.get(0),
+                    positions: numbers.get(1),
+                    sampled,
+                    paged: Paging::Operations(PagedPlan::new(spans, numbers.get(2), device)),
+                    prompts: None,
                 }
-                None => {
-                    let slots = numbers.narrow(0, 2 * count + drawn, count);
-                    Paging::Operations(PagedPlan::new(&rows.spans, slots, device))
-                }
-            },
-            prompts: begins.then(prompts),
-        }
+            }
+        };
+        rows.unknown.fill_in(&plan.tokens);
+        let begins = spans.iter().all(|span| span.first_position == 0);
+        let prompts = || Varlen::of_prompts(spans.iter().map(|s| s.rows.clone()), device);
+        Self { prompts: begins.then(prompts), ..plan }
+    }
+
+    fn of_kernels(plan: kernel::PagedPlan, sampled: Tensor) -> Self {
+        let [tokens, positions] = [&plan.tokens, &plan.positions].map(Tensor::shallow_clone);
+        Self { tokens, positions, sampled, paged: Paging::Kernels(plan), prompts: None }
     }
 
     /// A plan for kernels of our own without rows, with room for some: for graphs. Tokens are drawn
     /// from none of them.
     pub fn with_capacity(capacity: kernel::Capacity, machine: Machine, device: Device) -> Self {
-        let numbers = Tensor::zeros([2, capacity.rows as i64], (Kind::Int64, device));
         let plan = kernel::PagedPlan::with_capacity(capacity, machine, device);
-        Self {
-            tokens: numbers.get(0),
-            positions: numbers.get(1),
-            sampled: numbers.flatten(0, 1).narrow(0, 0, 0),
-            paged: Paging::Kernels(plan),
-            prompts: None,
-        }
+        Self::of_kernels(plan, Tensor::zeros([0], (Kind::Int64, device)))
     }
 
     /// Overwrites a plan that was made with room for these rows, where it lies. Rows beyond them are
@@ -118,10 +144,8 @@ impl StepPlan {
         let Paging::Kernels(plan) = &mut self.paged else {
             return Err(CudaError::Unsupported("a plan that is not the kernels'".into()));
         };
-        plan.refill(&rows.spans, &rows.slots())?;
-        for (values, own) in [(&rows.tokens, &self.tokens), (&rows.positions, &self.positions)] {
-            own.narrow(0, 0, values.len() as i64).copy_(&upload(values, own.device()));
-        }
+        plan.refill(&rows.spans, [&rows.tokens, &rows.slots()])?;
+        rows.unknown.fill_in(&self.tokens);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 
 pub(crate) mod check;
 mod control;
+mod flight;
 mod handle;
 mod hold;
 mod outlet;
@@ -83,9 +84,9 @@ pub struct EngineConfig {
     /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
     /// graphs, and leave products to libtorch.
     pub enforce_eager: bool,
-    /// Deliver a step's tokens while the next one is computed, in place of before it. If not given, that
-    /// is so on a CUDA device, which computes by itself.
-    pub deliver_late: Option<bool>,
+    /// While a step is computed, deliver the tokens of the one before and plan the next one. If not
+    /// given, that is so on a CUDA device, which computes by itself. Not for f32 on the CPU.
+    pub async_scheduling: Option<bool>,
 }
 
 impl Default for EngineConfig {
@@ -102,7 +103,7 @@ impl Default for EngineConfig {
             serve_dtype: ServeDtype::F32,
             num_speculative_tokens: None,
             enforce_eager: false,
-            deliver_late: None,
+            async_scheduling: None,
         }
     }
 }
@@ -161,6 +162,11 @@ impl EngineConfig {
             );
             return Err(EngineError::invalid("num_speculative_tokens", why));
         }
+        if placement.is_native() && self.async_scheduling == Some(true) {
+            let why = "has no effect on f32 weights on the CPU, which compute in the engine's own \
+                       thread; leave it out or at false";
+            return Err(EngineError::invalid("async_scheduling", why));
+        }
         Ok(())
     }
 }
@@ -213,6 +219,8 @@ pub struct EngineStats {
     pub blocks_total: usize,
     /// Steps taken.
     pub steps: u64,
+    /// Those of them that were planned before the tokens of the one before were known.
+    pub steps_ahead: u64,
     /// Samples whose blocks were taken away to let others run.
     pub preemptions: u64,
     /// Prompt tokens found in the prefix cache.
@@ -328,8 +336,8 @@ impl EngineHandle {
                 }
                 let weights = (&model.weights, dtype);
                 let runner = runner::Runner::new(&model.config, weights, (pages, blocks), recorded);
-                let late = config.deliver_late.unwrap_or(device.is_some());
-                let how = (config.on_update, late);
+                let overlaps = config.async_scheduling.unwrap_or(device.is_some());
+                let how = (config.on_update, overlaps);
                 Worker::new(runner, scheduler, worker_shared, how).run(&inbox);
             })
             .map_err(|error| EngineError::Internal(format!("no thread: {error}")))?;

@@ -76,8 +76,8 @@ impl LiveRequest {
         }
     }
 
-    /// False if a draw depends on the sample's tokens before it, not on their number alone.
-    pub fn may_draft(&self) -> bool {
+    /// True if a draw depends on the number of the sample's tokens before it alone, not on which they are.
+    pub fn draws_blindly(&self) -> bool {
         self.places.is_empty() && self.counts.is_empty() && self.params.bad_words.is_empty()
     }
 

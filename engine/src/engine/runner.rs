@@ -5,10 +5,11 @@ use crate::{
     cuda::{attention::fits, plan::Machine},
     device::{
         self, Placement, download,
+        drawing::Drawing,
         graphs::DecodeGraphs,
         pages::DevicePages,
         plan::{StepPlan, StepRows},
-        sampling, stats,
+        stats,
         tuning::tune,
     },
     head::Head,
@@ -21,7 +22,7 @@ use crate::{
         decoder::Decoder,
     },
     profile::{Phase, timed},
-    sampler::{Draw, Drawn, place, sample},
+    sampler::{Draw, place, sample},
     scheduler::{Chunk, Scheduler, Step},
     torch::{
         TorchError,
@@ -210,12 +211,19 @@ impl Runner {
     }
 
     /// Runs the chunks of `step` through the decoder; their K and V are in the pages afterwards.
-    pub fn forward(&mut self, step: &Step, scheduler: &Scheduler) -> StepOutput {
-        timed(Phase::Gather, || self.run(step, scheduler))
+    /// `drawn` are the tokens of the step before, if sequences expect one of them.
+    pub fn forward(
+        &mut self,
+        step: &Step,
+        scheduler: &Scheduler,
+        drawn: Option<&Tensor>,
+    ) -> StepOutput {
+        timed(Phase::Gather, || self.run(step, scheduler, drawn))
     }
 
-    fn run(&mut self, step: &Step, scheduler: &Scheduler) -> StepOutput {
-        let rows = gather(step, scheduler);
+    fn run(&mut self, step: &Step, scheduler: &Scheduler, drawn: Option<&Tensor>) -> StepOutput {
+        let mut rows = gather(step, scheduler);
+        rows.unknown.drawn = drawn.map(Tensor::shallow_clone);
         let first_rows = rows.spans.iter().map(|span| span.rows.start).collect();
         match &mut self.pages {
             Pages::Native(cache) => {
@@ -249,19 +257,20 @@ impl Runner {
 
     /// Draws tokens; the rows of `draws` are the last ones of the chunks that sample and those of
     /// guesses, in the step's order.
-    pub fn sample(&self, output: &StepOutput, draws: &[Draw]) -> Vec<Result<Drawn, String>> {
+    pub fn draw(&self, output: &StepOutput, draws: &[Draw]) -> Drawing {
         let hidden = match &output.sampled {
             Some(rows) => output.hidden.index_select(0, rows),
             None => output.hidden.shallow_clone(),
         };
         if let Pages::OnDevice(..) = &self.pages {
-            return sampling::sample(&self.decoder.logits(&hidden), draws);
+            return Drawing::start(&self.decoder.logits(&hidden), draws);
         }
-        if self.decoder.head_is_narrow() {
+        Drawing::known(if self.decoder.head_is_narrow() {
             let logits = self.decoder.logits(&hidden);
-            return sample(floats(&logits), self.decoder.head().size()[0] as usize, draws);
-        }
-        Head::new(self.decoder.head()).sample(floats(&hidden), draws)
+            sample(floats(&logits), self.decoder.head().size()[0] as usize, draws)
+        } else {
+            Head::new(self.decoder.head()).sample(floats(&hidden), draws)
+        })
     }
 
     /// What chunk `index` says of the tokens that follow its rows: row `i` predicts `next[i]`. Ranks
@@ -334,6 +343,10 @@ fn gather<'a>(step: &Step, scheduler: &'a Scheduler) -> StepRows<'a> {
     for chunk in &step.chunks {
         let sequence = scheduler.sequence(chunk.seq).expect("a scheduled sequence exists");
         let (row, range) = (rows.tokens.len(), chunk.start..chunk.start + chunk.len);
+        if let Some(draw) = sequence.expected.filter(|_| chunk.sample) {
+            rows.unknown.rows.push((row + chunk.len - 1) as i64);
+            rows.unknown.draws.push(draw as i64);
+        }
         let tokens = sequence.tokens[chunk.start..].iter().chain(&sequence.drafts);
         rows.tokens.extend(tokens.take(chunk.len).map(|&token| i64::from(token)));
         rows.positions.extend(range.clone().map(|position| position as i64));

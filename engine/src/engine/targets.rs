@@ -3,7 +3,6 @@
 use super::request::LiveRequest;
 use crate::{
     kernels::disjoint,
-    sampler::Drawn,
     sequence::{SeqId, Sequence},
 };
 use onpolicy_plugin_api::{EngineError, RequestId};
@@ -23,9 +22,6 @@ impl Target {
         Self { request: sequence.group, seq: sequence.id, index: sequence.index, ahead }
     }
 }
-
-/// A sample and the token that it got, or why its request cannot go on.
-pub type Sampled = (Target, Result<Drawn, EngineError>);
 
 /// Works out what the grammars of the targets, each given with its row, allow next: requests at the
 /// same time, the samples of one after one another, because they share what is known about their

@@ -1,21 +1,15 @@
-//! The engine's loop, on its own thread: take commands, schedule, run, sample, deliver.
+//! The engine's loop, on its own thread: take commands, apply updates, take a step.
 
 use super::{
-    EngineStats, OnUpdate, Shared,
-    control::Control,
-    hold::Hold,
-    request::LiveRequest,
-    runner::{Runner, StepOutput, predicted_prompt},
-    targets::{self, Sampled, Target},
-    update::Update,
+    EngineStats, OnUpdate, Shared, control::Control, flight::Flight, hold::Hold,
+    request::LiveRequest, runner::Runner, update::Update,
 };
 use crate::{
     grammar::Place,
     profile::{self, Phase, Profile, timed},
-    sampler::{Draw, NOTHING_LEFT},
-    scheduler::{NewRequest, Scheduler, Step},
+    scheduler::{NewRequest, Scheduler},
 };
-use onpolicy_plugin_api::{EngineError, FinishReason, Request, RequestId, Sink, Token};
+use onpolicy_plugin_api::{EngineError, FinishReason, Request, RequestId, Sink};
 use std::{
     collections::{HashMap, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
@@ -70,9 +64,15 @@ pub struct Worker {
     pub(super) hold: Hold,
     pub(super) shared: Arc<Shared>,
     pub(super) on_update: OnUpdate,
-    /// Tokens are delivered while the next step is computed.
-    late: bool,
-    steps: u64,
+    /// The step that is computed.
+    pub(super) flight: Option<Flight>,
+    /// While a step is computed, the tokens of the one before are delivered and the next one is planned.
+    pub(super) overlaps: bool,
+    pub(super) steps: u64,
+    /// Those of them that were planned before the tokens of the one before were known.
+    pub(super) steps_ahead: u64,
+    /// When the last step has ended.
+    pub(super) landed: Option<Instant>,
     /// How long the last update took to make the served copies anew.
     pub(super) refresh: Duration,
 }
@@ -82,11 +82,24 @@ impl Worker {
         runner: Runner,
         scheduler: Scheduler,
         shared: Arc<Shared>,
-        (on_update, late): (OnUpdate, bool),
+        (on_update, overlaps): (OnUpdate, bool),
     ) -> Self {
         let (live, updates, hold) = (HashMap::new(), VecDeque::new(), Hold::default());
-        let (steps, refresh) = (0, Duration::ZERO);
-        Self { runner, scheduler, live, updates, hold, shared, on_update, late, steps, refresh }
+        Self {
+            runner,
+            scheduler,
+            live,
+            updates,
+            hold,
+            shared,
+            on_update,
+            flight: None,
+            overlaps,
+            steps: 0,
+            steps_ahead: 0,
+            landed: None,
+            refresh: Duration::ZERO,
+        }
     }
 
     /// Works until told to stop, or until every handle is gone.
@@ -96,10 +109,7 @@ impl Worker {
             timed(Phase::Schedule, || self.drop_abandoned());
             timed(Phase::Update, || self.apply_updates());
             if self.hold.steps() {
-                let step = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| self.step())));
-                if let Err(panic) = step {
-                    self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
-                }
+                self.guarded(Self::step);
             }
             // After the step, which may have ended the last of the running samples.
             self.answer_pauses();
@@ -110,6 +120,14 @@ impl Worker {
             let _ = update.reply.send(Err(EngineError::Stopped));
         }
         self.publish();
+    }
+
+    /// Does a part of a step; if it panics, all requests fail.
+    fn guarded(&mut self, part: impl FnOnce(&mut Self)) {
+        let done = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| part(self))));
+        if let Err(panic) = done {
+            self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
+        }
     }
 
     /// Takes what has been sent; waits if there is nothing to do. False: stop.
@@ -144,7 +162,7 @@ impl Worker {
         } else {
             self.hold.steps() && !self.scheduler.is_drained()
         };
-        !works && self.updates.is_empty()
+        !works && self.flight.is_none() && self.updates.is_empty()
     }
 
     /// Waits for a command; not for long if requests wait whose listeners may go away.
@@ -156,7 +174,11 @@ impl Worker {
     }
 
     fn take(&mut self, command: Command) -> bool {
-        // What has been computed is there before the answer.
+        // What has been computed is there before the answer, and no step sees what is changed. Requests
+        // may come and go meanwhile.
+        if !matches!(command, Command::Submit(_) | Command::Abort { .. }) {
+            self.guarded(Self::land_flight);
+        }
         self.hand_over();
         match command {
             Command::Submit(submissions) => {
@@ -198,7 +220,7 @@ impl Worker {
             n: params.n,
             max_tokens: params.max_tokens,
             reuse_prefix: params.prompt_logprobs.is_none(),
-            draft: live.may_draft(),
+            draft: live.draws_blindly(),
             prompt: request.prompt,
             priority: request.priority,
             cache_salt: request.cache_salt,
@@ -243,128 +265,13 @@ impl Worker {
         self.scheduler.set_version(version, self.on_update == OnUpdate::Recompute);
     }
 
-    fn step(&mut self) {
-        let started = Instant::now();
-        let step = timed(Phase::Schedule, || self.scheduler.schedule());
-        if step.is_empty() {
-            return self.hand_over();
-        }
-        let output = self.runner.forward(&step, &self.scheduler);
-        // While the device computes.
-        self.hand_over();
-        timed(Phase::Sampling, || self.collect_prompt_logprobs(&step, &output));
-        timed(Phase::Schedule, || self.scheduler.computed(&step));
-        let sampled = timed(Phase::Sampling, || self.sample(&step, &output));
-        timed(Phase::Delivery, || self.deliver(sampled));
-        self.steps += 1;
-        profile::count_step(step.num_tokens());
-        metrics::counter!("onpolicy_step_tokens_total").increment(step.num_tokens() as u64);
-        metrics::histogram!("onpolicy_step_seconds").record(started.elapsed());
-    }
-
-    fn collect_prompt_logprobs(&mut self, step: &Step, output: &StepOutput) {
-        for (index, chunk) in step.chunks.iter().enumerate() {
-            let Some(sequence) = self.scheduler.sequence(chunk.seq) else { continue };
-            let Some(live) = self.live.get_mut(&sequence.group) else { continue };
-            if let Some(top) = live.wanted_of_prompt() {
-                let (first, next) = predicted_prompt(chunk, &sequence.tokens, sequence.prompt_len);
-                live.add_prompt_tokens(first, self.runner.next_tokens(output, index, &next, top));
-            }
-        }
-    }
-
-    /// Draws a token for every sample whose turn it is, and for each of their guesses the one that
-    /// follows it. A group's first tokens are all drawn from the one row that its prompt ends in.
-    fn sample(&mut self, step: &Step, output: &StepOutput) -> Vec<Sampled> {
-        let targets = self.targets(step);
-        if targets.is_empty() {
-            return Vec::new();
-        }
-        let stuck = targets::look(&mut self.live, &targets);
-        let is_stuck = |target: &Target| stuck.contains_key(&target.request);
-        let (lost, targets): (Vec<_>, Vec<_>) =
-            targets.into_iter().partition(|(_, target)| is_stuck(target));
-        let (targets, draws): (Vec<Target>, Vec<Draw<'_>>) = targets
-            .into_iter()
-            .map(|(row, target)| {
-                let sequence = self.scheduler.sequence(target.seq).expect("a sequence that draws");
-                let draw = self.live[&target.request].draw(row, sequence, target.ahead);
-                (target, draw)
-            })
-            .unzip();
-        let drawn = self.runner.sample(output, &draws);
-        let drawn = targets.into_iter().zip(drawn).map(|(target, drawn)| {
-            let drawn = drawn.map_err(|reason| draw_error(reason, &self.live[&target.request]));
-            (target, drawn)
-        });
-        let lost = lost.into_iter().map(|(_, target)| {
-            let error = stuck[&target.request].clone();
-            (target, Err(error))
-        });
-        lost.chain(drawn).collect()
-    }
-
-    /// Who draws from which of the step's sampled rows.
-    fn targets(&mut self, step: &Step) -> Vec<(usize, Target)> {
-        let (mut targets, mut row) = (Vec::new(), 0);
-        for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
-            for seq in self.scheduler.fork(chunk.seq) {
-                let sequence = self.scheduler.sequence(seq).expect("a forked sequence exists");
-                let ahead = 0..=chunk.drafts;
-                targets.extend(ahead.map(|ahead| (row + ahead, Target::of(sequence, ahead))));
-            }
-            row += 1 + chunk.drafts;
-        }
-        targets
-    }
-
-    fn deliver(&mut self, sampled: Vec<Sampled>) {
-        let weight_version = self.shared.version.get();
-        let mut delivered = 0;
-        for (target, drawn) in sampled {
-            // An earlier token was another than the guess that this one follows, or the last.
-            if target.ahead > 0 && !self.scheduler.draws(target.seq) {
-                continue;
-            }
-            // An earlier sample of the same step may have ended the whole request.
-            let Some(live) = self.live.get_mut(&target.request) else { continue };
-            let taken = drawn.and_then(|drawn| {
-                live.advance(target.index, drawn.id)?;
-                Ok(drawn)
-            });
-            let drawn = match taken {
-                Ok(drawn) => drawn,
-                Err(error) => {
-                    self.fail(target.request, error);
-                    continue;
-                }
-            };
-            delivered += 1;
-            let stop = live.stops_at(drawn.id);
-            let token = Token { id: drawn.id, stats: drawn.stats, weight_version, top: drawn.top };
-            live.take(target.index, token);
-            let full = self.scheduler.append(target.seq, drawn.id);
-            if stop || full {
-                let reason = if stop { FinishReason::Stop } else { FinishReason::Length };
-                self.scheduler.finish(target.seq);
-                if live.finish(target.index, reason) {
-                    self.live.remove(&target.request);
-                }
-            }
-        }
-        metrics::counter!("onpolicy_generated_tokens_total").increment(delivered);
-        if !self.late {
-            self.hand_over();
-        }
-    }
-
     /// Delivers what samples have got. What is late waits for the next step or the next command: an
     /// engine with running samples neither rests nor changes without one of them.
-    fn hand_over(&mut self) {
+    pub(super) fn hand_over(&mut self) {
         timed(Phase::Delivery, || self.live.values_mut().for_each(LiveRequest::hand_over));
     }
 
-    fn fail(&mut self, id: RequestId, error: EngineError) {
+    pub(super) fn fail(&mut self, id: RequestId, error: EngineError) {
         self.scheduler.abort(id);
         if let Some(live) = self.live.remove(&id) {
             tracing::error!(request = id.0, %error, "request failed");
@@ -387,6 +294,7 @@ impl Worker {
             blocks_used: scheduler.blocks_used(),
             blocks_total: scheduler.blocks_total(),
             steps: self.steps,
+            steps_ahead: self.steps_ahead,
             preemptions: counters.preemptions,
             prefix_hits: counters.prefix_hits,
             prefix_queries: counters.prefix_queries,
@@ -408,22 +316,13 @@ impl Worker {
         metrics::gauge!("onpolicy_kv_blocks_total").set(stats.blocks_total as f64);
         metrics::gauge!("onpolicy_weight_copies_bytes").set(stats.copied_bytes as f64);
         metrics::counter!("onpolicy_graph_steps_total").absolute(stats.graph_steps);
+        metrics::counter!("onpolicy_steps_ahead_total").absolute(stats.steps_ahead);
         metrics::counter!("onpolicy_preemptions_total").absolute(stats.preemptions);
         metrics::counter!("onpolicy_prefix_cache_hit_tokens_total").absolute(stats.prefix_hits);
         metrics::counter!("onpolicy_prefix_cache_query_tokens_total")
             .absolute(stats.prefix_queries);
         metrics::counter!("onpolicy_draft_tokens_total").absolute(stats.drafted);
         metrics::counter!("onpolicy_draft_accepted_tokens_total").absolute(stats.accepted);
-    }
-}
-
-/// Whose fault it is that no token could be drawn.
-fn draw_error(reason: String, live: &LiveRequest) -> EngineError {
-    match live.restriction().filter(|_| reason == NOTHING_LEFT) {
-        Some(field) => {
-            EngineError::invalid(field, "no token is left to draw: allow more, or forbid fewer")
-        }
-        None => EngineError::Internal(reason),
     }
 }
 

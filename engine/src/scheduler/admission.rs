@@ -30,6 +30,7 @@ impl Scheduler {
             group: id,
             index: 0,
             tokens: Vec::new(),
+            expected: None,
             prompt_len: prompt.len(),
             max_len,
             computed: 0,
@@ -66,7 +67,8 @@ impl Scheduler {
         while tokens_left > 0 {
             let begins = if self.held { None } else { self.waiting.front() };
             let Some(&id) = self.preempted.front().or(begins) else { break };
-            if !self.admit(id, promised) {
+            // One that is full has lost its blocks, and ends with the token that it expects.
+            if self.sequences[&id].is_full() || !self.admit(id, promised) {
                 break;
             }
             let sequence = self.sequences.get_mut(&id).expect("an admitted sequence");

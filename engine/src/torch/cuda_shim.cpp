@@ -1,16 +1,18 @@
-// Streams, memory and graphs of CUDA devices, without CUDA's headers or libraries: streams and memory
+// Streams, events, memory and graphs of CUDA devices, without CUDA's headers or libraries: all but graphs
 // by way of libtorch's interfaces for any device, which its CUDA half fills in once it is loaded, and
 // graphs by the names that `at::cuda::CUDAGraph` has there (ATen/cuda/CUDAGraph.h of 2.11.0, checked
 // with nm). Every function returns nullptr, or an error message that the caller frees with op_free.
 #include "guarded.h"
 
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <dlfcn.h>
 
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -103,6 +105,24 @@ char *op_restore_stream(int64_t index, int64_t before) {
 // Waits until all that a device was given is done.
 char *op_synchronize(int64_t index) {
   return guarded([&] { streams().synchronizeDevice(static_cast<c10::DeviceIndex>(index)); });
+}
+
+// A point in the stream that this thread uses on a device: the end of what it was given by now.
+char *op_event_record(int64_t index, void **event) {
+  return guarded([&] {
+    const auto stream = streams().getStream(device(index));
+    auto made = std::make_unique<c10::Event>(CUDA);
+    made->record(stream);
+    *event = made.release();
+  });
+}
+
+char *op_event_wait(void *event) {
+  return guarded([&] { static_cast<c10::Event *>(event)->synchronize(); });
+}
+
+char *op_event_free(void *event) {
+  return guarded([&] { delete static_cast<c10::Event *>(event); });
 }
 
 // Bytes: free and in all, as the driver sees them; handed out by the allocator, now and at most;

@@ -1,9 +1,10 @@
 //! What tch does not bind: the fused optimizer, backward with given gradients, flash attention,
-//! memory of a tensor that goes and comes, tensors as slices, and a CUDA device's streams, graphs
-//! and memory.
+//! memory of a tensor that goes and comes, tensors as slices, and a CUDA device's streams, events,
+//! graphs and memory.
 
 pub mod autograd;
 pub mod device_memory;
+pub mod event;
 pub mod flash;
 pub mod function;
 pub mod graph;
@@ -13,6 +14,7 @@ pub mod random;
 pub mod slices;
 pub mod storage;
 pub mod stream;
+pub mod transfer;
 
 use std::ffi::{CStr, c_char, c_void};
 
@@ -63,6 +65,8 @@ unsafe extern "C" {
     ) -> *mut c_char;
     fn op_give_back(tensor: RawTensor) -> *mut c_char;
     fn op_take(tensor: RawTensor) -> *mut c_char;
+    fn op_copy_async(from: RawTensor, to: RawTensor) -> *mut c_char;
+    fn op_pinned(tensor: RawTensor, output: *mut *mut torch_sys::C_tensor) -> *mut c_char;
     fn op_empty_cache() -> *mut c_char;
     fn op_set_grad(tensor: RawTensor, gradient: RawTensor) -> *mut c_char;
     fn op_total_norm(tensors: *const RawTensor, count: i64, norm: *mut f64) -> *mut c_char;
@@ -90,6 +94,9 @@ unsafe extern "C" {
     fn op_side_stream(index: i64, before: *mut i64) -> *mut c_char;
     fn op_restore_stream(index: i64, before: i64) -> *mut c_char;
     fn op_synchronize(index: i64) -> *mut c_char;
+    fn op_event_record(index: i64, event: *mut *mut c_void) -> *mut c_char;
+    fn op_event_wait(event: *mut c_void) -> *mut c_char;
+    fn op_event_free(event: *mut c_void) -> *mut c_char;
     fn op_device_memory(index: i64, bytes: *mut i64) -> *mut c_char;
     fn op_reset_peak(index: i64) -> *mut c_char;
     fn op_graph_new(graph: *mut *mut c_void) -> *mut c_char;

@@ -148,6 +148,19 @@ char *op_take(at::Tensor *tensor) {
   });
 }
 
+// Overwrites a tensor of a device with one of the host, and does not wait for the device.
+char *op_copy_async(at::Tensor *from, at::Tensor *to) {
+  return guarded([&] {
+    TORCH_CHECK(from->sizes() == to->sizes(), from->sizes(), " is not ", to->sizes());
+    to->copy_(*from, true);
+  });
+}
+
+// A copy of a tensor of the host in pinned memory, which a device reads without the host's help.
+char *op_pinned(at::Tensor *tensor, at::Tensor **output) {
+  return guarded([&] { *output = new at::Tensor(tensor->pin_memory()); });
+}
+
 // What the allocator of CUDA memory holds free goes back to the device.
 char *op_empty_cache() {
   return guarded([] { c10::getDeviceAllocator(c10::DeviceType::CUDA)->emptyCache(); });

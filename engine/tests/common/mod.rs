@@ -2,12 +2,14 @@
 #![allow(dead_code)] // each test binary uses its part
 
 use onpolicy_engine::{
+    device::Placement,
     engine::{EngineConfig, EngineHandle, Model},
-    model::loading::{Checkpoint, load},
+    model::loading::{Checkpoint, load, load_to},
     weights::Weights,
 };
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use tch::{Device, Kind};
 
 /// The tiny checkpoints.
 pub const TINY: [&str; 6] =
@@ -26,6 +28,13 @@ pub fn json(path: &Path) -> Value {
 pub fn tiny(name: &str) -> Checkpoint {
     load(golden("tiny").join(name).to_str().expect("UTF-8 path"))
         .expect("a golden checkpoint loads")
+}
+
+/// A tiny checkpoint whose tensors are of this type.
+pub fn tiny_in(name: &str, kind: Kind) -> Checkpoint {
+    let placement = Placement { device: Device::Cpu, kind };
+    let path = golden("tiny").join(name);
+    load_to(path.to_str().expect("UTF-8 path"), placement).expect("a golden checkpoint loads")
 }
 
 /// The real model; `scripts/setup` fetches it.

@@ -1,7 +1,7 @@
 //! The tiny checkpoints against what transformers computes for them.
 
-use crate::common::{TINY, assert_close, engine, floats, golden, ids, json, tiny};
-use crate::support::{greedy, logits, run, tiny_in, weights};
+use crate::common::{TINY, assert_close, engine, floats, golden, ids, json, tiny, tiny_in};
+use crate::support::{greedy, logits, run, weights};
 use onpolicy_engine::{
     device::stats,
     engine::EngineConfig,

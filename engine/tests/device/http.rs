@@ -1,6 +1,7 @@
 //! A bf16 model over HTTP: what the routes say is what the engine says.
 
-use crate::support::{request, run, sampled, start, tiny_in, tokens};
+use crate::common::tiny_in;
+use crate::support::{request, run, sampled, start, tokens};
 use onpolicy_engine::http::{self, AppState, Limits, metrics};
 use serde_json::{Value, json};
 use std::{sync::Arc, time::Duration};

@@ -1,7 +1,7 @@
 //! What an engine over the libtorch path does not take, and why.
 
-use crate::common::golden;
-use crate::support::{start, tiny_in, weights};
+use crate::common::{golden, tiny_in};
+use crate::support::{start, weights};
 use onpolicy_engine::{
     device::{DeviceName, Dtype, Placement},
     engine::{EngineConfig, EngineHandle, Model},

@@ -1,9 +1,7 @@
 //! Requests of every kind give over the libtorch path what they give over the native one.
 
-use crate::common::{assert_close, tiny};
-use crate::support::{
-    all_tokens, greedy, request, run, sampled, start, start_with, tiny_in, tokens,
-};
+use crate::common::{assert_close, tiny, tiny_in};
+use crate::support::{ahead, all_tokens, greedy, request, run, sampled, start, start_with, tokens};
 use onpolicy_engine::{
     block_manager::BLOCK_SIZE,
     engine::{EngineConfig, EngineHandle},
@@ -117,10 +115,11 @@ fn a_full_pool_preempts_and_changes_no_token() {
     assert_eq!(block, 2 * KvCache::block_bytes(&checkpoint.config), "f64 takes twice as much");
     let config =
         EngineConfig { kv_memory: 40 * block, max_num_seqs: 32, ..EngineConfig::default() };
-    let tight = crate::common::engine(&checkpoint, config);
+    let tight = crate::common::engine(&checkpoint, ahead(&checkpoint, config));
     let got = all_tokens(&run(&tight, requests));
     let stats = tight.stats().expect("it runs");
     assert!(stats.preemptions > 0, "the pool was never full");
+    assert!(stats.steps_ahead > 0 && stats.steps_ahead < stats.steps, "{stats:?}");
     assert_eq!((stats.blocks_used, stats.blocks_total), (0, 40));
     assert_eq!(got, want);
 }

@@ -1,34 +1,35 @@
 //! Tiny checkpoints in other types, engines over them, and what comes back.
 
-use crate::common::{engine, golden};
+use crate::common::engine;
 use onpolicy_engine::{
     collect::{Samples, collect},
-    device::Placement,
     engine::{EngineConfig, EngineHandle},
     model::{
         attention::{Attention, Pack},
         decoder::Decoder,
-        loading::{Checkpoint, load_to},
+        loading::Checkpoint,
     },
     weights::Weights,
 };
 use onpolicy_plugin_api::{Request, SamplingParams};
 use std::time::{Duration, Instant};
-use tch::{Device, Kind, Tensor};
-
-/// A tiny checkpoint whose tensors are of this type.
-pub fn tiny_in(name: &str, kind: Kind) -> Checkpoint {
-    let placement = Placement { device: Device::Cpu, kind };
-    let path = golden("tiny").join(name);
-    load_to(path.to_str().expect("UTF-8 path"), placement).expect("a golden checkpoint loads")
-}
+use tch::Tensor;
 
 pub fn start(checkpoint: &Checkpoint) -> EngineHandle {
     start_with(checkpoint, EngineConfig::default())
 }
 
 pub fn start_with(checkpoint: &Checkpoint, config: EngineConfig) -> EngineHandle {
-    engine(checkpoint, EngineConfig { kv_memory: 8 << 20, max_num_seqs: 32, ..config })
+    engine(
+        checkpoint,
+        EngineConfig { kv_memory: 8 << 20, max_num_seqs: 32, ..ahead(checkpoint, config) },
+    )
+}
+
+/// Steps are planned ahead, as on a CUDA device, where that is possible.
+pub fn ahead(checkpoint: &Checkpoint, config: EngineConfig) -> EngineConfig {
+    let native = weights(checkpoint).placement().is_native();
+    EngineConfig { async_scheduling: Some(!native), ..config }
 }
 
 pub fn weights(checkpoint: &Checkpoint) -> Weights {

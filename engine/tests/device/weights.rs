@@ -1,7 +1,7 @@
 //! The weights of an engine over the libtorch path: written in place, hashed, given back, loaded.
 
-use crate::common::tiny;
-use crate::support::{greedy, request, run, start, start_with, tiny_in, tokens, weights};
+use crate::common::{tiny, tiny_in};
+use crate::support::{greedy, request, run, start, start_with, tokens, weights};
 use onpolicy_engine::{
     engine::{EngineConfig, EngineHandle, OnUpdate},
     model::loading::Checkpoint,

@@ -60,6 +60,8 @@ pub struct Seen {
     pub guessed: [usize; 2],
     /// Requests that began before an older one.
     pub overtaken: usize,
+    /// Tokens that were computed before the scheduler knew them.
+    pub expected: usize,
     pub trace: u64,
     pub stats: Stats,
 }
@@ -80,6 +82,12 @@ pub struct World {
     version: u64,
     /// Whether requests have priorities and salts.
     ranked: bool,
+    /// Whether steps are planned before the tokens of the step before are known.
+    eager: bool,
+    /// The tokens that the step under way has drawn, and those of the step before that one while they
+    /// are expected.
+    drawn: Vec<(SeqId, u32)>,
+    before: Vec<(SeqId, u32)>,
     pub seen: Seen,
 }
 
@@ -101,6 +109,9 @@ impl World {
             begun: Vec::new(),
             version: 0,
             ranked: false,
+            eager: false,
+            drawn: Vec::new(),
+            before: Vec::new(),
             seen: Seen::default(),
         }
     }
@@ -108,6 +119,11 @@ impl World {
     /// Gives requests priorities and salts from now on.
     pub fn ranked(self) -> Self {
         Self { ranked: true, ..self }
+    }
+
+    /// Plans most steps before the tokens of the step before are known.
+    pub fn eager(self) -> Self {
+        Self { eager: true, ..self }
     }
 
     fn chance(&mut self, percent: f64) -> bool {
@@ -126,6 +142,7 @@ impl World {
             self.abort_sample();
         }
         if self.chance(1.5) {
+            self.land();
             self.version += 1;
             let recompute = self.chance(50.0);
             self.scheduler.set_version(self.version, recompute);
@@ -244,6 +261,42 @@ impl World {
     }
 
     fn step(&mut self) {
+        if self.chance(10.0) {
+            self.land();
+        }
+        self.before = std::mem::take(&mut self.drawn);
+        for (draw, &(seq, _)) in self.before.iter().enumerate() {
+            self.scheduler.expect(seq, draw);
+        }
+        self.plan_and_run();
+        for (seq, token) in std::mem::take(&mut self.before) {
+            self.append(seq, token);
+        }
+        if !self.eager {
+            self.land();
+        }
+        self.check();
+    }
+
+    /// Tells the scheduler the tokens of the step under way.
+    fn land(&mut self) {
+        for (seq, token) in std::mem::take(&mut self.drawn) {
+            self.append(seq, token);
+        }
+    }
+
+    /// A sequence's tokens, as what computes them knows them.
+    fn tokens(&self, seq: SeqId) -> Vec<u32> {
+        let sequence = self.scheduler.sequence(seq).expect("a live sequence");
+        let mut tokens = sequence.tokens.clone();
+        if let Some(draw) = sequence.expected {
+            assert_eq!(self.before[draw].0, seq, "one's own token is expected");
+            *tokens.last_mut().expect("the expected one") = self.before[draw].1;
+        }
+        tokens
+    }
+
+    fn plan_and_run(&mut self) {
         let is_running = |id: &SeqId| {
             self.scheduler.sequence(*id).is_some_and(|sequence| sequence.place == Place::Running)
         };
@@ -252,7 +305,10 @@ impl World {
         let step = self.scheduler.schedule();
         self.check();
         self.check_step(&step);
-        assert_eq!(step.is_empty(), self.scheduler.is_idle(), "there is always something to do");
+        if self.before.is_empty() {
+            let idle = self.scheduler.is_idle();
+            assert_eq!(step.is_empty(), idle, "there is always something to do");
+        }
         for chunk in &step.chunks {
             if !before.contains(&chunk.seq) {
                 self.check_admission(chunk);
@@ -293,10 +349,13 @@ impl World {
             let sequence = self.scheduler.sequence(chunk.seq).expect("a live sequence");
             let request = &self.requests[&sequence.group];
             let generated = &request.samples[sequence.index].0;
-            assert_eq!(sequence.tokens, [&request.prompt[..], &generated[..]].concat());
+            let known = sequence.tokens.len() - usize::from(sequence.expected.is_some());
+            assert_eq!(sequence.tokens[..known], [&request.prompt[..], &generated[..]].concat());
             assert_eq!(sequence.computed, chunk.start);
             assert!(chunk.len > 0);
             let end = chunk.start + chunk.len;
+            assert!(end < request.max_len, "a last token needs no KV");
+            self.seen.expected += usize::from(sequence.expected.is_some() && chunk.sample);
             assert_eq!(chunk.drafts, sequence.drafts.len());
             assert_eq!(chunk.sample, end - chunk.drafts == sequence.tokens.len());
             assert!(chunk.drafts == 0 || request.draft && end < request.max_len);
@@ -333,7 +392,8 @@ impl World {
         let reuse = self.requests[&sequence.group].reuse_prefix || !sequence.generated().is_empty();
         assert!(chunk.start == 0 || reuse && self.config.prefix_cache);
         let salt = self.requests[&sequence.group].salt;
-        self.private.insert(chunk.seq, pure(&sequence.tokens[..chunk.start], self.version, salt));
+        let tokens = &self.tokens(chunk.seq)[..chunk.start];
+        self.private.insert(chunk.seq, pure(tokens, self.version, salt));
     }
 
     /// Copies, writes all chunks, then reads back every sequence through its table.
@@ -342,12 +402,13 @@ impl World {
             self.pages[destination as usize] = self.pages[source as usize];
         }
         for &Chunk { seq, start, len, drafts, .. } in &step.chunks {
+            let tokens = self.tokens(seq);
             let sequence = self.scheduler.sequence(seq).expect("a live sequence");
             let private = self.private.get_mut(&seq).expect("an admitted sequence");
             assert_eq!(private.len(), start);
             let salt = self.requests[&sequence.group].salt;
             let slot = |t: usize| (sequence.blocks[t / BLOCK] as usize, t % BLOCK);
-            let mut tokens = sequence.tokens[start..].iter().chain(&sequence.drafts).copied();
+            let mut tokens = tokens[start..].iter().chain(&sequence.drafts).copied();
             for t in start..start + len {
                 let token = tokens.next().expect("a token or a guess");
                 let before = t.checked_sub(1).map_or((salt, salt), |last| {
@@ -361,13 +422,14 @@ impl World {
             self.ahead.insert(seq, private.split_off(private.len() - drafts));
         }
         for &Chunk { seq, .. } in &step.chunks {
+            let tokens = self.tokens(seq);
             let sequence = self.scheduler.sequence(seq).expect("a live sequence");
             let private = &self.private[&seq];
             let pages = sequence.blocks.iter().flat_map(|&block| &self.pages[block as usize]);
             assert!(pages.take(private.len()).eq(private), "{seq:?} reads another's KV");
             if let Some(version) = sequence.kv_version {
                 let salt = self.requests[&sequence.group].salt;
-                assert_eq!(*private, pure(&sequence.tokens[..private.len()], version, salt));
+                assert_eq!(*private, pure(&tokens[..private.len()], version, salt));
             }
         }
     }
@@ -388,7 +450,12 @@ impl World {
         let digests = self.private[&seq].clone();
         for id in drawing {
             self.private.insert(id, digests.clone());
-            self.draw_token(id);
+            let token = self.rng.random_range(0..2);
+            self.drawn.push((id, token));
+            if self.eager {
+                continue;
+            }
+            self.land();
             for ahead in 0..drafts {
                 let right = self.scheduler.draws(id);
                 self.seen.guessed[usize::from(!right)] += 1;
@@ -397,14 +464,15 @@ impl World {
                 }
                 let digest = self.ahead[&id][ahead];
                 self.private.get_mut(&id).expect("a live sequence").push(digest);
-                self.draw_token(id);
+                let token = self.rng.random_range(0..2);
+                self.append(id, token);
             }
         }
     }
 
-    fn draw_token(&mut self, id: SeqId) {
-        let token = self.rng.random_range(0..2);
-        let sequence = self.scheduler.sequence(id).expect("a live sequence");
+    /// Gives a sequence the token that it has drawn, unless it has ended meanwhile.
+    fn append(&mut self, id: SeqId, token: u32) {
+        let Some(sequence) = self.scheduler.sequence(id) else { return };
         let (request, index) = (sequence.group, sequence.index);
         let accepted = self.requests.get_mut(&request).expect("an accepted request");
         let generated = &mut accepted.samples[index].0;

@@ -192,7 +192,8 @@ impl Case {
         let [heads, kv_heads, head_dim] =
             [q.size()[1], k.size()[1], q.size()[2]].map(|axis| axis as usize);
         let machine = Machine::of(device, heads, kv_heads, head_dim)?;
-        let plan = &kernel::PagedPlan::new(&self.spans(), &self.slots(), machine, device);
+        let (tokens, slots) = (vec![0; q.size()[0] as usize], self.slots());
+        let plan = &kernel::PagedPlan::new(&self.spans(), [&tokens, &slots], machine, device);
         kernel::write_kv(&k, &v, &k_pages, &v_pages, plan)?;
         let scale = 1.0 / (head_dim as f64).sqrt();
         let paged = Paged { q: &q, k_pages: &k_pages, v_pages: &v_pages, plan, scale, window };

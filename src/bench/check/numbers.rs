@@ -179,11 +179,12 @@ pub fn decoding(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error>
     }
     let stats = engine.stats()?;
     served.shutdown();
-    // The first step of each size is not a graph's.
+    // The first step of each size is not a graph's, and none is planned behind the last one.
     let least = if place.placement.device.is_cuda() { 100.0 } else { 0.0 };
-    let graphs =
-        Check::new("decode steps: recorded", stats.graph_steps as f64, Limit::Least(least));
-    checks.push(Check { note: format!("of {} steps", stats.steps), ..graphs });
+    for (what, steps) in [("recorded", stats.graph_steps), ("planned ahead", stats.steps_ahead)] {
+        let check = Check::new(format!("decode steps: {what}"), steps as f64, Limit::Least(least));
+        checks.push(Check { note: format!("of {} steps", stats.steps), ..check });
+    }
     Ok(checks)
 }
 

@@ -98,6 +98,7 @@ impl Engine {
             ("profile", !self.profile),
             ("num_speculative_tokens", self.num_speculative_tokens.is_none()),
             ("enforce_eager", !self.enforce_eager),
+            ("async_scheduling", self.async_scheduling.is_none()),
             ("on_update", self.on_update == OnUpdate::Keep),
             ("prefix_cache", self.prefix_cache),
             ("max_batched_tokens", self.max_batched_tokens == default.max_batched_tokens),

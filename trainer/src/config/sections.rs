@@ -80,6 +80,9 @@ pub struct Engine {
     /// Launch every operation of a decode step on a CUDA device by itself, in place of recorded
     /// graphs, and leave products to libtorch.
     pub enforce_eager: bool,
+    /// Plan a step, and deliver the tokens of the one before, while the device computes. If not given,
+    /// that is so on a CUDA device.
+    pub async_scheduling: Option<bool>,
     /// With `remote`: how the servers are spoken to.
     #[serde(skip_serializing_if = "is_default")]
     pub remote: RemoteOptions,
@@ -109,6 +112,7 @@ impl Default for Engine {
             serve_dtype: ServeDtype::F32,
             num_speculative_tokens: None,
             enforce_eager: false,
+            async_scheduling: None,
             remote: RemoteOptions::default(),
             options: Map::new(),
         }

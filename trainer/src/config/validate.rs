@@ -39,6 +39,7 @@ impl Config {
     fn sizes_fit(&self) -> Checked {
         self.copies_are_native()?;
         self.guesses_are_native()?;
+        self.plans_behind_a_device()?;
         let (rollout, engine) = (&self.rollout, &self.engine);
         let most = engine.max_num_seqs;
         rule("rollout.group_size", rollout.group_size, rollout.group_size <= most, || {
@@ -80,6 +81,14 @@ impl Config {
         let most = self.engine.num_speculative_tokens.unwrap_or(0);
         rule("engine.num_speculative_tokens", most, most == 0 || self.is_native(), || {
             "needs f32 on the CPU; with another model.device or model.dtype leave it out".into()
+        })
+    }
+
+    /// What computes f32 on the CPU is the thread that plans.
+    fn plans_behind_a_device(&self) -> Checked {
+        let ahead = self.engine.async_scheduling == Some(true);
+        rule("engine.async_scheduling", true, !(ahead && self.is_native()), || {
+            "has no effect for f32 on the CPU; leave it out".into()
         })
     }
 }

@@ -7,7 +7,7 @@ use crate::{
         processors::Processors,
         source::ATTENDING_BLOCKS,
     },
-    device::upload,
+    device::{send, upload},
     kernels::attention::Span,
 };
 use tch::{Device, Kind, Tensor};
@@ -53,13 +53,14 @@ impl Capacity {
         pairs.iter().all(|(own, others)| own >= others)
     }
 
-    /// Lengths of the plan's parts, in i32: slots (two each), width of the block tables, spans and
-    /// positions of rows, where the pieces of rows begin, tiles, rows of tiles, block tables. These are
-    /// the last, because a step seldom fills them: only what it needs is sent.
-    fn parts(&self) -> [usize; 8] {
+    /// Lengths of the plan's parts, in i32: tokens, positions and slots of rows (two each), width of the
+    /// block tables, spans of rows, their positions once more, where the pieces of rows begin, tiles,
+    /// rows of tiles, block tables. These are the last, because a step seldom fills them: only what it
+    /// needs is sent.
+    fn parts(&self) -> [usize; 10] {
         let Sizes { tiles, tile_rows, .. } = self.sizes;
-        let rows = self.rows;
-        [2 * rows, 1, rows, rows, rows + 1, tiles * TILE, tile_rows, self.blocks]
+        let (rows, wide) = (self.rows, 2 * self.rows);
+        [wide, wide, wide, 1, rows, rows, rows + 1, tiles * TILE, tile_rows, self.blocks]
     }
 }
 
@@ -93,6 +94,10 @@ impl Machine {
 /// One step's rows and blocks.
 #[derive(Debug)]
 pub struct PagedPlan {
+    /// `[N]`, i64: the token of each row.
+    pub tokens: Tensor,
+    /// `[N]`, i64: the position of each row; any one where a row is not in use.
+    pub positions: Tensor,
     /// `[N]`, i32: the span of each row.
     pub row_span: Tensor,
     /// `[N]`, i32; -1 where a row is not in use.
@@ -115,23 +120,27 @@ pub struct PagedPlan {
 }
 
 impl PagedPlan {
-    /// A plan of just the step's size, on `device`. `slots` has one for each row.
+    /// A plan of just the step's size, on `device`. There is a token and a slot for each row.
     ///
     /// # Panics
-    /// If the spans do not cover as many rows as there are slots, in order, or a block table is too
-    /// short for its span.
-    pub fn new(spans: &[Span], slots: &[i64], machine: Machine, device: Device) -> Self {
+    /// If the spans do not cover as many rows, in order, or a block table is too short for its span.
+    pub fn new(
+        spans: &[Span],
+        tokens_and_slots: [&[i64]; 2],
+        machine: Machine,
+        device: Device,
+    ) -> Self {
         let work = Work::new(spans, &machine);
         let capacity = Capacity::of(spans, &work);
-        let whole = upload(&numbers(&capacity, spans, slots, &work), device);
+        let whole = upload(&numbers(&capacity, spans, tokens_and_slots, &work), device);
         Self::over(whole, capacity, machine)
     }
 
     /// A plan without rows, with room for some, on `device`: for graphs.
     pub fn with_capacity(capacity: Capacity, machine: Machine, device: Device) -> Self {
-        let numbers = numbers(&capacity, &[], &[], &Work::default());
+        let numbers = numbers(&capacity, &[], [&[]; 2], &Work::default());
         let whole = Tensor::zeros([capacity.len() as i64], (Kind::Int, device));
-        whole.narrow(0, 0, numbers.len() as i64).copy_(&upload(&numbers, device));
+        send(&numbers, &whole.narrow(0, 0, numbers.len() as i64));
         Self::over(whole, capacity, machine)
     }
 
@@ -142,16 +151,19 @@ impl PagedPlan {
     ///
     /// # Panics
     /// As [`PagedPlan::new`].
-    pub fn refill(&mut self, spans: &[Span], slots: &[i64]) -> Result<(), CudaError> {
+    pub fn refill(
+        &mut self,
+        spans: &[Span],
+        tokens_and_slots: [&[i64]; 2],
+    ) -> Result<(), CudaError> {
         let work = Work::new(spans, &self.machine);
         let needed = Capacity::of(spans, &work);
         if !self.capacity.holds(&needed) {
             let reason = format!("a plan with room for {:?}, not {needed:?}", self.capacity);
             return Err(CudaError::Unsupported(reason));
         }
-        let numbers = numbers(&self.capacity, spans, slots, &work);
-        let mut part = self.whole.narrow(0, 0, numbers.len() as i64);
-        part.copy_(&upload(&numbers, self.whole.device()));
+        let numbers = numbers(&self.capacity, spans, tokens_and_slots, &work);
+        send(&numbers, &self.whole.narrow(0, 0, numbers.len() as i64));
         Ok(())
     }
 
@@ -160,6 +172,8 @@ impl PagedPlan {
         let parts = capacity.parts();
         let mut at = 0;
         let [
+            tokens,
+            positions,
             slots,
             table_width,
             row_span,
@@ -173,6 +187,8 @@ impl PagedPlan {
             whole.narrow(0, at - len as i64, len as i64)
         });
         Self {
+            tokens: tokens.view_dtype(Kind::Int64),
+            positions: positions.view_dtype(Kind::Int64),
             row_span,
             row_position,
             slots: slots.view_dtype(Kind::Int64),
@@ -231,7 +247,12 @@ impl PagedPlan {
 }
 
 /// The numbers of a plan, in the order of [`Capacity::parts`], up to where its block tables end.
-fn numbers(capacity: &Capacity, spans: &[Span], slots: &[i64], work: &Work) -> Vec<i32> {
+fn numbers(
+    capacity: &Capacity,
+    spans: &[Span],
+    [tokens, slots]: [&[i64]; 2],
+    work: &Work,
+) -> Vec<i32> {
     let int = |number: usize| i32::try_from(number).expect("a plan's numbers fit into 31 bits");
     let parts = capacity.parts();
     let mut numbers = Vec::with_capacity(parts.iter().sum());
@@ -244,8 +265,13 @@ fn numbers(capacity: &Capacity, spans: &[Span], slots: &[i64], work: &Work) -> V
         numbers.resize(end, rest);
     };
     let rows = spans.last().map_or(0, |span| span.rows.end);
-    assert_eq!(rows, slots.len(), "one slot for each row");
-    append(&mut slots.iter().flat_map(|&slot| [slot as i32, (slot >> 32) as i32]), -1);
+    assert_eq!([rows; 2], [tokens.len(), slots.len()], "a token and a slot for each row");
+    let halves = |number: i64| [number as i32, (number >> 32) as i32];
+    let positions = |span: &Span| span.first_position..span.first_position + span.rows.len();
+    append(&mut tokens.iter().copied().flat_map(halves), 0);
+    let wide = spans.iter().flat_map(positions).map(|position| position as i64);
+    append(&mut wide.flat_map(halves), 0);
+    append(&mut slots.iter().copied().flat_map(halves), -1);
     let width = width(spans);
     append(&mut std::iter::once(int(width)), 0);
     let mut next = 0;
@@ -257,8 +283,7 @@ fn numbers(capacity: &Capacity, spans: &[Span], slots: &[i64], work: &Work) -> V
         }),
         0,
     );
-    let positions = |span: &Span| span.first_position..span.first_position + span.rows.len();
-    append(&mut spans.iter().flat_map(|span| positions(span).map(int)), -1);
+    append(&mut spans.iter().flat_map(positions).map(int), -1);
     let mut pieces = 0;
     let starts = std::iter::once(0).chain(work.pieces.iter().map(|count| {
         pieces += count;

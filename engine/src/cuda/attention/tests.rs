@@ -85,7 +85,8 @@ impl Case {
 
     fn plan(&self, blocks: usize) -> PagedPlan {
         let rows = self.q.size()[0] as usize;
-        PagedPlan::new(&self.spans(), &vec![-1; rows], self.machine(blocks), Device::Cpu)
+        let (tokens, slots) = (vec![0; rows], vec![-1; rows]);
+        PagedPlan::new(&self.spans(), [&tokens, &slots], self.machine(blocks), Device::Cpu)
     }
 
     fn run(&self, plan: &PagedPlan, window: Option<usize>) -> Tensor {
@@ -223,16 +224,21 @@ fn a_plan_is_filled_again_where_it_lies() {
         attend(&Paged { q: &q, k_pages, v_pages, plan, scale: 0.125, window: None }).unwrap()
     };
     let want = case.run(&case.plan(20), None);
+    let ids = |numbers: &Tensor| Vec::<i64>::try_from(numbers).unwrap();
     for _ in 0..2 {
-        plan.refill(&case.spans(), &[-1; 3]).unwrap();
+        plan.refill(&case.spans(), [&[5, 1 << 33, 7], &[-1; 3]]).unwrap();
+        assert_eq!(ids(&plan.tokens), [5, 1 << 33, 7, 0, 0]);
+        assert_eq!(ids(&plan.positions), [299, 19, 776, 0, 0]);
+        assert_eq!(ids(&plan.slots), [-1; 5]);
         assert!(run(&plan).narrow(0, 0, 3).equal(&want));
         assert_eq!(plan.block_tables().data_ptr(), address);
-        plan.refill(&case.spans()[..1], &[-1]).unwrap();
+        plan.refill(&case.spans()[..1], [&[3], &[4]]).unwrap();
+        assert_eq!([ids(&plan.tokens)[0], ids(&plan.slots)[0], ids(&plan.slots)[1]], [3, 4, -1]);
         assert!(run(&plan).get(0).equal(&want.get(0)));
     }
     let long = Case::new(11, BF16, ((14, 2), 64), &[(4000, 1), (900, 1)], 0);
     assert!(
-        plan.refill(&long.spans(), &[-1; 2]).is_err(),
+        plan.refill(&long.spans(), [&[0; 2], &[-1; 2]]).is_err(),
         "two tables of 250 blocks, room for 300"
     );
 }
@@ -241,7 +247,7 @@ fn a_plan_is_filled_again_where_it_lies() {
 fn written_rows_are_attended_to() {
     let case = Case::new(12, BF16, ((4, 2), 64), &[(40, 1)], 0);
     let slot = i64::from(case.sequences[0].blocks[2]) * 16 + 7;
-    let plan = PagedPlan::new(&case.spans(), &[slot], case.machine(1), Device::Cpu);
+    let plan = PagedPlan::new(&case.spans(), [&[0], &[slot]], case.machine(1), Device::Cpu);
     let [k, v] = [0, 1].map(|_| random::normal(&[1, 2, 64]).to_kind(BF16));
     write_kv(&k, &v, &case.k_pages, &case.v_pages, &plan).unwrap();
     let written = case.k_pages.get(slot / 16).select(1, 7);

@@ -12,6 +12,7 @@ struct Draw {
   const i64 *given;     // [rows], tokens that are given; null: they are drawn
   double *slices;       // [rows, slices of a row, 6], see Slice
   float *out;           // [rows, 4]: token, or what is wrong with the row; log-prob, H, E_p[S]
+  i64 *tokens;          // [rows]: the token, or 0
   double *sums;         // [rows, 2]: largest logit, Z
   i64 stride;
   int vocab;
@@ -180,6 +181,7 @@ template <class T> DEVICE void draw(const Draw &a) {
   __syncthreads();
   if (!valid) {
     if (threadIdx.x == 0) {
+      a.tokens[index] = 0;
       out[0] = row.nans > 0 ? IS_NAN : row.max == -minus_infinity() ? IS_INFINITE : IS_EMPTY;
       out[1] = out[2] = out[3] = not_a_number();
     }
@@ -250,8 +252,10 @@ template <class T> DEVICE void draw(const Draw &a) {
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    const double x = found >= 0 && found < a.vocab ? number(logits[found]) : not_a_number();
+    const bool there = found >= 0 && found < a.vocab;
+    const double x = there ? number(logits[found]) : not_a_number();
     const double log_z = log(row.z), mean = row.a1 / row.z;
+    a.tokens[index] = there ? found : 0;
     out[0] = (float)found;
     out[1] = (float)((x - row.max) * factor - log_z);
     out[2] = (float)(log_z - mean);

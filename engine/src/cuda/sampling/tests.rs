@@ -20,6 +20,10 @@ fn temperature(temperature: f32) -> SamplingParams {
     SamplingParams { temperature, ..SamplingParams::default() }
 }
 
+fn drawn(numbers: &RowNumbers) -> Vec<Result<Drawn, String>> {
+    numbers.to_host().and_then(Coming::wait).unwrap()
+}
+
 fn close(got: TokenStats, want: TokenStats) -> bool {
     let near = |a: f32, b: f32, by: f32| (a - b).abs() <= by * (1.0 + b.abs());
     near(got.logprob, want.logprob, 3e-6)
@@ -95,12 +99,12 @@ fn the_likeliest_token_is_the_first_of_equal_ones() {
     assert_eq!(compare(&logits, &draws), 0);
     let hows = vec![How { inv_temperature: 1.0, number: None }; 4];
     let numbers = draw(&logits, &DrawPlan::new(&hows, Device::Cpu)).unwrap();
-    let ids = Vec::<i64>::try_from(numbers.tokens()).unwrap();
+    let ids = Vec::<i64>::try_from(&numbers.tokens).unwrap();
     assert_eq!(ids[..3], [3000, 4095, 0]);
     logits = logits.narrow(0, 0, 1);
     let how = How { inv_temperature: 1.0, number: Some(0.999) };
     let plan = DrawPlan::new(&[how], Device::Cpu);
-    let id = draw(&logits, &plan).unwrap().tokens().int64_value(&[0]);
+    let id = draw(&logits, &plan).unwrap().tokens.int64_value(&[0]);
     assert_eq!(id, 8999, "three equally likely tokens share the line");
 }
 
@@ -112,11 +116,11 @@ fn the_ends_of_the_line() {
     for number in [0.0, 1.0 - f64::EPSILON / 2.0] {
         let how = How { inv_temperature: 1.0, number: Some(number) };
         let plan = DrawPlan::new(&[how; 2], Device::Cpu);
-        let ids = Vec::<i64>::try_from(draw(&logits, &plan).unwrap().tokens()).unwrap();
+        let ids = Vec::<i64>::try_from(draw(&logits, &plan).unwrap().tokens).unwrap();
         assert!(ids.iter().all(|id| (0..5000).contains(id)), "{ids:?}");
         let plan = DrawPlan::new(&[how], Device::Cpu);
         let numbers = draw(&only, &plan).unwrap();
-        assert_eq!(numbers.tokens().int64_value(&[0]), 4100);
+        assert_eq!(numbers.tokens.int64_value(&[0]), 4100);
         let stats = drawn(&numbers)[0].as_ref().unwrap().stats;
         assert_eq!((stats.logprob, stats.entropy), (0.0, 0.0));
     }
@@ -173,6 +177,7 @@ fn draws_of_all_kinds_in_one_step() {
         .into_iter()
         .map(|(row, params)| OneDraw { stream: 99, position: row, ..OneDraw::new(row, params) })
         .collect();
+    assert!(sample_all(&logits, &draws).unwrap().is_none(), "some look at all logits");
     let got = completed(&logits, &draws, sample_some(&logits, &draws).unwrap());
     let want = sampler::sample(floats(&logits), 5000, &draws);
     for (i, (got, want)) in got.into_iter().zip(want).enumerate() {
@@ -181,7 +186,7 @@ fn draws_of_all_kinds_in_one_step() {
         assert!(close(got.stats, want.stats), "{got:?} instead of {want:?}");
     }
     let none = completed(&logits, &[], sample_some(&logits, &[]).unwrap());
-    assert!(none.is_empty());
+    assert!(none.is_empty() && sample_all(&logits, &[]).unwrap().is_none());
 }
 
 #[test]

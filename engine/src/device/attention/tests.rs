@@ -88,7 +88,7 @@ fn check(shapes: &[(usize, usize)], shared: usize, [heads, kv_heads]: [i64; 2]) 
             positions: vec![0; rows],
             slots: slots(&spans),
             spans,
-            sampled: Vec::new(),
+            ..StepRows::default()
         };
         let plan = StepPlan::new(&rows, Device::Cpu, None);
         let pages = old.each_ref().map(|pages| pages.to_kind(Kind::Double));

@@ -86,6 +86,47 @@ fn recorded_steps_are_those_that_are_not_recorded() {
     assert!(graphs.steps.is_empty());
 }
 
+/// Tokens that the step before has drawn are taken where they are: all in order, and some among others.
+#[test]
+fn tokens_that_only_the_device_knows_are_filled_in() {
+    let (config, decoder) = model();
+    let machine = Machine { group: 2, kv_heads: 1, blocks: 8 };
+    let blocks: Vec<Vec<u32>> = (0..4).map(|i| (10 * i..10 * i + 10).collect()).collect();
+    let lengths = [3, 40, 100];
+    let run = |graphs: Option<&mut DecodeGraphs>, step: &StepRows<'_>| {
+        let pages = DevicePages::new(&config, BLOCKS, PLACEMENT).unwrap();
+        let hidden = tch::no_grad(|| match graphs {
+            Some(graphs) => graphs.hidden(step, &decoder, &pages).unwrap(),
+            None => {
+                let plan = StepPlan::new(step, Device::Cpu, None);
+                Recorded::forward(&plan, &decoder, &pages)
+            }
+        });
+        hidden.to_kind(Kind::Double)
+    };
+    let known = rows(&lengths, &blocks);
+    let mut graphs = DecodeGraphs::new(Device::Cpu, machine, 10);
+    // The first one is recorded, the next one runs what was recorded.
+    for (unknown, draws, drawn) in [
+        (vec![0, 1, 2], vec![0, 1, 2], known.tokens.clone()),
+        (vec![0, 1, 2], vec![1, 3, 0], vec![known.tokens[2], known.tokens[0], 9, known.tokens[1]]),
+        (vec![2], vec![1], vec![9, known.tokens[2]]),
+    ] {
+        let mut step = rows(&lengths, &blocks);
+        unknown.iter().for_each(|&row: &i64| step.tokens[row as usize] = 0);
+        step.unknown.rows = unknown;
+        step.unknown.draws = draws;
+        step.unknown.drawn = Some(Tensor::from_slice(&drawn));
+        let [recorded, plain] = [Some(&mut graphs), None].map(|graphs| run(graphs, &step));
+        for (got, graphs) in [(recorded, Some(())), (plain, None)] {
+            let mut fresh = DecodeGraphs::new(Device::Cpu, machine, 10);
+            let want = run(graphs.map(|()| &mut fresh), &known);
+            assert!((got - want).abs().max().double_value(&[]) < 1e-9);
+        }
+    }
+    assert_eq!(graphs.runs(), 2);
+}
+
 #[test]
 fn prompts_and_large_batches_are_not_recorded() {
     let (config, decoder) = model();

@@ -59,6 +59,7 @@ fn logits_of(config: &ModelConfig, decoder: &Decoder) -> Tensor {
             .map(|row| Span { rows: row..row + 1, first_position: 0, blocks: &blocks[row..=row] })
             .collect(),
         sampled: vec![0, 1, 2],
+        ..StepRows::default()
     };
     let plan = StepPlan::new(&rows, Device::Cpu, None);
     let attention = &mut Attention::OnDevice(DeviceBatch { pages: &pages, plan: &plan });
