@@ -131,7 +131,9 @@ fn updates_under_load_leave_no_trace_of_old_weights() {
         optimizer
     });
     assert!(ended.load(Ordering::Relaxed) >= 4, "there was load");
-    assert!(mixed.into_inner().expect("no panic").len() > 1, "some samples saw an update");
+    // On a busy machine they may all have seen all of them.
+    let mixed = mixed.into_inner().expect("no panic");
+    assert!(mixed.last() > Some(&0), "some samples saw an update: {mixed:?}");
     assert_eq!(native.stats().expect("the engine runs").blocks_used, 0, "all blocks are back");
 
     // One more update while nothing runs: the prefixes cached just now must not be found.

@@ -18,7 +18,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 const ROOMY: usize = 8 << 20;
 
@@ -221,6 +221,41 @@ fn ends(events: &[Vec<Event>]) -> Vec<usize> {
     events.iter().map(|events| events.iter().filter(end).count()).collect()
 }
 
+/// Overwrites a weight between two steps.
+fn write(engine: &EngineHandle, weight: &Tensor, value: &Tensor) {
+    let (mut weight, value) = (weight.shallow_clone(), value.shallow_clone());
+    let write = move || {
+        tch::no_grad(|| weight.copy_(&value));
+        Ok(())
+    };
+    engine.update(write).expect("applied");
+}
+
+/// Weights that are broken while samples run, and whole again.
+#[test]
+fn logits_that_are_no_numbers_fail_what_runs_and_nothing_else() {
+    for (kind, async_scheduling) in [(Kind::Float, None), (Kind::Double, Some(true))] {
+        let checkpoint = tiny_in("llama-tied", kind);
+        let engine = engine(&checkpoint, EngineConfig { async_scheduling, ..config(ROOMY) });
+        let answer = || all_tokens(&run(&engine, vec![request(1, 20, sampled(2, 30, 0))]));
+        let before = answer();
+        let inboxes = [2, 3].map(|seed| listen(&engine, request(seed, 20, sampled(4, 230, 0))));
+        inboxes[1].0.recv_timeout(Duration::from_secs(10)).expect("a token");
+        let is_norm = |(name, _): &&(String, Tensor)| name == "model.norm.weight";
+        let (_, norm) = checkpoint.tensors.iter().find(is_norm).expect("the last norm");
+        let whole = norm.copy();
+        write(&engine, norm, &whole.full_like(f64::NAN));
+        for (inbox, _) in &inboxes {
+            let last = inbox.iter().last();
+            let says = |error: &EngineError| error.to_string().contains("NaN");
+            assert!(matches!(&last, Some(Event::Failed { error }) if says(error)), "{last:?}");
+        }
+        assert_eq!(blocks_used(&engine), 0);
+        write(&engine, norm, &whole);
+        assert_eq!(answer(), before);
+    }
+}
+
 /// Whatever a request asks for, and however it ends, what comes of it is the same.
 #[test]
 fn steps_that_are_planned_ahead_give_the_same() {
@@ -285,22 +320,30 @@ fn whoever_stops_listening_frees_the_blocks() {
 
 #[test]
 fn every_sample_ends_once_when_some_are_aborted() {
-    for engine in engines("llama-tied", config(ROOMY)) {
+    let engines = engines("llama-tied", config(ROOMY));
+    for (engine, running) in engines.iter().flat_map(|engine| [(engine, false), (engine, true)]) {
         let (events, inbox) = mpsc::channel();
         let sink = Listener { events, gone: Arc::default() };
         let id = engine.submit(request(1, 20, sampled(3, 50, 0)), Box::new(sink)).expect("taken");
+        if running {
+            inbox.recv_timeout(Duration::from_secs(10)).expect("a token");
+        }
         engine.abort(id, Some(1));
         let mut ends = Vec::new();
         while let Ok(event) = inbox.recv_timeout(Duration::from_secs(10)) {
-            if let Event::Finished { index, reason } = event {
-                ends.push((index, reason));
+            match event {
+                Event::Finished { index, reason } => ends.push((index, reason)),
+                Event::Token { index, .. } => {
+                    assert!(ends.iter().all(|(ended, _)| *ended != index), "after its end");
+                }
+                other => panic!("{other:?}"),
             }
         }
         ends.sort_by_key(|(index, _)| *index);
         let length = FinishReason::Length;
         assert_eq!(ends, [(0, length), (1, FinishReason::Abort), (2, length)]);
         engine.abort(id, None);
-        assert_eq!(blocks_used(&engine), 0);
+        assert_eq!(blocks_used(engine), 0);
     }
 }
 

@@ -75,6 +75,8 @@ fn steps_planned_before_their_tokens_are_known_lose_nothing() {
     for (seed, config) in tables.map(limits).into_iter().enumerate() {
         let seen = run_in(World::new(900 + seed as u64, config, None).ranked().eager(), 12_000);
         assert!(seen.accepted > 300 && seen.expected > 5_000, "{seen:?}");
+        assert!(seen.roomy[0] > 1_000, "{seen:?}");
+        assert!(seed > 1 || seen.roomy[1] > 100, "{seen:?}");
         assert!(seed > 1 || seen.stats.preemptions > 100, "{seen:?}");
     }
 }

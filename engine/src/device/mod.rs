@@ -26,6 +26,7 @@ pub mod varlen;
 pub use placement::{DeviceName, Dtype, Placement, PlacementError};
 
 use crate::torch::transfer::{copy_async, pinned};
+use std::sync::Once;
 use tch::{Device, Kind, Tensor};
 
 /// Whether the kernels of this crate compute with such a tensor: f32 on the CPU.
@@ -37,9 +38,6 @@ pub fn is_native(tensor: &Tensor) -> bool {
 pub fn wide(kind: Kind) -> Kind {
     if kind == Kind::Double { Kind::Double } else { Kind::Float }
 }
-
-/// Most bytes that the driver takes aside at once when it is to copy them.
-const TAKEN_ASIDE: usize = 64 << 10;
 
 /// Numbers from the host, on `device`. Does not wait for what the device is doing.
 pub fn upload<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
@@ -60,11 +58,16 @@ pub fn send<T: tch::kind::Element>(values: &[T], to: &Tensor) {
 /// Numbers for `device`, where it takes them from.
 fn on_host<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
     let host = Tensor::from_slice(values);
-    if device == Device::Cpu || size_of_val(values) <= TAKEN_ASIDE {
+    if device == Device::Cpu {
         return host;
     }
-    // Where there is no pinned memory, it takes longer.
-    pinned(&host).unwrap_or(host)
+    pinned(&host).unwrap_or_else(|error| {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(
+            || tracing::warn!(%error, "no pinned memory: the host waits for its copies"),
+        );
+        host
+    })
 }
 
 /// The bytes of a tensor, row by row, little-endian, as safetensors stores them. Waits for the

@@ -43,7 +43,10 @@ pub struct Unknown {
 impl Unknown {
     /// Writes the tokens into those of all rows, on the device.
     fn fill_in(&self, tokens: &Tensor) {
-        let Some(drawn) = self.drawn.as_ref().filter(|_| !self.rows.is_empty()) else { return };
+        if self.rows.is_empty() {
+            return;
+        }
+        let drawn = self.drawn.as_ref().expect("the tokens of unknown rows");
         let count = self.rows.len() as i64;
         let first = |numbers: &[i64]| numbers.iter().copied().eq(0..count);
         if first(&self.rows) && first(&self.draws) {

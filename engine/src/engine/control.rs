@@ -73,7 +73,7 @@ impl Worker {
 
     /// Answers pauses that waited for the running samples, once those have ended.
     pub(super) fn answer_pauses(&mut self) {
-        if self.scheduler.is_drained() {
+        if self.is_drained() {
             self.hold.drained(|| self.scheduler.reset_prefix_cache());
         }
     }

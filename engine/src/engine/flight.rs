@@ -39,10 +39,7 @@ impl Worker {
         if let Some(flight) = before.take_if(|flight| !self.can_plan_behind(flight)) {
             self.land(flight);
         }
-        self.begin(before.as_ref());
-        if let Some(flight) = before {
-            self.land(flight);
-        }
+        self.begin(before);
         if !self.overlaps {
             self.land_flight();
         }
@@ -60,29 +57,37 @@ impl Worker {
         let blind =
             |target: &Target| self.live.get(&target.request).is_none_or(LiveRequest::draws_blindly);
         flight.drawing.tokens().is_some()
-            && flight.lost.is_empty()
             && flight.targets.iter().all(blind)
             // Nobody loses blocks to samples that have ended.
             && self.scheduler.has_room()
     }
 
-    /// Plans a step and gives it to the device, behind the step `before` if that is still computed.
-    fn begin(&mut self, before: Option<&Flight>) {
+    /// True if no request has begun that has not ended, and no step is computed for one that has.
+    pub(super) fn is_drained(&self) -> bool {
+        self.flight.is_none() && self.scheduler.is_drained()
+    }
+
+    /// Plans a step and gives it to the device, behind the step `before` if that is still computed; this
+    /// one ends then.
+    fn begin(&mut self, before: Option<Flight>) {
         let began = Instant::now();
         let step = timed(Phase::Schedule, || {
-            let expected = before.map_or(&[][..], |flight| &flight.targets);
+            let expected = before.as_ref().map_or(&[][..], |flight| &flight.targets);
             let expected = expected.iter().enumerate();
             expected.for_each(|(draw, target)| self.scheduler.expect(target.seq, draw));
             self.scheduler.schedule()
         });
-        if step.is_empty() {
-            return self.hand_over();
+        let output = (!step.is_empty()).then(|| {
+            self.steps_ahead += u64::from(before.is_some());
+            let drawn = before.as_ref().and_then(|flight| flight.drawing.tokens());
+            self.runner.forward(&step, &self.scheduler, drawn)
+        });
+        // While the device computes, and before anything waits for that.
+        if let Some(flight) = before {
+            self.land(flight);
         }
-        self.steps_ahead += u64::from(before.is_some());
-        let drawn = before.and_then(|flight| flight.drawing.tokens());
-        let output = self.runner.forward(&step, &self.scheduler, drawn);
-        // While the device computes.
         self.hand_over();
+        let Some(output) = output else { return };
         timed(Phase::Sampling, || self.collect_prompt_logprobs(&step, &output));
         timed(Phase::Schedule, || self.scheduler.computed(&step));
         let (targets, drawing, lost) = timed(Phase::Sampling, || self.draw(&step, &output));
@@ -215,3 +220,6 @@ fn draw_error(reason: String, live: &LiveRequest) -> EngineError {
         None => EngineError::Internal(reason),
     }
 }
+
+#[cfg(test)]
+mod tests;

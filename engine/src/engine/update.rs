@@ -38,7 +38,7 @@ impl Worker {
     pub(super) fn apply_updates(&mut self) {
         let drain = self.on_update == OnUpdate::Drain && !self.updates.is_empty();
         self.scheduler.hold_admissions(drain || !self.hold.admits());
-        if drain && !self.scheduler.is_drained() {
+        if drain && !self.is_drained() {
             if self.hold.keeps() {
                 self.refuse_updates();
             }

@@ -123,7 +123,7 @@ impl Worker {
     }
 
     /// Does a part of a step; if it panics, all requests fail.
-    fn guarded(&mut self, part: impl FnOnce(&mut Self)) {
+    pub(super) fn guarded(&mut self, part: impl FnOnce(&mut Self)) {
         let done = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| part(self))));
         if let Err(panic) = done {
             self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));

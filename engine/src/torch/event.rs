@@ -10,9 +10,6 @@ use std::{
 #[derive(Debug)]
 pub struct Event(NonNull<c_void>);
 
-// SAFETY: an event belongs to no thread.
-unsafe impl Send for Event {}
-
 impl Event {
     /// The end of all that this thread's current stream of CUDA device `index` was given by now.
     ///

@@ -62,6 +62,8 @@ pub struct Seen {
     pub overtaken: usize,
     /// Tokens that were computed before the scheduler knew them.
     pub expected: usize,
+    /// Steps for which there was room without preemption, and others.
+    pub roomy: [usize; 2],
     pub trace: u64,
     pub stats: Stats,
 }
@@ -265,10 +267,15 @@ impl World {
             self.land();
         }
         self.before = std::mem::take(&mut self.drawn);
+        let roomy = self.scheduler.has_room();
         for (draw, &(seq, _)) in self.before.iter().enumerate() {
             self.scheduler.expect(seq, draw);
         }
+        let preempted = self.scheduler.stats().preemptions;
         self.plan_and_run();
+        let preempted = self.scheduler.stats().preemptions > preempted;
+        assert!(!roomy || !preempted, "there was room");
+        self.seen.roomy[usize::from(!roomy)] += 1;
         for (seq, token) in std::mem::take(&mut self.before) {
             self.append(seq, token);
         }
