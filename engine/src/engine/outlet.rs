@@ -48,12 +48,13 @@ impl Drop for Outlet {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use onpolicy_plugin_api::{FinishReason, Token, TokenStats};
     use std::sync::mpsc;
 
-    struct Listener(mpsc::Sender<Event>);
+    /// A sink that shows what it gets.
+    pub struct Listener(pub mpsc::Sender<Event>);
 
     impl Sink for Listener {
         fn send(&mut self, event: Event) -> bool {

@@ -3,13 +3,16 @@
 use super::*;
 use crate::{
     device::{Placement, pages::DevicePages},
-    engine::{OnUpdate, Shared, hold::Status, request::LiveRequest, runner::Runner, update},
+    engine::{
+        OnUpdate, Shared, hold::Status, outlet::tests::Listener, request::LiveRequest,
+        runner::Runner, update,
+    },
     model::config::ModelConfig,
     scheduler::{DraftLimits, NewRequest, Scheduler, SchedulerConfig},
     torch::random,
     weights::{ServeDtype, Version, Weights},
 };
-use onpolicy_plugin_api::{Event, PauseMode, Request, RequestId, SamplingParams, Sink};
+use onpolicy_plugin_api::{Event, PauseMode, Request, RequestId, SamplingParams};
 use serde_json::json;
 use std::sync::{
     Arc,
@@ -19,18 +22,6 @@ use std::sync::{
 use tch::{Device, Kind};
 
 const VOCAB: u32 = 50;
-
-struct Listener(mpsc::Sender<Event>);
-
-impl Sink for Listener {
-    fn send(&mut self, event: Event) -> bool {
-        self.0.send(event).is_ok()
-    }
-
-    fn is_closed(&self) -> bool {
-        false
-    }
-}
 
 /// A worker that plans ahead, over random weights.
 fn worker(on_update: OnUpdate) -> Worker {
