@@ -12,12 +12,12 @@ use super::{
     source::{Element, Program},
 };
 use crate::{
-    device::upload,
+    device::{fetch, upload},
     sampler::{
         self, Drawn, NOTHING_LEFT, random_number,
         summed::{inv_temperature, needs_logits},
     },
-    torch::{TorchError, event::Event, slices::floats},
+    torch::{event::Event, slices::floats},
 };
 use onpolicy_plugin_api::TokenStats;
 use std::{ffi::c_void, ptr::null};
@@ -123,9 +123,7 @@ impl RowNumbers {
     /// # Errors
     /// What libtorch says.
     pub fn to_host(&self) -> Result<Coming, CudaError> {
-        // Into pinned memory, since it is not waited for.
-        let numbers = self.numbers.f_to_device_(Device::Cpu, Kind::Float, true, false);
-        let numbers = numbers.map_err(TorchError::from)?;
+        let numbers = fetch(&self.numbers)?;
         let sent = match self.numbers.device() {
             Device::Cuda(index) => Some(Event::record(index)?),
             _ => None,

@@ -25,7 +25,10 @@ pub mod varlen;
 
 pub use placement::{DeviceName, Dtype, Placement, PlacementError};
 
-use crate::torch::transfer::{copy_async, pinned};
+use crate::torch::{
+    TorchError,
+    transfer::{copy_async, pinned},
+};
 use std::sync::Once;
 use tch::{Device, Kind, Tensor};
 
@@ -62,12 +65,30 @@ fn on_host<T: tch::kind::Element>(values: &[T], device: Device) -> Tensor {
         return host;
     }
     pinned(&host).unwrap_or_else(|error| {
-        static ONCE: Once = Once::new();
-        ONCE.call_once(
-            || tracing::warn!(%error, "no pinned memory: the host waits for its copies"),
-        );
+        warn_of_pinned_memory(&error);
         host
     })
+}
+
+/// A tensor's numbers on their way to the host: they are there once the device has come to the end of what
+/// it was given by now.
+///
+/// # Errors
+/// What the device refuses.
+pub fn fetch(tensor: &Tensor) -> Result<Tensor, TorchError> {
+    let fetch = |waits: bool| {
+        let sent = tensor.f_to_device_(Device::Cpu, tensor.kind(), !waits, false);
+        sent.map_err(TorchError::from)
+    };
+    fetch(false).or_else(|error| {
+        warn_of_pinned_memory(&error);
+        fetch(true)
+    })
+}
+
+fn warn_of_pinned_memory(error: &TorchError) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| tracing::warn!(%error, "no pinned memory: the host waits for its copies"));
 }
 
 /// The bytes of a tensor, row by row, little-endian, as safetensors stores them. Waits for the
@@ -107,5 +128,13 @@ mod tests {
         assert_eq!(distance(&wanted, &wanted), 0.0);
         assert_eq!(distance(&(&wanted + 1.0), &wanted), 0.25);
         assert!(distance(&(&wanted * f64::NAN), &wanted).is_infinite());
+    }
+
+    #[test]
+    fn numbers_go_and_come() {
+        let there = upload(&[1.0f32, 2.0, 3.0], Device::Cpu);
+        send(&[7.0f32, 8.0], &there.narrow(0, 1, 2));
+        let back = fetch(&there.to_kind(Kind::Double)).unwrap();
+        assert_eq!(Vec::<f64>::try_from(back).unwrap(), [1.0, 7.0, 8.0]);
     }
 }
