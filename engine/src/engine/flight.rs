@@ -17,16 +17,16 @@ use crate::{
     sampler::{Draw, Drawn, NOTHING_LEFT},
     scheduler::Step,
 };
-use onpolicy_plugin_api::{EngineError, FinishReason, Token};
-use std::time::Instant;
+use onpolicy_plugin_api::{EngineError, FinishReason, RequestId, Token};
+use std::{collections::HashMap, time::Instant};
 
 /// A step that is computed.
 pub struct Flight {
     /// Samples that get a token, one for each draw.
     targets: Vec<Target>,
     drawing: Drawing,
-    /// Samples that cannot go on.
-    lost: Vec<(Target, EngineError)>,
+    /// Requests whose grammar cannot go on.
+    stuck: HashMap<RequestId, EngineError>,
     num_tokens: usize,
     began: Instant,
 }
@@ -90,9 +90,8 @@ impl Worker {
         let Some(output) = output else { return };
         timed(Phase::Sampling, || self.collect_prompt_logprobs(&step, &output));
         timed(Phase::Schedule, || self.scheduler.computed(&step));
-        let (targets, drawing, lost) = timed(Phase::Sampling, || self.draw(&step, &output));
-        let num_tokens = step.num_tokens();
-        self.flight = Some(Flight { targets, drawing, lost, num_tokens, began });
+        let flight = timed(Phase::Sampling, || self.draw(&step, &output, began));
+        self.flight = Some(flight);
     }
 
     fn collect_prompt_logprobs(&mut self, step: &Step, output: &StepOutput) {
@@ -108,33 +107,23 @@ impl Worker {
 
     /// Draws a token for every sample whose turn it is, and for each of their guesses the one that
     /// follows it. A group's first tokens are all drawn from the one row that its prompt ends in.
-    fn draw(
-        &mut self,
-        step: &Step,
-        output: &StepOutput,
-    ) -> (Vec<Target>, Drawing, Vec<(Target, EngineError)>) {
+    fn draw(&mut self, step: &Step, output: &StepOutput, began: Instant) -> Flight {
         let targets = self.targets(step);
-        if targets.is_empty() {
-            return (Vec::new(), Drawing::known(Vec::new()), Vec::new());
-        }
         let stuck = targets::look(&mut self.live, &targets);
-        let is_stuck = |target: &Target| stuck.contains_key(&target.request);
-        let (lost, targets): (Vec<_>, Vec<_>) =
-            targets.into_iter().partition(|(_, target)| is_stuck(target));
         let (targets, draws): (Vec<Target>, Vec<Draw<'_>>) = targets
             .into_iter()
+            .filter(|(_, target)| !stuck.contains_key(&target.request))
             .map(|(row, target)| {
                 let sequence = self.scheduler.sequence(target.seq).expect("a sequence that draws");
                 let draw = self.live[&target.request].draw(row, sequence, target.ahead);
                 (target, draw)
             })
             .unzip();
-        let drawing = self.runner.draw(output, &draws);
-        let lost = lost.into_iter().map(|(_, target)| {
-            let error = stuck[&target.request].clone();
-            (target, error)
-        });
-        (targets, drawing, lost.collect())
+        let drawing = match draws[..] {
+            [] => Drawing::known(Vec::new()),
+            _ => self.runner.draw(output, &draws),
+        };
+        Flight { targets, drawing, stuck, num_tokens: step.num_tokens(), began }
     }
 
     /// Who draws from which of the step's sampled rows.
@@ -153,10 +142,10 @@ impl Worker {
 
     /// Ends a step: waits for its tokens and gives them to their samples.
     fn land(&mut self, flight: Flight) {
-        let Flight { targets, drawing, lost, num_tokens, began } = flight;
+        let Flight { targets, drawing, stuck, num_tokens, began } = flight;
         let drawn = timed(Phase::Sampling, || drawing.wait());
         timed(Phase::Delivery, || {
-            lost.into_iter().for_each(|(target, error)| self.fail(target.request, error));
+            stuck.into_iter().for_each(|(request, error)| self.fail(request, error));
             self.deliver(targets.into_iter().zip(drawn));
         });
         self.steps += 1;
