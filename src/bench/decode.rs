@@ -125,13 +125,13 @@ fn rollout(
 
 /// Seconds from the request to the last sample's first token.
 fn first_tokens(session: &Session, workload: &Workload, seed: u64) -> Result<f64, anyhow::Error> {
-    let prompts = workload.prompts(&session.served.tokenizer, seed)?;
+    let prompts = session.prompts(workload, seed)?;
     rollout(session, workload, &prompts, seed)
 }
 
 /// Seconds of the decode steps: those of a whole rollout without those of its prefill.
 fn steps(session: &Session, workload: &Workload, seed: u64) -> Result<f64, anyhow::Error> {
-    let prompts: Vec<Prompt> = workload.prompts(&session.served.tokenizer, seed)?;
+    let prompts = session.prompts(workload, seed)?;
     let whole = rollout(session, workload, &prompts, seed)?;
     let first = Workload { new_tokens: 1, ..workload.clone() };
     let prefill = rollout(session, &first, &prompts, seed)?;

@@ -12,6 +12,8 @@ use clap::Args;
 use onpolicy_engine::{
     cuda::product::choice::Case,
     device::tuning::{Trial, choose_fastest},
+    model::decoder::Decoder,
+    weights::Weights,
 };
 use std::collections::BTreeMap;
 
@@ -41,7 +43,10 @@ fn measure(common: &Common) -> Result<Report, anyhow::Error> {
         );
         Ok(vec!["engine.kv_memory_mb=256".into()])
     })?;
-    let decoder = session.served.decoder();
+    // As the engine multiplies: without gradients, and parts with the same input together.
+    let served = session.served.weights.iter();
+    let served = served.map(|(name, tensor)| (name.to_string(), tensor.detach()));
+    let decoder = Decoder::new(session.served.model(), &Weights::new(served.collect()));
     let products = decoder.products();
     let mut runs: Vec<Vec<(&str, Case, Trial)>> = Vec::new();
     for round in session.rounds() {

@@ -6,6 +6,7 @@ use super::{
     machine::{self, Machine, Versions},
     report::{Line, ModelFacts, Report, Settings},
     roofline::Rates,
+    workload::{Prompt, Workload},
 };
 use anyhow::Context;
 use onpolicy_engine::{
@@ -31,6 +32,7 @@ pub struct Session {
     machine: Machine,
     model: ModelFacts,
     rates: Rates,
+    random: bool,
 }
 
 /// One run of everything that is measured.
@@ -89,7 +91,19 @@ impl Session {
         eprintln!("measuring the machine ...");
         let rates = Rates::measure(&served.weights);
         machine::reset_peak();
-        Ok(Self { served, engine, config, costs, settings, machine, model, rates })
+        let random = common.random.is_some();
+        Ok(Self { served, engine, config, costs, settings, machine, model, rates, random })
+    }
+
+    /// The prompts of `workload` for one run, all different: of random tokens where the weights are random.
+    ///
+    /// # Errors
+    /// As [`Workload::prompts`].
+    pub fn prompts(&self, workload: &Workload, seed: u64) -> Result<Vec<Prompt>, anyhow::Error> {
+        match self.random {
+            true => Ok(workload.random_prompts(self.served.model().vocab_size, seed)),
+            false => workload.prompts(&self.served.tokenizer, seed),
+        }
     }
 
     /// The runs, those that warm up first.

@@ -116,7 +116,7 @@ fn one_run(
     round: Round,
 ) -> Result<(Optimizer, Run), anyhow::Error> {
     let engine = &session.engine;
-    let prompt = workload.prompts(&session.served.tokenizer, round.seed)?.remove(0);
+    let prompt = session.prompts(workload, round.seed)?.remove(0);
     let norm = gradients(session, round.seed)?;
     let (optimizer, alone) = apply(session, optimizer, norm)?;
     let norm = gradients(session, round.seed)?;

@@ -131,6 +131,18 @@ impl Workload {
         let prompt = |index| prompt(tokenizer, self.prompt_tokens, stream_of(seed, index));
         (0..self.prompts).map(prompt).collect()
     }
+
+    /// Prompts of random tokens out of a vocabulary, without a text: for weights that know no language,
+    /// beside which any tokenizer may stand.
+    pub fn random_prompts(&self, vocab_size: usize, seed: u64) -> Vec<Prompt> {
+        let token = |at: u64| (at % vocab_size as u64) as u32;
+        let prompt = |index| {
+            let own = stream_of(seed, index);
+            let ids = (0..self.prompt_tokens).map(|i| token(stream_of(own, i))).collect();
+            Prompt { text: String::new(), ids }
+        };
+        (0..self.prompts).map(prompt).collect()
+    }
 }
 
 /// What the shop of a prompt has in stock.
@@ -208,6 +220,18 @@ mod tests {
         assert!(error.to_string().contains("--prompt-tokens"), "{error}");
         let error = Workload::named("W4").expect("a name").check(&model.config).expect_err("long");
         assert!(error.to_string().contains("context is 256"), "{error}");
+    }
+
+    #[test]
+    fn random_prompts_differ_from_the_first_tokens_on() {
+        let workload = Workload::custom([64, 1, 40, 8]);
+        let prompts = workload.random_prompts(512, 3);
+        assert!(prompts.iter().all(|prompt| prompt.ids.len() == 40));
+        assert!(prompts.iter().flat_map(|prompt| &prompt.ids).all(|&token| token < 512));
+        let first: HashSet<&[u32]> = prompts.iter().map(|prompt| &prompt.ids[..4]).collect();
+        assert_eq!(first.len(), 64);
+        assert_eq!(prompts, workload.random_prompts(512, 3));
+        assert_ne!(prompts, workload.random_prompts(512, 4));
     }
 
     #[test]

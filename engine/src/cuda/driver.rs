@@ -1,6 +1,6 @@
 //! The driver's functions that the kernels need.
 
-use super::{CudaError, library::Library};
+use super::{CudaError, library::Library, source::Element};
 use std::{
     ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
     ptr::{null, null_mut},
@@ -96,7 +96,31 @@ pub struct Driver {
         *const *const c_void,
     ) -> Code,
     name: unsafe extern "C" fn(*mut c_char, c_int, c_int) -> Code,
+    /// From driver 525 on.
+    describe_boxes: Option<DescribeBoxes>,
 }
+
+/// `cuTensorMapEncodeTiled`: the map; type and axes of its elements; the address; lengths of the axes, and
+/// bytes from one number to the next on all but the first; lengths of a box, and which elements of it are
+/// taken; four ways to lay them out.
+type DescribeBoxes = unsafe extern "C" fn(
+    *mut u64,
+    c_int,
+    c_uint,
+    *mut c_void,
+    *const u64,
+    *const u64,
+    *const c_uint,
+    *const c_uint,
+    c_int,
+    c_int,
+    c_int,
+    c_int,
+) -> Code;
+
+/// `CU_TENSOR_MAP_SWIZZLE_128B`, and `CU_TENSOR_MAP_L2_PROMOTION_L2_256B`.
+const SWIZZLED_128: c_int = 3;
+const PROMOTED_256: c_int = 3;
 
 impl Driver {
     /// The driver, opened and initialised once.
@@ -140,6 +164,7 @@ impl Driver {
                 set_attribute: library.function("cuFuncSetAttribute")?,
                 launch: library.function("cuLaunchKernelEx")?,
                 name: library.function("cuDeviceGetName")?,
+                describe_boxes: library.function("cuTensorMapEncodeTiled").ok(),
             };
             Ok((library.function("cuInit")?, driver))
         }
@@ -240,6 +265,46 @@ impl Driver {
             }
         }
         Ok(Function(function as usize))
+    }
+
+    /// Describes a matrix of 16-bit numbers, `columns` by `rows` of them one after the other, that is read in
+    /// boxes of 64 or fewer columns by so many rows: their rows' lines of 16 bytes lie where the tensor cores
+    /// look for them.
+    ///
+    /// # Errors
+    /// A driver that is too old, or what it refuses.
+    pub fn describe_boxes(
+        &self,
+        map: &mut [u64; 16],
+        element: Element,
+        address: *mut c_void,
+        ([columns, rows], of_box): ([u64; 2], [u32; 2]),
+    ) -> Result<(), CudaError> {
+        let Some(describe) = self.describe_boxes else {
+            return Err(CudaError::Unsupported("a driver without cuTensorMapEncodeTiled".into()));
+        };
+        // CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16.
+        let kind = if element == Element::F16 { 6 } else { 9 };
+        let (lengths, apart, each) = ([columns, rows], [2 * columns], [1; 2]);
+        // SAFETY: a place for the map, at a multiple of 64, and arrays of as many numbers as there are axes,
+        // or one less.
+        let code = unsafe {
+            describe(
+                map.as_mut_ptr(),
+                kind,
+                2,
+                address,
+                lengths.as_ptr(),
+                apart.as_ptr(),
+                of_box.as_ptr(),
+                each.as_ptr(),
+                0,
+                SWIZZLED_128,
+                PROMOTED_256,
+                0,
+            )
+        };
+        self.check("cuTensorMapEncodeTiled", code)
     }
 
     /// Puts a kernel with one argument into the queue of `stream`.

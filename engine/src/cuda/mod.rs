@@ -16,6 +16,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod boxes;
 pub mod cache;
 pub mod driver;
 pub mod elementwise;

@@ -15,8 +15,9 @@ pub const MOST_ROWS: usize = 64;
 const LEAST_TOKENS: usize = 256;
 /// Tokens that a thread block takes at a time.
 const STEP: usize = 64;
-/// Blocks that are worth sharing.
-const LEAST_SHARED: usize = 4;
+/// Blocks that are worth sharing: the second cache has fewer for all that read them, and pieces take time
+/// to be put together.
+const LEAST_SHARED: usize = 16;
 
 /// What the cut depends on besides the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

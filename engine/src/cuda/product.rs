@@ -4,6 +4,7 @@ pub mod choice;
 
 use super::{
     CudaError,
+    boxes::{self, Boxes},
     launch::{Argument, Launch, device_of, require},
     processors::Processors,
     source::{Element, Program},
@@ -14,54 +15,51 @@ use tch::{Device, Kind, Tensor};
 /// Rows of `x` that there are kernels for: a product takes the least that hold its own.
 pub const COLUMNS: [usize; 3] = [16, 32, 64];
 
+/// The compute capability that the kernels are for.
+pub const CAPABILITY: (i32, i32) = (9, 0);
+
 /// How a kernel cuts its work: see product.cu.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Tiling {
     /// The kernel.
     pub name: &'static str,
-    /// Warps with 32 rows of W each.
-    pub across: usize,
-    /// Warps that divide a slice of the depth.
-    pub along: usize,
-    /// Depth of a slice.
-    pub slice: usize,
-    /// Slices in shared memory, all but one of them on their way there.
+    /// Groups of four warps with 128 rows of W each.
+    pub groups: usize,
+    /// Slices of the depth in shared memory, most of them on their way there.
     pub stages: usize,
     /// Thread blocks that a multiprocessor is to hold.
     pub blocks: u32,
 }
 
-/// All of them. Tall tiles read `x` less often; short ones leave smaller pieces; deep slices read
-/// longer stretches of W.
-pub const TILINGS: [Tiling; 7] = [
-    Tiling { name: "product_64", across: 2, along: 2, slice: 64, stages: 5, blocks: 2 },
-    Tiling { name: "product_96", across: 3, along: 1, slice: 64, stages: 4, blocks: 2 },
-    Tiling { name: "product_128", across: 4, along: 1, slice: 64, stages: 4, blocks: 2 },
-    Tiling { name: "product_128_deep", across: 4, along: 2, slice: 128, stages: 3, blocks: 1 },
-    Tiling { name: "product_192", across: 6, along: 1, slice: 64, stages: 5, blocks: 1 },
-    Tiling { name: "product_256", across: 8, along: 1, slice: 64, stages: 4, blocks: 1 },
-    Tiling { name: "product_288", across: 9, along: 1, slice: 64, stages: 4, blocks: 1 },
+/// All of them. Tall tiles read `x` less often; short ones leave smaller pieces; where a block takes half of
+/// a multiprocessor, those of the next product can begin to read W beside it.
+pub const TILINGS: [Tiling; 5] = [
+    Tiling { name: "product_128", groups: 1, stages: 4, blocks: 2 },
+    Tiling { name: "product_128_half", groups: 1, stages: 4, blocks: 1 },
+    Tiling { name: "product_128_deep", groups: 1, stages: 8, blocks: 1 },
+    Tiling { name: "product_256", groups: 2, stages: 5, blocks: 1 },
+    Tiling { name: "product_384", groups: 3, stages: 4, blocks: 1 },
 ];
 
+/// Depth of a slice.
+const SLICE: usize = boxes::COLUMNS;
+/// Rows of W in a box, two of which a group has.
+const BOX: usize = 64;
+
 impl Tiling {
-    /// Threads of a block.
+    /// Threads of a block: a warp more than its groups have.
     pub fn threads(&self) -> u32 {
-        32 * (self.across * self.along) as u32
+        32 + 128 * self.groups as u32
     }
 
     /// Rows of W in a tile.
     fn rows(&self) -> usize {
-        32 * self.across
+        2 * BOX * self.groups
     }
 
-    /// Bytes of shared memory of a block: as `Multiplier::Memory`.
+    /// Bytes of shared memory of a block: as `Multiplier::Memory`, and to begin at a multiple of 1024.
     fn shared(&self, columns: usize) -> usize {
-        let stage = (self.rows() + columns) * (self.slice + 8) * 2;
-        let sums = match self.along - 1 {
-            0 => 16,
-            others => others * columns / 4 * self.across * 32 * 16,
-        };
-        self.stages * stage + sums
+        self.stages * ((self.rows() + columns) * SLICE * 2 + 16) + 1024
     }
 
     /// Thread blocks that run at once; none if the device has not enough shared memory for one.
@@ -163,8 +161,8 @@ impl Shape {
         self.width.div_ceil(tiling.rows())
     }
 
-    fn slices(&self, tiling: &Tiling) -> usize {
-        self.depth.div_ceil(tiling.slice)
+    fn slices(&self) -> usize {
+        self.depth.div_ceil(SLICE)
     }
 
     /// How its work may be dealt out among blocks of a tiling: whole tiles, tiles in as many parts as
@@ -175,12 +173,12 @@ impl Shape {
         if at_once == 0 || self.tiles(tiling) > MOST_TILES {
             return Vec::new();
         }
-        let most = (at_once / self.tiles(tiling)).min(self.slices(tiling));
+        let most = (at_once / self.tiles(tiling)).min(self.slices());
         let mut parts = vec![1, most.div_ceil(2), most];
         parts.retain(|&parts| parts > 0);
         parts.sort_unstable();
         parts.dedup();
-        let uneven = !at_once.is_multiple_of(self.tiles(tiling)) && self.slices(tiling) > 1;
+        let uneven = !at_once.is_multiple_of(self.tiles(tiling)) && self.slices() > 1;
         let even = uneven.then_some(Deal::Even);
         parts.into_iter().map(Deal::Parts).chain(even).collect()
     }
@@ -194,8 +192,8 @@ fn axes(matrix: &Tensor) -> Option<[usize; 2]> {
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Product {
-    x: *const c_void,
-    weight: *const c_void,
+    weight: Boxes,
+    x: Boxes,
     bias: *const c_void,
     out: *mut c_void,
     pieces: *mut f32,
@@ -277,8 +275,8 @@ impl Workspace {
         let kind = if output == Output::Wide { Kind::Float } else { x.kind() };
         let out = Tensor::empty([rows, output.width(shape.width) as i64], (kind, device));
         let argument = Product {
-            x: x.data_ptr(),
-            weight: weight.data_ptr(),
+            weight: Boxes::of(weight, BOX)?,
+            x: Boxes::of(x, shape.columns)?,
             bias: bias.map_or(null(), |bias| bias.data_ptr()),
             out: out.data_ptr(),
             pieces: self.pieces.data_ptr().cast(),
@@ -292,7 +290,7 @@ impl Workspace {
         let blocks = match deal {
             Deal::Parts(parts) => parts * shape.tiles(tiling),
             Deal::Even => {
-                let units = shape.tiles(tiling) * shape.slices(tiling);
+                let units = shape.tiles(tiling) * shape.slices();
                 tiling.at_once(shape.columns, &self.processors).min(units)
             }
         };

@@ -1,6 +1,6 @@
 //! The programs: sources, and the kernels that are made of them.
 
-use super::product::{COLUMNS, TILINGS, Tiling};
+use super::product::{self, COLUMNS, TILINGS, Tiling};
 use std::fmt;
 
 const DEVICE: &str = include_str!("kernels/device.cuh");
@@ -88,7 +88,7 @@ impl Entry {
     /// What calls the template with argument `a`.
     fn body(&self) -> String {
         let wait =
-            if self.ahead { "" } else { "wait_for_kernel_before(); let_kernel_after_begin(); " };
+            if self.ahead { "" } else { "let_kernel_after_begin(); wait_for_kernel_before(); " };
         format!("{wait}{}{}", self.template, self.parameters)
     }
 }
@@ -106,6 +106,20 @@ impl Program {
             all.extend([Self::Sampling(element), Self::AdamW(element)]);
         }
         all
+    }
+
+    /// Whether it can be compiled for devices of this compute capability.
+    pub fn is_for(self, capability: (i32, i32)) -> bool {
+        match self {
+            Self::Product(..) => capability == product::CAPABILITY,
+            _ => true,
+        }
+    }
+
+    /// The architecture that it is compiled for: some of what the tensor cores do belongs to one alone.
+    pub fn architecture(self, (major, minor): (i32, i32)) -> String {
+        let only = if matches!(self, Self::Product(..)) { "a" } else { "" };
+        format!("sm_{major}{minor}{only}")
     }
 
     fn source(self) -> &'static str {
@@ -126,7 +140,7 @@ impl Program {
             argument,
             parameters: parameters.into(),
             threads,
-            blocks: if name == "attend" { ATTENDING_BLOCKS } else { 1 },
+            blocks: 1,
             ahead: false,
         };
         match self {
@@ -136,7 +150,7 @@ impl Program {
                 if element == Element::F32 {
                     return vec![entry("attend_plainly")];
                 }
-                vec![entry("attend")]
+                vec![Entry { blocks: ATTENDING_BLOCKS, ahead: true, ..entry("attend") }]
             }
             Self::Pages(element) => {
                 let parameters = format!("<{}>", element.name());
@@ -144,9 +158,8 @@ impl Program {
             }
             Self::Product(element, columns) => {
                 let tilings = TILINGS.iter().map(|tiling| {
-                    let Tiling { across, along, slice, stages, .. } = tiling;
-                    let numbers = format!("{columns}, {across}, {along}, {slice}, {stages}");
-                    let parameters = format!("<{}, {numbers}>", element.name());
+                    let Tiling { groups, stages, .. } = tiling;
+                    let parameters = format!("<{}, {columns}, {groups}, {stages}>", element.name());
                     Entry {
                         template: "product",
                         blocks: tiling.blocks,

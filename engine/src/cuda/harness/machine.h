@@ -53,6 +53,7 @@ struct Thread {
   ucontext_t context;
   dim3 index;
   bool started, done, waited;
+  bool polls; // for the end of a barrier's phase
   const Barrier *waits_at;
   u64 generation;
   int turn; // which of its warp's two boards it writes to next
@@ -68,11 +69,12 @@ struct Warp {
 
 inline Thread threads[MOST_THREADS];
 inline Warp warps[MOST_THREADS / LANES];
-inline Barrier block_barrier;
+inline Barrier block_barrier, part_barrier;
 inline Thread *current;
 inline int count;
+inline u64 changes; // of barriers whose phases are waited for
 inline jmp_buf scheduler;
-alignas(128) inline unsigned char shared[MOST_SHARED];
+alignas(1024) inline unsigned char shared[MOST_SHARED];
 inline void (*kernel)(const void *);
 inline const void *arguments;
 inline char *stacks;
@@ -142,22 +144,24 @@ inline void run_block() {
   std::memset(shared, 0xff, sizeof(shared));
   for (int i = 0; i < count; ++i) {
     threads[i].index = {(unsigned)i, 0, 0};
-    threads[i].started = threads[i].done = threads[i].waited = false;
+    threads[i].started = threads[i].done = threads[i].waited = threads[i].polls = false;
     threads[i].waits_at = nullptr;
     threads[i].turn = threads[i].groups = 0;
     threads[i].copies.clear();
   }
   for (auto &warp : warps) warp.barrier.arrived = 0;
-  block_barrier.arrived = 0;
+  block_barrier.arrived = part_barrier.arrived = 0;
   for (int left = count; left > 0;) {
     bool moved = false;
+    const u64 before = changes;
     for (int i = 0; i < count; ++i) {
       Thread &thread = threads[i];
       if (thread.done) continue;
       if (thread.waits_at && thread.waits_at->generation == thread.generation) continue;
       thread.waits_at = nullptr;
-      moved = true;
+      thread.polls = false;
       resume(thread, i);
+      moved |= !thread.polls || changes > before;
       left -= thread.done;
     }
     if (!moved) fail("threads wait at different barriers");
@@ -278,14 +282,18 @@ template <bool TRANSPOSED> void load_eights(u32 (&m)[4], const void *row) {
 inline void load_matrices(u32 (&m)[4], const void *row) { load_eights<false>(m, row); }
 inline void load_matrices_transposed(u32 (&m)[4], const void *row) { load_eights<true>(m, row); }
 
-inline void copy_ahead(void *to, const void *from, bool valid) {
+inline void copy_async(void *to, const void *from, bool valid) {
   if ((uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0) machine::fail("a copy is not aligned");
+  if (!machine::current->waited) machine::fail("a copy of what the kernel before may write");
   machine::current->copies.push_back({to, from, valid, machine::current->groups});
 }
 
-inline void copy_async(void *to, const void *from, bool valid) {
-  if (!machine::current->waited) machine::fail("a copy of what the kernel before may write");
-  copy_ahead(to, from, valid);
+inline void fetch_ahead(const void *from, int bytes) {
+  if ((uintptr_t)from % 16 != 0 || bytes <= 0 || bytes % 16 != 0) {
+    machine::fail("what is fetched is not aligned");
+  }
+  volatile unsigned char last = ((const unsigned char *)from)[bytes - 1];
+  (void)last;
 }
 
 inline void commit_copies() { ++machine::current->groups; }
@@ -302,6 +310,106 @@ template <int LEFT> void wait_for_copies() {
                               [&](const machine::Copy &copy) { return copy.group < arrived; }),
                copies.end());
 }
+
+// As the driver would describe it; see boxes.rs.
+struct alignas(64) Boxes {
+  const unsigned char *from;
+  u64 columns, rows, stride; // of two bytes each
+  u64 box_rows;
+  u64 unused[11];
+};
+
+// A barrier in its 64 bits.
+struct PhaseBarrier {
+  int bytes;
+  u16 expected, phase_and_pending; // the phase's number is odd: the highest bit
+
+  static PhaseBarrier of(u64 bits) {
+    PhaseBarrier barrier;
+    std::memcpy(&barrier, &bits, 8);
+    return barrier;
+  }
+  bool phase() const { return phase_and_pending >> 15; }
+  void change(u64 &bits, int arriving, int more) {
+    ++machine::changes;
+    bytes += more;
+    if (arriving > (phase_and_pending & 0x7fff)) machine::fail("too many arrive at a barrier");
+    phase_and_pending -= arriving;
+    if ((phase_and_pending & 0x7fff) == 0 && bytes == 0) {
+      phase_and_pending = (u16)((!phase() << 15) | expected);
+    }
+    std::memcpy(&bits, this, 8);
+  }
+};
+
+inline void init_barrier(u64 &barrier, int count) {
+  const PhaseBarrier made = {0, (u16)count, (u16)count};
+  std::memcpy(&barrier, &made, 8);
+}
+inline void show_barriers() {}
+inline void arrive(u64 &barrier) { PhaseBarrier::of(barrier).change(barrier, 1, 0); }
+inline void expect_bytes(u64 &barrier, int bytes) { PhaseBarrier::of(barrier).change(barrier, 1, bytes); }
+inline void wait_for(u64 &barrier, int phase) {
+  while (PhaseBarrier::of(barrier).phase() == (phase != 0)) {
+    machine::current->polls = true;
+    machine::yield();
+  }
+}
+
+inline u32 shared_address(const void *at) { return (u32)(uintptr_t)at; }
+
+// Where column `c` of row `r` of a box lies.
+inline unsigned char *in_box(unsigned char *box, int r, int c) {
+  return box + r * 128 + (c / 8 ^ r % 8) * 16 + c % 8 * 2;
+}
+
+// Of weights they may be made ahead.
+template <bool ONCE> void load_box(void *to, const Boxes &from, int column, int row, u64 &barrier) {
+  if ((uintptr_t)to % 1024 != 0) machine::fail("a box is not aligned");
+  if (!ONCE && !machine::current->waited) machine::fail("a box of what the kernel before may write");
+  for (int r = 0; r < (int)from.box_rows; ++r) {
+    for (int c = 0; c < 64; ++c) {
+      const u64 at = (u64)(row + r) * from.stride + column + c;
+      const bool there = row + r < (int)from.rows && column + c < (int)from.columns;
+      u16 element = 0;
+      if (there) std::memcpy(&element, from.from + at * 2, 2);
+      std::memcpy(in_box((unsigned char *)to, r, c), &element, 2);
+    }
+  }
+  PhaseBarrier::of(barrier).change(barrier, 0, -(int)from.box_rows * 128);
+}
+
+inline u64 operand(const void *box, int k) { return (u64)(uintptr_t)box + k * 2; }
+inline void begin_multiplying() {}
+inline void end_multiplying() {}
+
+// Of the layout "Matrix Fragments for wgmma.mma_async.m64nNk16" (PTX ISA 9.0, 9.7.15).
+template <float (*NUMBER)(u16), int EIGHTS> void multiply_group(float (&d)[EIGHTS][4], u64 a, u64 b) {
+  const int lane = machine::lane(), first = threadIdx.x % 128 / 32 * 16;
+  const auto at = [](u64 operand, int row, int k) {
+    u16 bits;
+    const u64 inside = operand % 128 / 2;
+    std::memcpy(&bits, in_box((unsigned char *)(operand - operand % 128), row, (int)inside + k), 2);
+    return NUMBER(bits);
+  };
+  for (int j = 0; j < EIGHTS; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) {
+        sum += at(a, first + lane / 4 + i / 2 * 8, k) * at(b, j * 8 + lane % 4 * 2 + i % 2, k);
+      }
+      d[j][i] += sum;
+    }
+  }
+}
+template <int EIGHTS> void multiply_boxes_bf16(float (&d)[EIGHTS][4], u64 a, u64 b) {
+  multiply_group<float_of_bf16>(d, a, b);
+}
+template <int EIGHTS> void multiply_boxes_f16(float (&d)[EIGHTS][4], u64 a, u64 b) {
+  multiply_group<float_of_f16>(d, a, b);
+}
+
+template <int COUNT> void sync_threads() { machine::wait(machine::part_barrier, COUNT); }
 
 inline float load_coherent(const float *at) { return *at; }
 inline void load_coherent(float (&four)[4], const void *at) { std::memcpy(four, at, 16); }

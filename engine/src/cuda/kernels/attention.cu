@@ -46,10 +46,12 @@ constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
 constexpr int MOST_ROWS = 64;
 
-// The rows of a tile, and what all of them see.
+// The rows of a tile, where their pieces begin and how many they are, and what all of them see.
 struct Rows {
   int row[MOST_ROWS];
   int position[MOST_ROWS];
+  int first[MOST_ROWS];
+  int pieces[MOST_ROWS];
   int lowest;
   int highest;
 };
@@ -215,6 +217,13 @@ DEVICE void leave(Found<HD> &found, Strip<T, HD, TOKENS> &strip) {
   }
 }
 
+// Four numbers of a row and head of the result, from `d` on.
+template <class T>
+DEVICE void put_four(const Attend &a, int row, int query_head, int dim, int d, const float (&x)[4]) {
+  T *to = (T *)a.out + ((i64)row * a.heads + query_head) * dim + d;
+  *(u64 *)to = (u64)pack(T(), x[2], x[3]) << 32 | pack(T(), x[0], x[1]);
+}
+
 // Puts the warps' parts together and writes them: as the result, or as a piece of it.
 template <class T, int HD, int STRIPS>
 DEVICE void write(const Found<HD> &found, const Attend &a, const Tile &tile, const Rows &rows, int head) {
@@ -231,76 +240,113 @@ DEVICE void write(const Found<HD> &found, const Attend &a, const Tile &tile, con
       sum += factor * found.sum[strip + w][at % 16];
       for (int j = 0; j < 4; ++j) out[j] += factor * found.out[strip + w][at % 16][d + j];
     }
-    const int row = rows.row[at / group], query_head = head * group + at % group;
-    const int first = a.row_pieces[row];
-    if (first == a.row_pieces[row + 1]) {
-      T *to = (T *)a.out + ((i64)row * a.heads + query_head) * HD + d;
-      for (int j = 0; j < 4; ++j) put(to[j], out[j] / sum);
-    } else {
-      const i64 piece = (i64)(first + tile.ordinal) * a.heads + query_head;
-      for (int j = 0; j < 4; ++j) a.pieces[piece * HD + d + j] = out[j];
-      if (d == 0) {
-        a.sums[piece * 2] = largest;
-        a.sums[piece * 2 + 1] = sum;
-      }
+    const int member = at / group, query_head = head * group + at % group;
+    if (rows.pieces[member] == 0) {
+      for (int j = 0; j < 4; ++j) out[j] /= sum;
+      put_four<T>(a, rows.row[member], query_head, HD, d, out);
+      continue;
+    }
+    const i64 piece = (i64)(rows.first[member] + tile.ordinal) * a.heads + query_head;
+    *(Line<float> *)&a.pieces[piece * HD + d] = {{out[0], out[1], out[2], out[3]}};
+    if (d == 0) {
+      a.sums[piece * 2] = largest;
+      a.sums[piece * 2 + 1] = sum;
     }
   }
 }
 
-// Adds up four numbers of a row and head out of its pieces.
-template <class T, int HD> DEVICE void merge(const Attend &a, int row, int query_head, int d) {
-  const int first = a.row_pieces[row], last = a.row_pieces[row + 1];
-  float largest = minus_infinity();
-  for (int piece = first; piece < last; ++piece) {
-    largest = fmaxf(largest, load_coherent(&a.sums[((i64)piece * a.heads + query_head) * 2]));
-  }
-  float sum = 0.0f, out[4] = {};
-  for (int piece = first; piece < last; ++piece) {
-    const i64 at = (i64)piece * a.heads + query_head;
-    const float factor = exp2_fast(load_coherent(&a.sums[at * 2]) - largest);
-    sum += factor * load_coherent(&a.sums[at * 2 + 1]);
-    float four[4];
-    load_coherent(four, &a.pieces[at * HD + d]);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) out[j] += factor * four[j];
-  }
-  T *to = (T *)a.out + ((i64)row * a.heads + query_head) * HD + d;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) put(to[j], out[j] / sum);
-}
+// Of the rows and heads of a tile whose last piece has been left.
+struct Whole {
+  int pieces[MOST_ROWS]; // 0: it has not
+  float largest[MOST_ROWS];
+  float inverse[MOST_ROWS]; // of the sum of weights
+};
 
-// Puts the rows together whose last piece has been left.
-template <class T, int HD>
-DEVICE void merge_rows(const Attend &a, const Tile &tile, const Rows &rows, int head) {
-  __shared__ bool whole[MOST_ROWS];
-  const int group = a.heads / a.kv_heads;
+// Finds them; all pieces of other blocks can be read then.
+DEVICE void find_whole(Whole &whole, const Attend &a, const Tile &tile, const Rows &rows, int head) {
+  const int group = a.heads / a.kv_heads, at = threadIdx.x;
+  __shared__ bool last[MOST_ROWS];
   __syncthreads();
-  if ((int)threadIdx.x < tile.rows) {
-    const int row = rows.row[threadIdx.x], pieces = a.row_pieces[row + 1] - a.row_pieces[row];
-    int *arrived = &a.arrived[row * a.kv_heads + head];
+  if (at < tile.rows) {
+    int *arrived = &a.arrived[rows.row[at] * a.kv_heads + head];
     // What the barriers order for these threads, the fences order for all.
     __threadfence();
-    whole[threadIdx.x] = pieces > 0 && atomicAdd(arrived, 1) == pieces - 1;
+    last[at] = rows.pieces[at] > 0 && atomicAdd(arrived, 1) == rows.pieces[at] - 1;
     __threadfence();
-    if (whole[threadIdx.x]) *arrived = 0;
+    if (last[at]) *arrived = 0;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < tile.rows * group * (HD / 4); i += THREADS) {
-    const int at = i / (HD / 4);
-    if (whole[at / group]) {
-      merge<T, HD>(a, rows.row[at / group], head * group + at % group, i % (HD / 4) * 4);
+  if (at < tile.rows * group) {
+    const int member = at / group, count = last[member] ? rows.pieces[member] : 0;
+    const float *sums = a.sums + ((i64)rows.first[member] * a.heads + head * group + at % group) * 2;
+    float largest = minus_infinity(), sum = 0.0f;
+#pragma unroll 4
+    for (int piece = 0; piece < count; ++piece) {
+      const float top = load_coherent(&sums[(i64)piece * a.heads * 2]);
+      const float part = load_coherent(&sums[(i64)piece * a.heads * 2 + 1]);
+      const float base = fmaxf(largest, top);
+      // Neither has seen anything: the sum stays 0.
+      if (base == minus_infinity()) continue;
+      sum = sum * exp2_fast(largest - base) + part * exp2_fast(top - base);
+      largest = base;
+    }
+    whole.pieces[at] = count;
+    whole.largest[at] = largest;
+    whole.inverse[at] = 1.0f / sum;
+  }
+  __syncthreads();
+}
+
+// Puts the rows together whose last piece has been left: so many lines of a thread at a time, since an
+// answer takes its time.
+template <class T, int HD>
+DEVICE void merge_rows(const Attend &a, const Tile &tile, const Rows &rows, int head) {
+  constexpr int EACH = 4;
+  __shared__ Whole whole;
+  const int group = a.heads / a.kv_heads, lines = tile.rows * group * (HD / 4);
+  find_whole(whole, a, tile, rows, head);
+  for (int begin = threadIdx.x; begin < lines; begin += EACH * THREADS) {
+    float out[EACH][4] = {};
+    int left = 0;
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      const int i = begin + n * THREADS;
+      if (i < lines) left = max(left, whole.pieces[i / (HD / 4)]);
+    }
+    for (int ordinal = 0; ordinal < left; ++ordinal) {
+      float top[EACH], four[EACH][4];
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) {
+        const int i = begin + n * THREADS, at = i < lines ? i / (HD / 4) : 0;
+        const int piece = rows.first[at / group] + (ordinal < whole.pieces[at] ? ordinal : 0);
+        const i64 from = (i64)piece * a.heads + head * group + at % group;
+        top[n] = load_coherent(&a.sums[from * 2]);
+        load_coherent(four[n], &a.pieces[from * HD + i % (HD / 4) * 4]);
+      }
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) {
+        const int i = begin + n * THREADS, at = i < lines ? i / (HD / 4) : 0;
+        if (i >= lines || ordinal >= whole.pieces[at]) continue;
+        const float factor = exp2_fast(top[n] - whole.largest[at]) * whole.inverse[at];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[n][j] += factor * four[n][j];
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      const int i = begin + n * THREADS, at = i / (HD / 4);
+      if (i >= lines || whole.pieces[at] == 0) continue;
+      put_four<T>(a, rows.row[at / group], head * group + at % group, HD, i % (HD / 4) * 4, out[n]);
     }
   }
 }
 
 template <class T, int HD, int STRIPS>
-DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile, const Rows &rows) {
+DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile, const Rows &rows, int begin) {
   constexpr int SHARERS = WARPS / STRIPS, TOKENS = STEP / SHARERS;
   Stage<T, HD> *stages = (Stage<T, HD> *)memory;
   const int warp = threadIdx.x / WARP, head = blockIdx.y;
   const int part = warp % SHARERS * TOKENS;
-  const int first_seen = rows.lowest - a.window + 1;
-  const int begin = first_seen > tile.begin ? first_seen / BLOCK * BLOCK : tile.begin;
   Strip<T, HD, TOKENS> strip;
   strip.start(a, rows, warp / SHARERS * 16, tile.rows, head);
 
@@ -329,33 +375,57 @@ DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile
   merge_rows<T, HD>(a, tile, rows, head);
 }
 
-// Grid: tiles, kv_heads. Shared memory: two stages.
+// What of a tile is read by all of its rows.
+DEVICE void load_rows(Rows &rows, const Attend &a, const Tile &tile) {
+  if (threadIdx.x >= WARP) return;
+  int lowest = 0x7fffffff, highest = 0;
+  for (int i = threadIdx.x; i < tile.rows; i += WARP) {
+    const int row = a.tile_rows[tile.first_row + i], position = a.row_position[row];
+    const int first = a.row_pieces[row];
+    rows.row[i] = row;
+    rows.position[i] = position;
+    rows.first[i] = first;
+    rows.pieces[i] = a.row_pieces[row + 1] - first;
+    lowest = min(lowest, position);
+    highest = max(highest, position);
+  }
+  lowest = warp_min(lowest);
+  highest = -warp_min(-highest);
+  if (threadIdx.x == 0) {
+    rows.lowest = lowest;
+    rows.highest = highest;
+  }
+}
+
+// Lets the tile's pages come into the second cache; what is written to them meanwhile comes there, too.
+template <class T, int HD> DEVICE void fetch_pages(const Attend &a, const Tile &tile, int begin) {
+  constexpr int BYTES = BLOCK * HD * sizeof(T);
+  const int *table = a.tables + (i64)tile.span * *a.table_width;
+  const int first = begin / BLOCK, pages = (tile.end + BLOCK - 1) / BLOCK - first;
+  for (int i = threadIdx.x; i < 2 * pages; i += THREADS) {
+    const i64 from = ((i64)table[first + i / 2] * a.kv_heads + blockIdx.y) * BLOCK * HD;
+    fetch_ahead((const T *)(i % 2 ? a.values : a.keys) + from, BYTES);
+  }
+}
+
+// Grid: tiles, kv_heads. Shared memory: two stages. What the plan says is there before all kernels of a
+// step.
 template <class T, int HD> DEVICE void attend(const Attend &a) {
   SHARED_MEMORY(memory);
   __shared__ Rows rows;
+  let_kernel_after_begin();
   const Tile tile = ((const Tile *)a.tiles)[blockIdx.x];
-  if (tile.rows == 0) return;
-  if (threadIdx.x < WARP) {
-    int lowest = 0x7fffffff, highest = 0;
-    for (int i = threadIdx.x; i < tile.rows; i += WARP) {
-      const int row = a.tile_rows[tile.first_row + i], position = a.row_position[row];
-      rows.row[i] = row;
-      rows.position[i] = position;
-      lowest = min(lowest, position);
-      highest = max(highest, position);
-    }
-    lowest = warp_min(lowest);
-    highest = -warp_min(-highest);
-    if (threadIdx.x == 0) {
-      rows.lowest = lowest;
-      rows.highest = highest;
-    }
-  }
+  if (tile.rows > 0) load_rows(rows, a, tile);
   __syncthreads();
+  const int first_seen = tile.rows > 0 ? rows.lowest - a.window + 1 : 0;
+  const int begin = first_seen > tile.begin ? first_seen / BLOCK * BLOCK : tile.begin;
+  if (tile.rows > 0 && begin < tile.end) fetch_pages<T, HD>(a, tile, begin);
+  wait_for_kernel_before();
+  if (tile.rows == 0) return;
   if (tile.rows * (a.heads / a.kv_heads) <= 16) {
-    attend_tile<T, HD, 1>(memory, a, tile, rows);
+    attend_tile<T, HD, 1>(memory, a, tile, rows, begin);
   } else {
-    attend_tile<T, HD, 4>(memory, a, tile, rows);
+    attend_tile<T, HD, 4>(memory, a, tile, rows, begin);
   }
 }
 

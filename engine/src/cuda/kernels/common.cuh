@@ -32,6 +32,15 @@ DEVICE void multiply(f16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   multiply_f16(d, a, b0, b1);
 }
 
+template <int COLUMNS>
+DEVICE void multiply_boxes(bf16, float (&d)[COLUMNS / 8][4], const void *a, const void *b, int k) {
+  multiply_boxes_bf16(d, operand(a, k), operand(b, k));
+}
+template <int COLUMNS>
+DEVICE void multiply_boxes(f16, float (&d)[COLUMNS / 8][4], const void *a, const void *b, int k) {
+  multiply_boxes_f16(d, operand(a, k), operand(b, k));
+}
+
 // Sixteen bytes of elements, at an address that is a multiple of 16.
 template <class T> struct alignas(16) Line {
   static constexpr int COUNT = 16 / sizeof(T);

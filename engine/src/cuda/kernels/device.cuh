@@ -79,12 +79,12 @@ DEVICE void copy_async(void *to, const void *from, bool valid) {
                : "memory");
 }
 
-// The same of what no kernel before writes: it may begin before `wait_for_kernel_before`. Memory gives
-// what lies beside it to the cache, too: it is read next.
-DEVICE void copy_ahead(void *to, const void *from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
+// Lets so many bytes come into the second cache, a multiple of 16 from a multiple of 16 on (from compute
+// capability 9.0 on; nothing elsewhere).
+DEVICE void fetch_ahead(const void *from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
 }
 
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -117,9 +117,109 @@ DEVICE void wait_for_kernel_before() {
 #endif
 }
 
-// The next kernel's blocks may take what room there is as soon as all blocks of this one are here.
+// The next kernel's blocks may take what room there is as soon as all blocks of this one have said so.
 DEVICE void let_kernel_after_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// What follows is for compute capability 9.0 alone.
+
+// A matrix in memory that is read in boxes, as the driver describes it (CUtensorMap).
+struct alignas(64) Boxes {
+  u64 words[16];
+};
+
+// A barrier in shared memory: a phase ends when so many threads have arrived and all bytes that were
+// expected have come.
+DEVICE void init_barrier(u64 &barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count)
+               : "memory");
+}
+
+// To other threads and to what copies boxes.
+DEVICE void show_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+DEVICE void arrive(u64 &barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// Arrives; the phase ends when as many bytes more have come.
+DEVICE void expect_bytes(u64 &barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Waits for the end of a phase: of the first one (0), the second one (1), and so on in turns.
+DEVICE void wait_for(u64 &barrier, int phase) {
+  u32 done = 0;
+  while (!done) {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
+                 "selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(&barrier)), "r"(phase)
+                 : "memory");
+  }
+}
+
+// Begins to copy the box that begins at a row and column into shared memory, at a multiple of 1024: a
+// row's 128 bytes follow each other's, their lines of 16 in an order that depends on the row. There are
+// zeros where the matrix has ended. `ONCE`: it will not be read again soon.
+template <bool ONCE> DEVICE void load_box(void *to, const Boxes &from, int column, int row, u64 &barrier) {
+  const u64 keep = ONCE ? 0x12f0000000000000ull : 0x14f0000000000000ull;
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+               "l"(&from), "r"(column), "r"(row), "r"(shared_address(&barrier)), "l"(keep)
+               : "memory");
+}
+
+// A box as the tensor cores read it, from column `k` on, a multiple of 16.
+DEVICE u64 operand(const void *box, int k) {
+  const u64 address = (shared_address(box) + k * 2) & 0x3ffff;
+  return address >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// Around a group's multiplications: sums can be read and boxes be overwritten after the end.
+DEVICE void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void end_multiplying() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+#define SUMS_4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+
+// d += a b over a group: a is 64x16, b 16 by eight times as many as d has rows. A warp has 16
+// rows, spread over its lanes as `MULTIPLY` has them.
+#define MULTIPLY_BOXES(name, type)                                                                 \
+  DEVICE void name(float (&d)[2][4], u64 a, u64 b) {                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " "                   \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"                               \
+                 : SUMS_4(0), SUMS_4(1)                                                            \
+                 : "l"(a), "l"(b));                                                                \
+  }                                                                                                \
+  DEVICE void name(float (&d)[4][4], u64 a, u64 b) {                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type " "                   \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "                       \
+                 "%16, %17, 1, 1, 1, 0, 0;"                                                        \
+                 : SUMS_4(0), SUMS_4(1), SUMS_4(2), SUMS_4(3)                                      \
+                 : "l"(a), "l"(b));                                                                \
+  }                                                                                                \
+  DEVICE void name(float (&d)[8][4], u64 a, u64 b) {                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " "                   \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                         \
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "              \
+                 "%32, %33, 1, 1, 1, 0, 0;"                                                        \
+                 : SUMS_4(0), SUMS_4(1), SUMS_4(2), SUMS_4(3), SUMS_4(4), SUMS_4(5), SUMS_4(6),    \
+                   SUMS_4(7)                                                                       \
+                 : "l"(a), "l"(b));                                                                \
+  }
+MULTIPLY_BOXES(multiply_boxes_bf16, "bf16")
+MULTIPLY_BOXES(multiply_boxes_f16, "f16")
+
+// Waits until so many threads are here, the first ones of the block.
+template <int COUNT> DEVICE void sync_threads() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }

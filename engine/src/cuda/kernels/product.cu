@@ -1,49 +1,46 @@
-// x W^T for few rows of x, where reading W is what takes the time.
+// x W^T for few rows of x, where reading W is what takes the time: for compute capability 9.0.
 //
 // The tensor cores' first matrix are rows of W, its second one rows of x: of those there may be few.
-// A tile is 32 rows of W for each of `ACROSS` warps, and all of x; a unit of work is a tile over one
-// slice of the depth, which `ALONG` warps divide. Every thread block takes an equal run of the units:
-// some tiles, an equal part of one, or, if the number of blocks is no multiple of the tiles', whatever
-// they belong to (stream-K, arXiv 2301.03598). It has `STAGES - 1` units on their way from memory while
-// it computes one. Where a tile is shared, each block leaves a piece of it, and whichever comes last adds
-// them up, in the order of the depth: the result does not depend on who that was.
+// A tile is 128 rows of W for each of `GROUPS` groups of four warps, and all of x; a unit of work is a
+// tile over one slice of the depth. One thread asks for the slices, in boxes that the hardware copies into
+// shared memory, `STAGES` of them under way; the groups multiply what has come. Every thread block takes
+// an equal run of the units: some tiles, an equal part of one, or, if the number of blocks is no multiple
+// of the tiles', whatever they belong to (stream-K, arXiv 2301.03598). Where a tile is shared, each block
+// leaves a piece of it, and whichever comes last adds them up, in the order of the depth: the result does
+// not depend on who that was.
 
 // As in product.rs.
 struct Product {
-  const void *x;      // [rows, depth]
-  const void *weight; // [width, depth]
-  const void *bias;   // [width], or null
-  void *out;          // [rows, width], or [rows, width / 2] if gated
-  float *pieces;      // [blocks, 2, COLUMNS * rows of a tile]
-  int *arrived;       // [tiles]: pieces that have been left; 0 before and after
-  int rows;           // at most COLUMNS
-  int depth;          // a multiple of 8
-  int width;          // a multiple of 8, twice one if gated
-  int gated;          // the result is silu(first half) * second half
-  int wide;           // out is f32
+  Boxes weight;     // of [width, depth], 64 rows each
+  Boxes x;          // of [rows, depth], COLUMNS rows each
+  const void *bias; // [width], or null
+  void *out;        // [rows, width], or [rows, width / 2] if gated
+  float *pieces;    // [blocks, 2, COLUMNS * rows of a tile]
+  int *arrived;     // [tiles]: pieces that have been left; 0 before and after
+  int rows;         // at most COLUMNS
+  int depth;        // a multiple of 8
+  int width;        // a multiple of 8, twice one if gated
+  int gated;        // the result is silu(first half) * second half
+  int wide;         // out is f32
 };
 
-template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> struct Multiplier {
-  static constexpr int THREADS = ACROSS * ALONG * WARP;
-  static constexpr int ROWS = 32 * ACROSS;
-  static constexpr int STRIDE = SLICE + 8; // keeps the rows of a matrix in different banks
-  static constexpr int LINE = 16 / sizeof(T);
-  static constexpr int LINES = SLICE / LINE;
-  static constexpr int APART = THREADS / LINES; // rows from a thread's line of a slice to its next one
-  static constexpr int X_LINES = (COLUMNS + APART - 1) / APART;
-  static constexpr int STEPS = SLICE / 16 / ALONG;
-  static constexpr bool MORE = ALONG > 1;
-  static_assert(SLICE % (16 * ALONG) == 0 && COLUMNS % 16 == 0 && THREADS % LINES == 0);
+constexpr int SLICE = 64;   // of the depth: 128 bytes, as wide as a box may be
+constexpr int BOX = 64;     // rows of W in a box
+constexpr int GROUP = 128;  // threads that multiply two boxes
+
+template <class T, int COLUMNS, int GROUPS, int STAGES> struct Multiplier {
+  static constexpr int ROWS = 2 * BOX * GROUPS;
+  static constexpr int MULTIPLIERS = GROUP * GROUPS; // threads; a warp more asks for slices
 
   struct Stage {
-    T weight[ROWS][STRIDE];
-    T x[COLUMNS][STRIDE];
+    T weight[2 * GROUPS][BOX * SLICE];
+    T x[COLUMNS * SLICE];
   };
 
   struct Memory {
     Stage stages[STAGES];
-    // What the warps along the depth have, but for the first of them.
-    Line<float> sums[MORE ? ALONG - 1 : 1][MORE ? COLUMNS / 4 : 1][MORE ? ACROSS * WARP : 1];
+    u64 full[STAGES];  // a stage has come
+    u64 empty[STAGES]; // all warps are done with it
   };
 
   // Where a unit lies.
@@ -62,7 +59,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   const Product &a;
   Memory &memory;
   int slices, units;
-  float sums[2][COLUMNS / 8][4]; // a lane's part of 32 rows of W by all of x
+  float sums[2][COLUMNS / 8][4]; // a lane's part of two boxes of W by all of x
 
   METHOD Multiplier(const Product &a, unsigned char *memory) : a(a), memory(*(Memory *)memory) {
     slices = (a.depth + SLICE - 1) / SLICE;
@@ -84,104 +81,83 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   METHOD int first_unit(int block) { return (int)((i64)block * units / gridDim.x); }
   METHOD int block_of(int unit) { return (int)((((i64)unit + 1) * gridDim.x - 1) / units); }
 
-  // The row of W that is a tile's row; -1 if there is none. A gated tile has sixteen rows of the first
-  // half, then the same ones of the second, and so on: one lane has both.
-  METHOD int weight_row(int tile, int row) {
-    if (!a.gated) return tile * ROWS + row < a.width ? tile * ROWS + row : -1;
-    const int half = a.width / 2, within = tile * (ROWS / 2) + row / 32 * 16 + row % 16;
-    return within < half ? row / 16 % 2 * half + within : -1;
+  // The row of W that a group's first or second box of a tile begins with. A gated tile has boxes of the
+  // first half and the same ones of the second: one lane has both.
+  METHOD int first_row(int tile, int group, int f) {
+    if (!a.gated) return tile * ROWS + (2 * group + f) * BOX;
+    return f * (a.width / 2) + tile * (ROWS / 2) + group * BOX;
   }
 
-  // Calls `load` with number, row, place and depth of each line of a slice that is this thread's, of so
-  // many rows.
-  template <int COUNT, class F> METHOD void each_line(int slice, F load) {
-    const int first = threadIdx.x / LINES, part = threadIdx.x % LINES * LINE;
+  METHOD void load_weight(int stage, Unit unit) {
+    expect_bytes(memory.full[stage], sizeof(Stage));
 #pragma unroll
-    for (int n = 0; n < (COUNT + APART - 1) / APART; ++n) {
-      const int row = first + n * APART;
-      if (COUNT % APART == 0 || row < COUNT) load(n, row, part, slice * SLICE + part);
+    for (int box = 0; box < 2 * GROUPS; ++box) {
+      const int row = first_row(unit.tile, box / 2, box % 2);
+      load_box<true>(memory.stages[stage].weight[box], a.weight, unit.slice * SLICE, row, memory.full[stage]);
     }
   }
 
-  METHOD void load_weight(Stage &stage, Unit unit) {
-    each_line<ROWS>(unit.slice, [&](int, int row, int part, int depth) {
-      const int from = weight_row(unit.tile, row);
-      const bool valid = from >= 0 && depth < a.depth;
-      const T *weight = (const T *)a.weight + (valid ? (i64)from * a.depth + depth : 0);
-      copy_ahead(&stage.weight[row][part], weight, valid);
-    });
+  METHOD void load_x(int stage, Unit unit) {
+    load_box<false>(memory.stages[stage].x, a.x, unit.slice * SLICE, 0, memory.full[stage]);
   }
 
-  METHOD void load_x(Stage &stage, Unit unit) {
-    each_line<COLUMNS>(unit.slice, [&](int, int row, int part, int depth) {
-      const bool valid = row < a.rows && depth < a.depth;
-      const T *x = (const T *)a.x + (valid ? (i64)row * a.depth + depth : 0);
-      copy_async(&stage.x[row][part], x, valid);
-    });
-  }
-
-  // x of the first `count` units, at once: it does not wait for copies that were begun before. All is asked
-  // for before any of it is stored, since an answer takes its time.
-  METHOD void load_first_x(Unit unit, int count) {
-    Line<T> lines[STAGES - 1][X_LINES];
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) {
-      each_line<COLUMNS>(unit.slice, [&](int n, int row, int, int depth) {
-        lines[s][n] = {};
-        if (s < count && row < a.rows && depth < a.depth) {
-          lines[s][n] = *(const Line<T> *)((const T *)a.x + (i64)row * a.depth + depth);
-        }
-      });
-      unit.advance(slices);
+  // What one thread does: it asks for all slices of the block's units.
+  METHOD void load(int begin, int end) {
+    const int first = min(STAGES, end - begin);
+    Unit next = {begin / slices, begin % slices}, next_x = next;
+    // Weights are there already, whatever the kernel before makes.
+    for (int stage = 0; stage < first; ++stage) {
+      load_weight(stage, next);
+      next.advance(slices);
     }
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) {
-      each_line<COLUMNS>(0, [&](int n, int row, int part, int) {
-        *(Line<T> *)&memory.stages[s].x[row][part] = lines[s][n];
-      });
+    wait_for_kernel_before();
+    for (int stage = 0; stage < first; ++stage) {
+      load_x(stage, next_x);
+      next_x.advance(slices);
     }
+    int stage = 0, turn = 0;
+    for (int unit = begin + first; unit < end; ++unit) {
+      wait_for(memory.empty[stage], turn % 2);
+      load_weight(stage, next);
+      load_x(stage, next);
+      next.advance(slices);
+      if (++stage == STAGES) {
+        stage = 0;
+        ++turn;
+      }
+    }
+    let_kernel_after_begin();
   }
 
-  METHOD void multiply_slice(const Stage &stage) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int first = warp % ACROSS * 32, part = warp / ACROSS * STEPS;
+  METHOD void multiply_stage(const Stage &stage) {
+    const int group = threadIdx.x / GROUP;
+    begin_multiplying();
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      const int k = (part + step) * 16;
-      u32 w[2][4];
+    for (int k = 0; k < SLICE; k += 16) {
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-        load_matrices(w[f], &stage.weight[first + f * 16 + lane % 16][k + lane / 16 * 8]);
-      }
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; j += 2) {
-        u32 m[4];
-        load_matrices(m, &stage.x[j * 8 + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
-#pragma unroll
-        for (int f = 0; f < 2; ++f) {
-          multiply(T(), sums[f][j], w[f], m[0], m[1]);
-          multiply(T(), sums[f][j + 1], w[f], m[2], m[3]);
-        }
+        multiply_boxes<COLUMNS>(T(), sums[f], stage.weight[2 * group + f], stage.x, k);
       }
     }
+    end_multiplying();
   }
 
-  // Adds up what the warps along the depth have; the first of them have it then, and this is true for
-  // them.
-  METHOD bool gather() {
-    const int warp = threadIdx.x / WARP, along = warp / ACROSS, place = threadIdx.x % (ACROSS * WARP);
-    if (!MORE) return true;
-    if (along > 0) {
-#pragma unroll
-      for (int c = 0; c < COLUMNS / 4; ++c) memory.sums[along - 1][c][place] = line(c);
+  // What the others do.
+  METHOD void multiply(int begin, int end) {
+    wait_for_kernel_before();
+    Unit current = {begin / slices, begin % slices};
+    int stage = 0, turn = 0;
+    for (int unit = begin; unit < end; ++unit) {
+      wait_for(memory.full[stage], turn % 2);
+      multiply_stage(memory.stages[stage]);
+      if (threadIdx.x % WARP == 0) arrive(memory.empty[stage]);
+      if (current.slice == slices - 1 || unit + 1 == end) finish(current.tile);
+      current.advance(slices);
+      if (++stage == STAGES) {
+        stage = 0;
+        ++turn;
+      }
     }
-    __syncthreads();
-    if (along > 0) return false;
-    for (int other = 0; other < ALONG - 1; ++other) {
-#pragma unroll
-      for (int c = 0; c < COLUMNS / 4; ++c) add(c, memory.sums[other][c][place]);
-    }
-    return true;
   }
 
   // Four of a lane's sums.
@@ -200,39 +176,35 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   METHOD Line<float> *piece(int block, int tile) {
     // A block's first tile may have begun before it, and its last one may end after it.
     const int which = first_unit(block) > tile * slices ? 0 : 1;
-    return (Line<float> *)a.pieces + ((i64)block * 2 + which) * (COLUMNS / 4) * (ACROSS * WARP);
+    return (Line<float> *)a.pieces + ((i64)block * 2 + which) * (COLUMNS / 4) * MULTIPLIERS;
   }
 
-  // Leaves what `has` sums of a tile; true for the last block that does, whose sums are the whole
-  // tile's then.
-  METHOD bool share(int tile, bool has) {
+  // Leaves what there is of a tile; true for the last block that does, whose sums are the whole tile's
+  // then.
+  METHOD bool share(int tile) {
     __shared__ int before;
-    const int place = threadIdx.x % (ACROSS * WARP);
     const int first = block_of(tile * slices), last = block_of((tile + 1) * slices - 1);
     if (first == last) return true;
-    if (has) {
-      Line<float> *own = piece(blockIdx.x, tile);
+    Line<float> *own = piece(blockIdx.x, tile);
 #pragma unroll
-      for (int c = 0; c < COLUMNS / 4; ++c) own[c * ACROSS * WARP + place] = line(c);
-    }
-    __syncthreads();
+    for (int c = 0; c < COLUMNS / 4; ++c) own[c * MULTIPLIERS + threadIdx.x] = line(c);
+    sync_threads<MULTIPLIERS>();
     if (threadIdx.x == 0) {
       // What the barriers order for this thread, the fences order for all.
       __threadfence();
       before = atomicAdd(&a.arrived[tile], 1);
       __threadfence();
     }
-    __syncthreads();
+    sync_threads<MULTIPLIERS>();
     if (before != last - first) return false;
     if (threadIdx.x == 0) a.arrived[tile] = 0;
-    if (!has) return true;
     clear();
     for (int block = first; block <= last; ++block) {
       const Line<float> *left = piece(block, tile);
 #pragma unroll
       for (int c = 0; c < COLUMNS / 4; ++c) {
         Line<float> four;
-        load_coherent(four.at, &left[c * ACROSS * WARP + place]);
+        load_coherent(four.at, &left[c * MULTIPLIERS + threadIdx.x]);
         add(c, four);
       }
     }
@@ -240,8 +212,7 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   }
 
   METHOD void finish(int tile) {
-    const bool has = gather();
-    if (share(tile, has) && has) write(tile);
+    if (share(tile)) write(tile);
     clear();
   }
 
@@ -261,26 +232,25 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
   }
 
   METHOD void write(int tile) {
-    const int lane = threadIdx.x % WARP, across = threadIdx.x / WARP % ACROSS;
-    const int half = a.width / 2;
+    const int lane = threadIdx.x % WARP, group = threadIdx.x / GROUP;
+    const int within = threadIdx.x % GROUP / WARP * 16;
+#pragma unroll
+    for (int f = 0; f < 2; ++f) add_bias(sums[f], first_row(tile, group, f) + within + lane / 4);
     if (a.gated) {
-      const int first = tile * (ROWS / 2) + across * 16;
-      add_bias(sums[0], first + lane / 4);
-      add_bias(sums[1], half + first + lane / 4);
 #pragma unroll
       for (int j = 0; j < COLUMNS / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[0][j][i] = silu_fast(sums[0][j][i]) * sums[1][j][i];
-        store(sums[0][j], first, j * 8, half);
+        store(sums[0][j], first_row(tile, group, 0) + within, j * 8, a.width / 2);
       }
       return;
     }
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
-      const int first = tile * ROWS + across * 32 + f * 16;
-      add_bias(sums[f], first + lane / 4);
 #pragma unroll
-      for (int j = 0; j < COLUMNS / 8; ++j) store(sums[f][j], first, j * 8, a.width);
+      for (int j = 0; j < COLUMNS / 8; ++j) {
+        store(sums[f][j], first_row(tile, group, f) + within, j * 8, a.width);
+      }
     }
   }
 
@@ -308,38 +278,27 @@ template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES> st
 
   METHOD void run() {
     const int begin = first_unit(blockIdx.x), end = first_unit(blockIdx.x + 1);
-    Unit next = {begin / slices, begin % slices}, current = next;
-    // Weights are there already, whatever the kernel before makes.
-#pragma unroll 1
-    for (int s = 0; s < STAGES - 1; ++s) {
-      if (begin + s < end) load_weight(memory.stages[s], next);
-      next.advance(slices);
-      commit_copies();
-    }
-    wait_for_kernel_before();
-    let_kernel_after_begin();
-    load_first_x(current, end - begin);
-    for (int unit = begin, stage = 0; unit < end; ++unit) {
-      wait_for_copies<STAGES - 2>();
-      __syncthreads();
-      if (unit + STAGES - 1 < end) {
-        Stage &free = memory.stages[stage == 0 ? STAGES - 1 : stage - 1];
-        load_weight(free, next);
-        load_x(free, next);
-        next.advance(slices);
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < STAGES; ++stage) {
+        init_barrier(memory.full[stage], 1);
+        init_barrier(memory.empty[stage], MULTIPLIERS / WARP);
       }
-      commit_copies();
-      multiply_slice(memory.stages[stage]);
-      if (current.slice == slices - 1 || unit + 1 == end) finish(current.tile);
-      current.advance(slices);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      show_barriers();
+    }
+    __syncthreads();
+    if (threadIdx.x < MULTIPLIERS) {
+      multiply(begin, end);
+    } else if (threadIdx.x == MULTIPLIERS) {
+      load(begin, end);
+    } else {
+      wait_for_kernel_before();
     }
   }
 };
 
-// Grid: at most as many blocks as there are units; they need not all run at once. Shared memory: Memory.
-template <class T, int COLUMNS, int ACROSS, int ALONG, int SLICE, int STAGES>
-DEVICE void product(const Product &a) {
+// Grid: at most as many blocks as there are units; they need not all run at once. Shared memory: Memory,
+// and what it takes to begin at a multiple of 1024.
+template <class T, int COLUMNS, int GROUPS, int STAGES> DEVICE void product(const Product &a) {
   SHARED_MEMORY(memory);
-  Multiplier<T, COLUMNS, ACROSS, ALONG, SLICE, STAGES>(a, memory).run();
+  Multiplier<T, COLUMNS, GROUPS, STAGES>(a, memory + (1024 - shared_address(memory) % 1024) % 1024).run();
 }

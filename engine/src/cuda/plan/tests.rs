@@ -86,10 +86,17 @@ fn samples_of_a_group_share_tiles() {
 }
 
 #[test]
+fn few_shared_blocks_are_read_by_each_sample() {
+    let lengths = [(250, 1); 16];
+    let work = check(&spans(&lengths, &tables(&lengths, 15)), &H100);
+    assert_eq!((work.tiles.len(), work.pieces), (16, vec![0; 16]));
+}
+
+#[test]
 fn groups_side_by_side_are_told_apart() {
-    let lengths = [(200, 1), (210, 1), (400, 1), (401, 1)];
+    let lengths = [(300, 1), (310, 1), (400, 1), (401, 1)];
     let mut tables = tables(&lengths, 0);
-    tables[1] = [&tables[0][..8], &tables[1][8..]].concat();
+    tables[1] = [&tables[0][..17], &tables[1][17..]].concat();
     tables[3] = [&tables[2][..20], &tables[3][20..]].concat();
     let work = check(&spans(&lengths, &tables), &Machine { blocks: 1, ..H100 });
     assert_eq!(work.pieces, [2; 4]);

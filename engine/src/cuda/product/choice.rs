@@ -1,8 +1,11 @@
 //! Which way to make a product of which shape was chosen on a device, if not libtorch's (see
 //! [`crate::device::tuning`]), and products made so.
 
-use super::{Output, Processors, Shape, Way, Workspace};
-use crate::{cuda::CudaError, torch::TorchError};
+use super::{CAPABILITY, Output, Processors, Shape, Way, Workspace};
+use crate::{
+    cuda::{CudaError, modules::capability},
+    torch::TorchError,
+};
 use std::{
     cell::RefCell,
     collections::{HashMap, hash_map::Entry},
@@ -75,11 +78,16 @@ pub fn product_by(
     in_workspace(parts.1.device(), |workspace| workspace.product(parts, output, way))?
 }
 
-/// The ways to make products of this case on a device.
+/// The ways to make products of this case on a device: none where the kernels are not for it.
 ///
 /// # Errors
 /// If the device has no memory for a workspace.
 pub fn ways(device: Device, case: &Case) -> Result<Vec<Way>, CudaError> {
+    if let Device::Cuda(index) = device
+        && capability(index)? != CAPABILITY
+    {
+        return Ok(Vec::new());
+    }
     in_workspace(device, |workspace| workspace.ways(case.shape))
 }
 

@@ -114,7 +114,8 @@ fn the_fastest_is_chosen() {
         libtorch,
         ways: times.iter().map(|&(name, time)| (name.to_string(), time)).collect(),
     };
-    let times = [("product_64 / 2", 2.0), ("product_64, even", 1.0), ("product_96 / 1", 1.5)];
+    let times =
+        [("product_128 / 2", 2.0), ("product_128, even", 1.0), ("product_128_half / 1", 1.5)];
     assert_eq!(trial(3.0, &times).fastest(&ways), Some(ways[1]));
     assert_eq!(trial(3.0, &times[..1]).fastest(&ways), Some(ways[0]));
     assert_eq!(trial(1.0, &times).fastest(&ways), None);
