@@ -62,8 +62,8 @@ fn measure(common: &Common) -> Result<Report, anyhow::Error> {
         let (name, case, _) = &runs[0][case];
         lines(name, case, &trials, &rates)
     });
-    let note = "Each is one layer's product out of those of all layers in one graph. The engine takes \
-                the fastest that it sees at its start, and remembers it.";
+    let note = "Each is one layer's product, and a norm before it, out of those of all layers in one \
+                graph. The engine takes the fastest that it sees at its start, and remembers it.";
     let cases = cases.collect();
     Ok(session.report("products", cases, vec![note.into()]))
 }

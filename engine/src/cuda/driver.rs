@@ -43,6 +43,8 @@ pub struct Extent {
     pub threads: u32,
     /// Bytes of dynamic shared memory of a block.
     pub shared: u32,
+    /// Blocks along x of a cluster; 1: there are none.
+    pub cluster: u32,
     /// It may begin before the kernel before it has ended (programmatic dependent launch).
     pub overlaps: bool,
 }
@@ -68,6 +70,9 @@ struct LaunchAttribute {
 
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`, which is allowed if its value is 1.
 const PROGRAMMATIC: c_int = 6;
+
+/// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`: blocks along x, y and z.
+const CLUSTER: c_int = 4;
 
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
 const DYNAMIC_SHARED: c_int = 8;
@@ -323,15 +328,22 @@ impl Driver {
         argument: &A,
     ) -> Result<(), CudaError> {
         let arguments = [std::ptr::from_ref(argument).cast::<c_void>()];
-        let mut overlap = LaunchAttribute { id: PROGRAMMATIC, padding: 0, value: [0; 16] };
-        overlap.value[0] = 1;
+        let attribute = |id, first: [c_int; 3]| {
+            let mut value = [0; 16];
+            value[..3].copy_from_slice(&first);
+            LaunchAttribute { id, padding: 0, value }
+        };
+        let overlap = extent.overlaps.then(|| attribute(PROGRAMMATIC, [1, 0, 0]));
+        let cluster =
+            (extent.cluster > 1).then(|| attribute(CLUSTER, [extent.cluster as c_int, 1, 1]));
+        let attributes: Vec<LaunchAttribute> = overlap.into_iter().chain(cluster).collect();
         let config = LaunchConfig {
             grid: [extent.grid[0], extent.grid[1], 1],
             block: [extent.threads, 1, 1],
             shared: extent.shared,
             stream,
-            attributes: &raw const overlap,
-            count: c_uint::from(extent.overlaps),
+            attributes: attributes.as_ptr(),
+            count: attributes.len() as c_uint,
         };
         // SAFETY: the driver copies the configuration and the argument before it returns.
         self.check("cuLaunchKernelEx", unsafe {

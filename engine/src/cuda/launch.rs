@@ -43,6 +43,8 @@ pub struct Launch {
     pub grid: [usize; 2],
     /// Bytes of dynamic shared memory of a block.
     pub shared: u32,
+    /// Blocks along x that run together and see each other's shared memory; 1: each runs by itself.
+    pub cluster: u32,
 }
 
 /// What a kernel takes: one struct of plain numbers and addresses.
@@ -84,6 +86,7 @@ impl Launch {
             grid: self.grid.map(|blocks| blocks as u32),
             threads: self.program.threads(self.name),
             shared: self.shared,
+            cluster: self.cluster,
             overlaps: OVERLAPPING.get() && modules::capability(index)? >= OVERLAPS,
         };
         // SAFETY: as the caller of `run` says.

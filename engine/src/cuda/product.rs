@@ -18,53 +18,56 @@ pub const COLUMNS: [usize; 3] = [16, 32, 64];
 /// The compute capability that the kernels are for.
 pub const CAPABILITY: (i32, i32) = (9, 0);
 
-/// How a kernel cuts its work: see product.cu.
+/// A kernel: see product.cu.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Tiling {
-    /// The kernel.
+    /// Its name.
     pub name: &'static str,
-    /// Groups of four warps with 128 rows of W each.
-    pub groups: usize,
-    /// Slices of the depth in shared memory, most of them on their way there.
-    pub stages: usize,
-    /// Thread blocks that a multiprocessor is to hold.
+    /// Bytes of shared memory that a block may have.
+    budget: usize,
+    /// Thread blocks that a multiprocessor can hold so.
     pub blocks: u32,
 }
 
-/// All of them. Tall tiles read `x` less often; short ones leave smaller pieces; where a block takes half of
-/// a multiprocessor, those of the next product can begin to read W beside it.
-pub const TILINGS: [Tiling; 5] = [
-    Tiling { name: "product_128", groups: 1, stages: 4, blocks: 2 },
-    Tiling { name: "product_128_half", groups: 1, stages: 4, blocks: 1 },
-    Tiling { name: "product_128_deep", groups: 1, stages: 8, blocks: 1 },
-    Tiling { name: "product_256", groups: 2, stages: 5, blocks: 1 },
-    Tiling { name: "product_384", groups: 3, stages: 4, blocks: 1 },
+/// All of them. Where a block takes half of a multiprocessor, those of the next product can begin to read W
+/// beside it; where it takes the whole, more of W is on its way.
+pub const TILINGS: [Tiling; 2] = [
+    Tiling { name: "product_half", budget: 113 << 10, blocks: 2 },
+    Tiling { name: "product_whole", budget: 227 << 10, blocks: 1 },
 ];
 
 /// Depth of a slice.
 const SLICE: usize = boxes::COLUMNS;
-/// Rows of W in a box, two of which a group has.
+/// Rows of W in a box.
 const BOX: usize = 64;
+/// Rows of W in a tile.
+const ROWS: usize = 2 * BOX;
+/// Blocks of a cluster at most, on any device.
+const MOST_PARTS: usize = 8;
 
 impl Tiling {
-    /// Threads of a block: a warp more than its groups have.
-    pub fn threads(&self) -> u32 {
-        32 + 128 * self.groups as u32
+    /// Threads of a block: those that multiply, and a warp more.
+    pub const THREADS: u32 = 160;
+
+    /// Bytes of a slice of W and of so many rows of x, and of the barriers for it.
+    fn stage(columns: usize) -> usize {
+        (ROWS + columns) * SLICE * 2 + 16
     }
 
-    /// Rows of W in a tile.
-    fn rows(&self) -> usize {
-        2 * BOX * self.groups
+    /// Bytes beside that: a tile's sums, and what it takes to begin at a multiple of 1024; what a block
+    /// has besides counts, too.
+    fn beside(columns: usize) -> usize {
+        columns * (ROWS + 4) * 4 + 1024 + 16
     }
 
-    /// Bytes of shared memory of a block: as `Multiplier::Memory`, and to begin at a multiple of 1024.
+    /// Slices that fit into shared memory.
+    pub fn stages(&self, columns: usize) -> usize {
+        (self.budget - Self::beside(columns)) / Self::stage(columns)
+    }
+
+    /// Bytes of shared memory of a block: as `Multiplier::Memory`.
     fn shared(&self, columns: usize) -> usize {
-        self.stages * ((self.rows() + columns) * SLICE * 2 + 16) + 1024
-    }
-
-    /// Thread blocks that run at once; none if the device has not enough shared memory for one.
-    fn at_once(&self, columns: usize, processors: &Processors) -> usize {
-        processors.at_once(self.shared(columns), self.blocks)
+        self.stages(columns) * Self::stage(columns) + Self::beside(columns)
     }
 }
 
@@ -73,8 +76,8 @@ impl Tiling {
 pub enum Deal {
     /// Each tile is done by so many blocks, in equal parts of the depth.
     Parts(usize),
-    /// As many blocks as run at once take equal runs of units, whichever tiles these belong to.
-    Even,
+    /// So many blocks take equal runs of units, whichever tiles these belong to.
+    Even(usize),
 }
 
 /// A way to make a product.
@@ -90,7 +93,7 @@ impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.deal {
             Deal::Parts(parts) => write!(f, "{} / {parts}", self.tiling.name),
-            Deal::Even => write!(f, "{}, even", self.tiling.name),
+            Deal::Even(blocks) => write!(f, "{}, even over {blocks}", self.tiling.name),
         }
     }
 }
@@ -157,30 +160,39 @@ impl Shape {
         Program::Product(self.element, self.columns)
     }
 
-    fn tiles(&self, tiling: &Tiling) -> usize {
-        self.width.div_ceil(tiling.rows())
+    fn tiles(&self) -> usize {
+        self.width.div_ceil(ROWS)
     }
 
     fn slices(&self) -> usize {
         self.depth.div_ceil(SLICE)
     }
 
-    /// How its work may be dealt out among blocks of a tiling: whole tiles, tiles in as many parts as
-    /// there is room for, in half as many, and even runs of units. Not at all where the tiling is not for
-    /// these processors.
+    /// How its work may be dealt out among a tiling's blocks: whole tiles, tiles in as many parts as there is
+    /// room for, in half as many, and even runs of units; where a multiprocessor holds several blocks, all of
+    /// that as if it held one, too. Not at all where the tiling is not for these processors.
     fn deals(&self, tiling: &Tiling, processors: &Processors) -> Vec<Deal> {
-        let at_once = tiling.at_once(self.columns, processors);
-        if at_once == 0 || self.tiles(tiling) > MOST_TILES {
-            return Vec::new();
+        let shared = tiling.shared(self.columns);
+        let at_once = (1..=tiling.blocks).map(|blocks| processors.at_once(shared, blocks));
+        let mut deals: Vec<Deal> = Vec::new();
+        for at_once in at_once.filter(|&at_once| at_once > 0 && self.tiles() <= MOST_TILES) {
+            let others = self.deals_of(at_once);
+            deals.extend(
+                others.into_iter().filter(|deal| !deals.contains(deal)).collect::<Vec<_>>(),
+            );
         }
-        let most = (at_once / self.tiles(tiling)).min(self.slices());
-        let mut parts = vec![1, most.div_ceil(2), most];
-        parts.retain(|&parts| parts > 0);
-        parts.sort_unstable();
-        parts.dedup();
-        let uneven = !at_once.is_multiple_of(self.tiles(tiling)) && self.slices() > 1;
-        let even = uneven.then_some(Deal::Even);
-        parts.into_iter().map(Deal::Parts).chain(even).collect()
+        deals
+    }
+
+    fn deals_of(&self, at_once: usize) -> Vec<Deal> {
+        let (tiles, slices) = (self.tiles(), self.slices());
+        let most = (at_once / tiles).min(slices).min(MOST_PARTS);
+        let parts = [1, most.div_ceil(2), most].map(|parts| Deal::Parts(parts.max(1)));
+        let even = Deal::Even(at_once.min(tiles * slices));
+        let mut deals = Vec::from(parts);
+        deals.extend((!at_once.is_multiple_of(tiles) && slices > 1).then_some(even));
+        deals.dedup();
+        deals
     }
 }
 
@@ -203,6 +215,7 @@ struct Product {
     width: i32,
     gated: i32,
     wide: i32,
+    parts: i32,
 }
 
 impl Argument for Product {}
@@ -227,11 +240,10 @@ impl Workspace {
     /// # Errors
     /// The device has not as much memory.
     pub fn new(processors: Processors, device: Device) -> Result<Self, tch::TchError> {
-        let piece = |tiling: &Tiling, columns| tiling.rows() * columns;
-        let sizes = TILINGS.iter().flat_map(|tiling| {
-            COLUMNS.map(|n| 2 * tiling.at_once(n, &processors) * piece(tiling, n))
+        let most = TILINGS.iter().flat_map(|tiling| {
+            COLUMNS.map(|n| 2 * processors.at_once(tiling.shared(n), tiling.blocks) * ROWS * n)
         });
-        let most = sizes.max().unwrap_or(0) as i64;
+        let most = most.max().unwrap_or(0) as i64;
         Ok(Self {
             processors,
             pieces: Tensor::f_empty([most], (Kind::Float, device))?,
@@ -286,19 +298,17 @@ impl Workspace {
             width: shape.width as i32,
             gated: i32::from(output == Output::Gated),
             wide: i32::from(output == Output::Wide),
+            parts: if let Deal::Parts(parts) = deal { parts as i32 } else { 1 },
         };
-        let blocks = match deal {
-            Deal::Parts(parts) => parts * shape.tiles(tiling),
-            Deal::Even => {
-                let units = shape.tiles(tiling) * shape.slices();
-                tiling.at_once(shape.columns, &self.processors).min(units)
-            }
+        let (blocks, cluster) = match deal {
+            Deal::Parts(parts) => (parts * shape.tiles(), parts as u32),
+            Deal::Even(blocks) => (blocks, 1),
         };
+        let (program, name) = (shape.program(), tiling.name);
         let shared = tiling.shared(shape.columns) as u32;
-        let launch =
-            Launch { program: shape.program(), name: tiling.name, grid: [blocks, 1], shared };
+        let launch = Launch { program, name, grid: [blocks, 1], shared, cluster };
         // SAFETY: shapes and types were checked; there is room for the pieces of as many blocks as run
-        // at once, and more of them leave none; all zeros of `arrived` are zeros again after each
+        // at once, which are the most that leave any; all zeros of `arrived` are zeros again after each
         // product before, which this workspace's stream ends first.
         unsafe { launch.run(device, &argument) }?;
         Ok(out)

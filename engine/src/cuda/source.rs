@@ -158,13 +158,13 @@ impl Program {
             }
             Self::Product(element, columns) => {
                 let tilings = TILINGS.iter().map(|tiling| {
-                    let Tiling { groups, stages, .. } = tiling;
-                    let parameters = format!("<{}, {columns}, {groups}, {stages}>", element.name());
+                    let stages = tiling.stages(columns);
+                    let parameters = format!("<{}, {columns}, {stages}>", element.name());
                     Entry {
                         template: "product",
                         blocks: tiling.blocks,
                         ahead: true,
-                        ..entry(tiling.name, "Product", tiling.threads(), &parameters)
+                        ..entry(tiling.name, "Product", Tiling::THREADS, &parameters)
                     }
                 });
                 tilings.collect()
@@ -226,9 +226,9 @@ impl Program {
             let Entry { name, argument, threads, .. } = entry;
             let body = entry.body();
             format!(
-                "extern \"C\" void kernel_{name}(const void *a, unsigned x, unsigned y) {{ \
+                "extern \"C\" void kernel_{name}(const void *a, unsigned x, unsigned y, unsigned cluster) {{ \
                  machine::launch([](const void *a) {{ \
-                 {body}(*(const {argument} *)a); }}, a, {{x, y, 1}}, {threads}); }}\n"
+                 {body}(*(const {argument} *)a); }}, a, {{x, y, 1}}, {threads}, cluster); }}\n"
             )
         };
         let kernels: String = self.entries().iter().map(kernel).collect();

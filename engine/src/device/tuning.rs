@@ -19,6 +19,7 @@ use crate::{
     },
     ops::{
         linear::{linear, logits},
+        rms_norm::rms_norm,
         swiglu::gated,
     },
     profile::untimed,
@@ -77,7 +78,7 @@ impl Products<'_> {
     }
 }
 
-/// How long a case took, by one layer.
+/// How long a case took, by one layer, and a norm before it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Trial {
     /// Microseconds of libtorch's own.
@@ -190,7 +191,8 @@ struct Stopwatch {
 
 impl Stopwatch {
     /// Of the products of all layers, one after the other as in a recorded step, by their number: the
-    /// fastest of some runs.
+    /// fastest of some runs. A norm comes before each, since in a step other kernels do, beside which a
+    /// product may begin to read its weights.
     fn microseconds(
         &mut self,
         products: &Products<'_>,
@@ -198,7 +200,9 @@ impl Stopwatch {
         runs: usize,
     ) -> Result<f64, TorchError> {
         let layers = products.layers.len();
-        let all = || (0..layers).fold(None, |_, layer| Some(products.make(x, layer)));
+        let scale = Tensor::ones([x.size()[1]], (x.kind(), x.device()));
+        let make = |layer| products.make(&rms_norm(x, &scale, 1e-6), layer);
+        let all = || (0..layers).fold(None, |_, layer| Some(make(layer)));
         let seconds = match x.device() {
             Device::Cuda(index) => {
                 let pool = self.first.as_ref().map(Graph::pool).transpose()?;

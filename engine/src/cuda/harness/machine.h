@@ -26,7 +26,7 @@ typedef long long i64;
 #define __launch_bounds__(...)
 #define DEVICE static inline
 #define METHOD inline
-#define SHARED_MEMORY(name) unsigned char *name = machine::shared
+#define SHARED_MEMORY(name) unsigned char *name = machine::shared[machine::current->rank]
 
 struct dim3 {
   unsigned x, y, z;
@@ -34,7 +34,8 @@ struct dim3 {
 
 namespace machine {
 
-constexpr int LANES = 32, MOST_THREADS = 1024, STACK = 256 << 10, MOST_SHARED = 227 << 10;
+constexpr int LANES = 32, MOST_THREADS = 2048, STACK = 256 << 10, MOST_SHARED = 227 << 10;
+constexpr int MOST_BLOCKS = 8; // of a cluster
 
 struct Barrier {
   int arrived = 0;
@@ -51,7 +52,8 @@ struct Copy {
 struct Thread {
   jmp_buf state;
   ucontext_t context;
-  dim3 index;
+  dim3 index, block;
+  int rank; // of the block in its cluster
   bool started, done, waited;
   bool polls; // for the end of a barrier's phase
   const Barrier *waits_at;
@@ -69,12 +71,12 @@ struct Warp {
 
 inline Thread threads[MOST_THREADS];
 inline Warp warps[MOST_THREADS / LANES];
-inline Barrier block_barrier, part_barrier;
+inline Barrier block_barriers[MOST_BLOCKS], part_barriers[MOST_BLOCKS], cluster_barrier;
 inline Thread *current;
-inline int count;
+inline int count, of_block; // threads
 inline u64 changes; // of barriers whose phases are waited for
 inline jmp_buf scheduler;
-alignas(1024) inline unsigned char shared[MOST_SHARED];
+alignas(1024) inline unsigned char shared[MOST_BLOCKS][MOST_SHARED / 1024 * 1024];
 inline void (*kernel)(const void *);
 inline const void *arguments;
 inline char *stacks;
@@ -100,7 +102,7 @@ __attribute__((noinline)) inline void wait(Barrier &barrier, int expected) {
 }
 
 inline int lane() { return current->index.x % LANES; }
-inline Warp &warp() { return warps[current->index.x / LANES]; }
+inline Warp &warp() { return warps[(current->rank * of_block + current->index.x) / LANES]; }
 
 // Shows `value` to the warp; gives what all lanes show.
 template <class V> const unsigned char (*show(const V &value))[64] {
@@ -140,17 +142,22 @@ inline void resume(Thread &thread, int index) {
   setcontext(&thread.context);
 }
 
-inline void run_block() {
+// Runs the blocks of a cluster, whose first one is `block`.
+inline void run_cluster(dim3 block) {
   std::memset(shared, 0xff, sizeof(shared));
   for (int i = 0; i < count; ++i) {
-    threads[i].index = {(unsigned)i, 0, 0};
+    threads[i].index = {(unsigned)(i % of_block), 0, 0};
+    threads[i].rank = i / of_block;
+    threads[i].block = {block.x + i / of_block, block.y, 0};
     threads[i].started = threads[i].done = threads[i].waited = threads[i].polls = false;
     threads[i].waits_at = nullptr;
     threads[i].turn = threads[i].groups = 0;
     threads[i].copies.clear();
   }
   for (auto &warp : warps) warp.barrier.arrived = 0;
-  block_barrier.arrived = part_barrier.arrived = 0;
+  for (auto &barrier : block_barriers) barrier.arrived = 0;
+  for (auto &barrier : part_barriers) barrier.arrived = 0;
+  cluster_barrier.arrived = 0;
   for (int left = count; left > 0;) {
     bool moved = false;
     const u64 before = changes;
@@ -171,9 +178,12 @@ inline void run_block() {
 } // namespace machine
 
 #define threadIdx (machine::current->index)
-inline dim3 blockIdx, blockDim, gridDim;
+#define blockIdx (machine::current->block)
+inline dim3 blockDim, gridDim;
 
-inline void __syncthreads() { machine::wait(machine::block_barrier, machine::count); }
+inline void __syncthreads() {
+  machine::wait(machine::block_barriers[machine::current->rank], machine::of_block);
+}
 inline void __syncwarp() { machine::wait(machine::warp().barrier, machine::LANES); }
 
 template <class V> V __shfl_xor_sync(u32, V value, int mask) {
@@ -409,7 +419,15 @@ template <int EIGHTS> void multiply_boxes_f16(float (&d)[EIGHTS][4], u64 a, u64 
   multiply_group<float_of_f16>(d, a, b);
 }
 
-template <int COUNT> void sync_threads() { machine::wait(machine::part_barrier, COUNT); }
+template <int COUNT> void sync_threads() {
+  machine::wait(machine::part_barriers[machine::current->rank], COUNT);
+}
+
+inline void sync_cluster() { machine::wait(machine::cluster_barrier, machine::count); }
+inline void load_of_peer(float (&four)[4], const void *own, int rank) {
+  const auto at = (const unsigned char *)own - machine::shared[machine::current->rank];
+  std::memcpy(four, machine::shared[rank] + at, 16);
+}
 
 inline float load_coherent(const float *at) { return *at; }
 inline void load_coherent(float (&four)[4], const void *at) { std::memcpy(four, at, 16); }
@@ -425,19 +443,19 @@ inline void let_kernel_after_begin() {}
 
 namespace machine {
 
-inline void launch(void (*function)(const void *), const void *args, dim3 grid, unsigned block) {
-  if (block % LANES != 0 || block > MOST_THREADS) fail("blocks are whole warps");
+inline void launch(void (*function)(const void *), const void *args, dim3 grid, unsigned block,
+                   unsigned cluster) {
+  if (block % LANES != 0 || block * cluster > MOST_THREADS) fail("blocks are whole warps");
+  if (cluster > MOST_BLOCKS || grid.x % cluster != 0) fail("clusters are whole");
   if (!stacks) stacks = (char *)std::malloc((size_t)MOST_THREADS * STACK);
   kernel = function;
   arguments = args;
-  count = (int)block;
+  of_block = (int)block;
+  count = (int)(block * cluster);
   blockDim = {block, 1, 1};
   gridDim = grid;
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = {x, y, 0};
-      run_block();
-    }
+    for (unsigned x = 0; x < grid.x; x += cluster) run_cluster({x, y, 0});
   }
 }
 

@@ -24,11 +24,11 @@ pub(super) unsafe fn run<A: Argument>(launch: &Launch, argument: &A) {
     let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
     let library = *libraries.entry(launch.program).or_insert_with(|| build(launch.program));
     let [x, y] = launch.grid.map(|blocks| blocks as u32);
-    type Kernel = unsafe extern "C" fn(*const c_void, u32, u32);
+    type Kernel = unsafe extern "C" fn(*const c_void, u32, u32, u32);
     // SAFETY: the sources give every kernel this signature.
     let kernel = unsafe { library.function::<Kernel>(&format!("kernel_{}", launch.name)) };
     // SAFETY: as the caller says.
-    unsafe { kernel.unwrap()(std::ptr::from_ref(argument).cast(), x, y) };
+    unsafe { kernel.unwrap()(std::ptr::from_ref(argument).cast(), x, y, launch.cluster) };
 }
 
 fn build(program: Program) -> Library {

@@ -223,3 +223,19 @@ MULTIPLY_BOXES(multiply_boxes_f16, "f16")
 
 // Waits until so many threads are here, the first ones of the block.
 template <int COUNT> DEVICE void sync_threads() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
+
+// Waits until all threads of the cluster are here.
+DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Four numbers of another block of the cluster, from where this one's shared memory has them.
+DEVICE void load_of_peer(float (&four)[4], const void *own, int rank) {
+  u32 address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
+               : "r"(address)
+               : "memory");
+}

@@ -1,13 +1,13 @@
 // x W^T for few rows of x, where reading W is what takes the time: for compute capability 9.0.
 //
 // The tensor cores' first matrix are rows of W, its second one rows of x: of those there may be few.
-// A tile is 128 rows of W for each of `GROUPS` groups of four warps, and all of x; a unit of work is a
-// tile over one slice of the depth. One thread asks for the slices, in boxes that the hardware copies into
-// shared memory, `STAGES` of them under way; the groups multiply what has come. Every thread block takes
-// an equal run of the units: some tiles, an equal part of one, or, if the number of blocks is no multiple
-// of the tiles', whatever they belong to (stream-K, arXiv 2301.03598). Where a tile is shared, each block
-// leaves a piece of it, and whichever comes last adds them up, in the order of the depth: the result does
-// not depend on who that was.
+// A tile is 128 rows of W and all of x; a unit of work is a tile over one slice of the depth. One thread
+// asks for the slices, in boxes that the hardware copies into shared memory, `STAGES` of them under way;
+// four warps multiply what has come. The parts of a tile that is divided are made by the thread blocks of
+// one cluster, each of which then adds up some of the tile's columns, in the order of the depth, out of
+// the others' shared memory. Or every thread block takes an equal run of the units, whichever tiles they
+// belong to (stream-K, arXiv 2301.03598): where a tile is shared, each block leaves a piece of it in global
+// memory, and whichever comes last adds them up, in the same order. So results depend on no race.
 
 // As in product.rs.
 struct Product {
@@ -15,32 +15,35 @@ struct Product {
   Boxes x;          // of [rows, depth], COLUMNS rows each
   const void *bias; // [width], or null
   void *out;        // [rows, width], or [rows, width / 2] if gated
-  float *pieces;    // [blocks, 2, COLUMNS * rows of a tile]
+  float *pieces;    // [blocks, 2, COLUMNS * ROWS]
   int *arrived;     // [tiles]: pieces that have been left; 0 before and after
   int rows;         // at most COLUMNS
   int depth;        // a multiple of 8
   int width;        // a multiple of 8, twice one if gated
   int gated;        // the result is silu(first half) * second half
   int wide;         // out is f32
+  int parts;        // blocks of a cluster, which make a tile together; 1: there are no clusters
 };
 
-constexpr int SLICE = 64;   // of the depth: 128 bytes, as wide as a box may be
-constexpr int BOX = 64;     // rows of W in a box
-constexpr int GROUP = 128;  // threads that multiply two boxes
+constexpr int SLICE = 64;        // of the depth: 128 bytes, as wide as a box may be
+constexpr int BOX = 64;          // rows of W in a box
+constexpr int ROWS = 2 * BOX;    // of a tile
+constexpr int MULTIPLIERS = 128; // threads; a warp more asks for slices
+constexpr int STRIDE = ROWS + 4; // of sums in shared memory: keeps a warp's in different banks
 
-template <class T, int COLUMNS, int GROUPS, int STAGES> struct Multiplier {
-  static constexpr int ROWS = 2 * BOX * GROUPS;
-  static constexpr int MULTIPLIERS = GROUP * GROUPS; // threads; a warp more asks for slices
+template <class T, int COLUMNS, int STAGES> struct Multiplier {
+  static constexpr int LINES = COLUMNS * ROWS / 4; // of four sums of a tile
 
   struct Stage {
-    T weight[2 * GROUPS][BOX * SLICE];
+    T weight[2][BOX * SLICE];
     T x[COLUMNS * SLICE];
   };
 
   struct Memory {
     Stage stages[STAGES];
-    u64 full[STAGES];  // a stage has come
-    u64 empty[STAGES]; // all warps are done with it
+    float sums[COLUMNS][STRIDE]; // of a tile
+    u64 full[STAGES];            // a stage has come
+    u64 empty[STAGES];           // all warps are done with it
   };
 
   // Where a unit lies.
@@ -59,7 +62,7 @@ template <class T, int COLUMNS, int GROUPS, int STAGES> struct Multiplier {
   const Product &a;
   Memory &memory;
   int slices, units;
-  float sums[2][COLUMNS / 8][4]; // a lane's part of two boxes of W by all of x
+  float sums[2][COLUMNS / 8][4]; // a lane's part of the tile's two boxes by all of x
 
   METHOD Multiplier(const Product &a, unsigned char *memory) : a(a), memory(*(Memory *)memory) {
     slices = (a.depth + SLICE - 1) / SLICE;
@@ -81,19 +84,18 @@ template <class T, int COLUMNS, int GROUPS, int STAGES> struct Multiplier {
   METHOD int first_unit(int block) { return (int)((i64)block * units / gridDim.x); }
   METHOD int block_of(int unit) { return (int)((((i64)unit + 1) * gridDim.x - 1) / units); }
 
-  // The row of W that a group's first or second box of a tile begins with. A gated tile has boxes of the
-  // first half and the same ones of the second: one lane has both.
-  METHOD int first_row(int tile, int group, int f) {
-    if (!a.gated) return tile * ROWS + (2 * group + f) * BOX;
-    return f * (a.width / 2) + tile * (ROWS / 2) + group * BOX;
+  // The row of W that a tile's first or second box begins with. Those of a gated tile are of the first half
+  // and the same ones of the second.
+  METHOD int first_row(int tile, int box) {
+    return a.gated ? box * (a.width / 2) + tile * BOX : tile * ROWS + box * BOX;
   }
 
   METHOD void load_weight(int stage, Unit unit) {
     expect_bytes(memory.full[stage], sizeof(Stage));
 #pragma unroll
-    for (int box = 0; box < 2 * GROUPS; ++box) {
-      const int row = first_row(unit.tile, box / 2, box % 2);
-      load_box<true>(memory.stages[stage].weight[box], a.weight, unit.slice * SLICE, row, memory.full[stage]);
+    for (int box = 0; box < 2; ++box) {
+      load_box<true>(memory.stages[stage].weight[box], a.weight, unit.slice * SLICE,
+                     first_row(unit.tile, box), memory.full[stage]);
     }
   }
 
@@ -130,13 +132,12 @@ template <class T, int COLUMNS, int GROUPS, int STAGES> struct Multiplier {
   }
 
   METHOD void multiply_stage(const Stage &stage) {
-    const int group = threadIdx.x / GROUP;
     begin_multiplying();
 #pragma unroll
     for (int k = 0; k < SLICE; k += 16) {
 #pragma unroll
-      for (int f = 0; f < 2; ++f) {
-        multiply_boxes<COLUMNS>(T(), sums[f], stage.weight[2 * group + f], stage.x, k);
+      for (int box = 0; box < 2; ++box) {
+        multiply_boxes<COLUMNS>(T(), sums[box], stage.weight[box], stage.x, k);
       }
     }
     end_multiplying();
@@ -160,119 +161,125 @@ template <class T, int COLUMNS, int GROUPS, int STAGES> struct Multiplier {
     }
   }
 
-  // Four of a lane's sums.
-  METHOD Line<float> line(int c) {
-    Line<float> four;
+  // Lays the lanes' sums of a tile into shared memory.
+  METHOD void lay_out() {
+    const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * 16 + lane / 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) four.at[i] = sums[c % 2][c / 2][i];
-    return four;
+    for (int box = 0; box < 2; ++box) {
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          memory.sums[j * 8 + lane % 4 * 2 + i % 2][box * BOX + first + i / 2 * 8] = sums[box][j][i];
+        }
+      }
+    }
+    clear();
   }
 
-  METHOD void add(int c, const Line<float> &four) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[c % 2][c / 2][i] += four.at[i];
-  }
+  METHOD const float *own(int line) { return &memory.sums[line / (ROWS / 4)][line % (ROWS / 4) * 4]; }
 
   METHOD Line<float> *piece(int block, int tile) {
     // A block's first tile may have begun before it, and its last one may end after it.
     const int which = first_unit(block) > tile * slices ? 0 : 1;
-    return (Line<float> *)a.pieces + ((i64)block * 2 + which) * (COLUMNS / 4) * MULTIPLIERS;
+    return (Line<float> *)a.pieces + ((i64)block * 2 + which) * LINES;
   }
 
-  // Leaves what there is of a tile; true for the last block that does, whose sums are the whole tile's
-  // then.
-  METHOD bool share(int tile) {
-    __shared__ int before;
+  // A block has made its part of a tile.
+  METHOD void finish(int tile) {
+    lay_out();
+    // The blocks of a cluster meet first.
+    if (a.parts > 1) return;
+    sync_threads<MULTIPLIERS>();
     const int first = block_of(tile * slices), last = block_of((tile + 1) * slices - 1);
-    if (first == last) return true;
-    Line<float> *own = piece(blockIdx.x, tile);
+    if (first == last) {
+      write(tile, 0, 1, [&](int line, float(&four)[4]) {
+        const float *from = own(line);
 #pragma unroll
-    for (int c = 0; c < COLUMNS / 4; ++c) own[c * MULTIPLIERS + threadIdx.x] = line(c);
+        for (int i = 0; i < 4; ++i) four[i] = from[i];
+      });
+    } else if (leave(tile, last - first)) {
+      write(tile, 0, 1, [&](int line, float(&four)[4]) {
+        add_up(four, first, last, [&](float(&part)[4], int block) {
+          load_coherent(part, &piece(block, tile)[line]);
+        });
+      });
+    }
+    // The next tile's sums take this one's place.
+    sync_threads<MULTIPLIERS>();
+  }
+
+  // Some of the columns of a tile whose parts the blocks of a cluster have.
+  METHOD void write_share(int tile, int rank) {
+    write(tile, rank, a.parts, [&](int line, float(&four)[4]) {
+      add_up(four, 0, a.parts - 1, [&](float(&part)[4], int block) { load_of_peer(part, own(line), block); });
+    });
+  }
+
+  // Four sums out of those of all parts.
+  template <class F> METHOD void add_up(float (&four)[4], int first, int last, F load) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = 0.0f;
+#pragma unroll 4
+    for (int part = first; part <= last; ++part) {
+      float more[4];
+      load(more, part);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) four[i] += more[i];
+    }
+  }
+
+  // Leaves what there is of a tile beside what others leave; true for the last block that does.
+  METHOD bool leave(int tile, int others) {
+    __shared__ int before;
+    Line<float> *place = piece(blockIdx.x, tile);
+    for (int i = threadIdx.x; i < LINES; i += MULTIPLIERS) place[i] = *(const Line<float> *)own(i);
     sync_threads<MULTIPLIERS>();
     if (threadIdx.x == 0) {
       // What the barriers order for this thread, the fences order for all.
       __threadfence();
       before = atomicAdd(&a.arrived[tile], 1);
       __threadfence();
+      if (before == others) a.arrived[tile] = 0;
     }
     sync_threads<MULTIPLIERS>();
-    if (before != last - first) return false;
-    if (threadIdx.x == 0) a.arrived[tile] = 0;
-    clear();
-    for (int block = first; block <= last; ++block) {
-      const Line<float> *left = piece(block, tile);
+    return before == others;
+  }
+
+  // Writes every `step`th column of a tile from `first` on, four rows of W at a time, out of what `sum`
+  // says of them.
+  template <class F> METHOD void write(int tile, int first, int step, F sum) {
+    const int rows = a.gated ? BOX : ROWS, lines = rows / 4, width = a.gated ? a.width / 2 : a.width;
+#pragma unroll 2
+    for (int i = threadIdx.x;; i += MULTIPLIERS) {
+      const int column = first + i / lines * step, within = i % lines * 4, at = tile * rows + within;
+      if (column >= a.rows) break;
+      if (at >= width) continue;
+      float four[4];
+      sum(column * (ROWS / 4) + within / 4, four);
+      add_bias(four, at);
+      if (a.gated) {
+        float up[4];
+        sum(column * (ROWS / 4) + (BOX + within) / 4, up);
+        add_bias(up, width + at);
 #pragma unroll
-      for (int c = 0; c < COLUMNS / 4; ++c) {
-        Line<float> four;
-        load_coherent(four.at, &left[c * MULTIPLIERS + threadIdx.x]);
-        add(c, four);
+        for (int j = 0; j < 4; ++j) four[j] = silu_fast(four[j]) * up[j];
       }
+      store(four, (i64)column * width + at);
     }
-    return true;
   }
 
-  METHOD void finish(int tile) {
-    if (share(tile)) write(tile);
-    clear();
-  }
-
-  // Adds the bias of two rows of W, eight apart, to a lane's sums of these.
-  METHOD void add_bias(float (&sums)[COLUMNS / 8][4], int row) {
+  METHOD void add_bias(float (&four)[4], int row) {
     if (!a.bias) return;
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const int at = row + i * 4;
-      const float bias = at < a.width ? number(((const T *)a.bias)[at]) : 0.0f;
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; ++j) {
-        sums[j][i] += bias;
-        sums[j][i + 1] += bias;
-      }
-    }
+    for (int j = 0; j < 4; ++j) four[j] += number(((const T *)a.bias)[row + j]);
   }
 
-  METHOD void write(int tile) {
-    const int lane = threadIdx.x % WARP, group = threadIdx.x / GROUP;
-    const int within = threadIdx.x % GROUP / WARP * 16;
-#pragma unroll
-    for (int f = 0; f < 2; ++f) add_bias(sums[f], first_row(tile, group, f) + within + lane / 4);
-    if (a.gated) {
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[0][j][i] = silu_fast(sums[0][j][i]) * sums[1][j][i];
-        store(sums[0][j], first_row(tile, group, 0) + within, j * 8, a.width / 2);
-      }
-      return;
-    }
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; ++j) {
-        store(sums[f][j], first_row(tile, group, f) + within, j * 8, a.width);
-      }
-    }
-  }
-
-  // Writes 16 rows of W from `row` on by 8 rows of x from `column` on. Neighbours of a column lie four
-  // lanes apart; of two of them one stores both of one column, the other those of the next.
-  METHOD void store(const float (&v)[4], int row, int column, int width) {
-    const int lane = threadIdx.x % WARP, odd = lane / 4 % 2;
-#pragma unroll
-    for (int low = 0; low < 4; low += 2) {
-      const int at = row + lane / 4 + low * 4;
-      if (a.wide) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int x = column + lane % 4 * 2 + i;
-          if (x < a.rows && at < width) ((float *)a.out)[(i64)x * width + at] = v[low + i];
-        }
-        continue;
-      }
-      const float other = __shfl_xor_sync(ALL_LANES, odd ? v[low] : v[low + 1], 4);
-      const u32 pair = odd ? pack(T(), other, v[low + 1]) : pack(T(), v[low], other);
-      const int x = column + lane % 4 * 2 + odd;
-      if (x < a.rows && at < width) *(u32 *)((T *)a.out + (i64)x * width + at - odd) = pair;
+  METHOD void store(const float (&four)[4], i64 at) {
+    if (a.wide) {
+      *(Line<float> *)((float *)a.out + at) = {{four[0], four[1], four[2], four[3]}};
+    } else {
+      *(u64 *)((T *)a.out + at) = (u64)pack(T(), four[2], four[3]) << 32 | pack(T(), four[0], four[1]);
     }
   }
 
@@ -293,12 +300,18 @@ template <class T, int COLUMNS, int GROUPS, int STAGES> struct Multiplier {
     } else {
       wait_for_kernel_before();
     }
+    if (a.parts == 1) return;
+    __syncwarp();
+    sync_cluster();
+    if (threadIdx.x < MULTIPLIERS) write_share(begin / slices, blockIdx.x % a.parts);
+    // Until then the others read this block's sums.
+    sync_cluster();
   }
 };
 
-// Grid: at most as many blocks as there are units; they need not all run at once. Shared memory: Memory,
-// and what it takes to begin at a multiple of 1024.
-template <class T, int COLUMNS, int GROUPS, int STAGES> DEVICE void product(const Product &a) {
+// Grid: at most as many blocks as there are units, in clusters of as many as a tile has parts; clusters need
+// not all run at once. Shared memory: Memory, and what it takes to begin at a multiple of 1024.
+template <class T, int COLUMNS, int STAGES> DEVICE void product(const Product &a) {
   SHARED_MEMORY(memory);
-  Multiplier<T, COLUMNS, GROUPS, STAGES>(a, memory + (1024 - shared_address(memory) % 1024) % 1024).run();
+  Multiplier<T, COLUMNS, STAGES>(a, memory + (1024 - shared_address(memory) % 1024) % 1024).run();
 }

@@ -109,13 +109,13 @@ fn a_model_runs_by_the_kernels_that_were_chosen() {
 #[test]
 fn the_fastest_is_chosen() {
     let way = |index: usize, deal| Way { tiling: &TILINGS[index], deal };
-    let ways = [way(0, Deal::Parts(2)), way(0, Deal::Even), way(1, Deal::Parts(1))];
+    let ways = [way(0, Deal::Parts(2)), way(0, Deal::Even(9)), way(1, Deal::Parts(1))];
     let trial = |libtorch, times: &[(&str, f64)]| Trial {
         libtorch,
         ways: times.iter().map(|&(name, time)| (name.to_string(), time)).collect(),
     };
     let times =
-        [("product_128 / 2", 2.0), ("product_128, even", 1.0), ("product_128_half / 1", 1.5)];
+        [("product_half / 2", 2.0), ("product_half, even over 9", 1.0), ("product_whole / 1", 1.5)];
     assert_eq!(trial(3.0, &times).fastest(&ways), Some(ways[1]));
     assert_eq!(trial(3.0, &times[..1]).fastest(&ways), Some(ways[0]));
     assert_eq!(trial(1.0, &times).fastest(&ways), None);
