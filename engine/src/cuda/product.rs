@@ -43,7 +43,12 @@ const BOX: usize = 64;
 /// Rows of W in a tile.
 const ROWS: usize = 2 * BOX;
 /// Blocks of a cluster at most, on any device.
-const MOST_PARTS: usize = 8;
+const MOST_OF_CLUSTER: usize = 8;
+
+/// Blocks that read so many rows of x for each other.
+fn pair(columns: usize) -> usize {
+    if columns > 32 { 2 } else { 1 }
+}
 
 impl Tiling {
     /// Threads of a block: those that multiply, and a warp more.
@@ -74,9 +79,9 @@ impl Tiling {
 /// Who does how much of a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Deal {
-    /// Each tile is done by so many blocks, in equal parts of the depth.
+    /// Each tile is done by so many blocks, in equal parts of the depth; a pair's two tiles by so many pairs.
     Parts(usize),
-    /// So many blocks take equal runs of units, whichever tiles these belong to.
+    /// So many blocks, or pairs, take equal runs of units, whichever tiles these belong to.
     Even(usize),
 }
 
@@ -160,8 +165,9 @@ impl Shape {
         Program::Product(self.element, self.columns)
     }
 
+    /// Tiles, those of a pair counted as one.
     fn tiles(&self) -> usize {
-        self.width.div_ceil(ROWS)
+        self.width.div_ceil(ROWS * pair(self.columns))
     }
 
     fn slices(&self) -> usize {
@@ -175,8 +181,10 @@ impl Shape {
         let shared = tiling.shared(self.columns);
         let at_once = (1..=tiling.blocks).map(|blocks| processors.at_once(shared, blocks));
         let mut deals: Vec<Deal> = Vec::new();
-        for at_once in at_once.filter(|&at_once| at_once > 0 && self.tiles() <= MOST_TILES) {
-            let others = self.deals_of(at_once);
+        for at_once in at_once
+            .filter(|&at_once| at_once > 0 && self.tiles() * pair(self.columns) <= MOST_TILES)
+        {
+            let others = self.deals_of(at_once / pair(self.columns));
             deals.extend(
                 others.into_iter().filter(|deal| !deals.contains(deal)).collect::<Vec<_>>(),
             );
@@ -184,9 +192,10 @@ impl Shape {
         deals
     }
 
+    /// For so many blocks or pairs that run at once.
     fn deals_of(&self, at_once: usize) -> Vec<Deal> {
         let (tiles, slices) = (self.tiles(), self.slices());
-        let most = (at_once / tiles).min(slices).min(MOST_PARTS);
+        let most = (at_once / tiles).min(slices).min(MOST_OF_CLUSTER / pair(self.columns));
         let parts = [1, most.div_ceil(2), most].map(|parts| Deal::Parts(parts.max(1)));
         let even = Deal::Even(at_once.min(tiles * slices));
         let mut deals = Vec::from(parts);
@@ -288,7 +297,7 @@ impl Workspace {
         let out = Tensor::empty([rows, output.width(shape.width) as i64], (kind, device));
         let argument = Product {
             weight: Boxes::of(weight, BOX)?,
-            x: Boxes::of(x, shape.columns)?,
+            x: Boxes::of(x, shape.columns / pair(shape.columns))?,
             bias: bias.map_or(null(), |bias| bias.data_ptr()),
             out: out.data_ptr(),
             pieces: self.pieces.data_ptr().cast(),
@@ -300,13 +309,14 @@ impl Workspace {
             wide: i32::from(output == Output::Wide),
             parts: if let Deal::Parts(parts) = deal { parts as i32 } else { 1 },
         };
-        let (blocks, cluster) = match deal {
-            Deal::Parts(parts) => (parts * shape.tiles(), parts as u32),
-            Deal::Even(blocks) => (blocks, 1),
+        let (runners, parts) = match deal {
+            Deal::Parts(parts) => (parts * shape.tiles(), parts),
+            Deal::Even(runners) => (runners, 1),
         };
+        let [blocks, cluster] = [runners, parts].map(|number| number * pair(shape.columns));
         let (program, name) = (shape.program(), tiling.name);
         let shared = tiling.shared(shape.columns) as u32;
-        let launch = Launch { program, name, grid: [blocks, 1], shared, cluster };
+        let launch = Launch { program, name, grid: [blocks, 1], shared, cluster: cluster as u32 };
         // SAFETY: shapes and types were checked; there is room for the pieces of as many blocks as run
         // at once, which are the most that leave any; all zeros of `arrived` are zeros again after each
         // product before, which this workspace's stream ends first.

@@ -58,6 +58,7 @@ struct Thread {
   bool polls; // for the end of a barrier's phase
   const Barrier *waits_at;
   u64 generation;
+  u64 arrived_in; // the generation of the cluster's barrier
   int turn; // which of its warp's two boards it writes to next
   int groups;
   std::vector<Copy> copies;
@@ -423,10 +424,32 @@ template <int COUNT> void sync_threads() {
   machine::wait(machine::part_barriers[machine::current->rank], COUNT);
 }
 
-inline void sync_cluster() { machine::wait(machine::cluster_barrier, machine::count); }
+inline void arrive_at_cluster() {
+  machine::Barrier &barrier = machine::cluster_barrier;
+  machine::current->arrived_in = barrier.generation;
+  if (++barrier.arrived == machine::count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+}
+inline void wait_for_cluster() {
+  if (machine::cluster_barrier.generation != machine::current->arrived_in) return;
+  machine::current->waits_at = &machine::cluster_barrier;
+  machine::current->generation = machine::current->arrived_in;
+  machine::yield();
+}
+template <class V> V &of_peer(V &own, int rank) {
+  return *(V *)((const char *)&own + (machine::shared[rank] - machine::shared[machine::current->rank]));
+}
+inline void arrive_at_peer(u64 &own, int rank) { arrive(of_peer(own, rank)); }
+inline void load_box_for(int blocks, void *to, const Boxes &from, int column, int row, u64 &barrier) {
+  for (int rank = 0; rank < machine::MOST_BLOCKS; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    load_box<false>(&of_peer(*(char *)to, rank), from, column, row, of_peer(barrier, rank));
+  }
+}
 inline void load_of_peer(float (&four)[4], const void *own, int rank) {
-  const auto at = (const unsigned char *)own - machine::shared[machine::current->rank];
-  std::memcpy(four, machine::shared[rank] + at, 16);
+  std::memcpy(four, &of_peer(*(const char *)own, rank), 16);
 }
 
 inline float load_coherent(const float *at) { return *at; }

@@ -224,10 +224,25 @@ MULTIPLY_BOXES(multiply_boxes_f16, "f16")
 // Waits until so many threads are here, the first ones of the block.
 template <int COUNT> DEVICE void sync_threads() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
 
-// Waits until all threads of the cluster are here.
-DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+// All threads of a cluster arrive, and then wait until all have.
+DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// `arrive` at the same barrier of a block of the cluster.
+DEVICE void arrive_at_peer(u64 &own, int rank) {
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; "
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }" ::"r"(shared_address(&own)),
+               "r"(rank)
+               : "memory");
+}
+
+// `load_box` for all blocks of the cluster whose bits are set: each gets it where this one has it, and its
+// barrier is told.
+DEVICE void load_box_for(int blocks, void *to, const Boxes &from, int column, int row, u64 &barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+               "l"(&from), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"((u16)blocks)
+               : "memory");
 }
 
 // Four numbers of another block of the cluster, from where this one's shared memory has them.

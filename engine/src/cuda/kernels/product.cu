@@ -3,7 +3,8 @@
 // The tensor cores' first matrix are rows of W, its second one rows of x: of those there may be few.
 // A tile is 128 rows of W and all of x; a unit of work is a tile over one slice of the depth. One thread
 // asks for the slices, in boxes that the hardware copies into shared memory, `STAGES` of them under way;
-// four warps multiply what has come. The parts of a tile that is divided are made by the thread blocks of
+// four warps multiply what has come. Where x has many rows, two thread blocks side by side each ask for half
+// of them, for both: or reading x over and over would take as long as reading W. The parts of a tile that is divided are made by the thread blocks of
 // one cluster, each of which then adds up some of the tile's columns, in the order of the depth, out of
 // the others' shared memory. Or every thread block takes an equal run of the units, whichever tiles they
 // belong to (stream-K, arXiv 2301.03598): where a tile is shared, each block leaves a piece of it in global
@@ -22,7 +23,7 @@ struct Product {
   int width;        // a multiple of 8, twice one if gated
   int gated;        // the result is silu(first half) * second half
   int wide;         // out is f32
-  int parts;        // blocks of a cluster, which make a tile together; 1: there are no clusters
+  int parts;        // blocks or pairs of a cluster, which make a tile each together
 };
 
 constexpr int SLICE = 64;        // of the depth: 128 bytes, as wide as a box may be
@@ -33,6 +34,7 @@ constexpr int STRIDE = ROWS + 4; // of sums in shared memory: keeps a warp's in 
 
 template <class T, int COLUMNS, int STAGES> struct Multiplier {
   static constexpr int LINES = COLUMNS * ROWS / 4; // of four sums of a tile
+  static constexpr int PAIR = COLUMNS > 32 ? 2 : 1; // blocks that read x for each other: two tiles
 
   struct Stage {
     T weight[2][BOX * SLICE];
@@ -46,7 +48,7 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
     u64 empty[STAGES];           // all warps are done with it
   };
 
-  // Where a unit lies.
+  // Where a unit lies: tiles of a pair are counted as one.
   struct Unit {
     int tile;
     int slice;
@@ -62,11 +64,16 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
   const Product &a;
   Memory &memory;
   int slices, units;
+  int runner, runners; // blocks or pairs that take runs of units
+  int member;          // which one of its pair the block is
   float sums[2][COLUMNS / 8][4]; // a lane's part of the tile's two boxes by all of x
 
   METHOD Multiplier(const Product &a, unsigned char *memory) : a(a), memory(*(Memory *)memory) {
     slices = (a.depth + SLICE - 1) / SLICE;
-    units = (a.width + ROWS - 1) / ROWS * slices;
+    units = (a.width + PAIR * ROWS - 1) / (PAIR * ROWS) * slices;
+    runner = blockIdx.x / PAIR;
+    runners = gridDim.x / PAIR;
+    member = blockIdx.x % PAIR;
     clear();
   }
 
@@ -81,8 +88,12 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
     }
   }
 
-  METHOD int first_unit(int block) { return (int)((i64)block * units / gridDim.x); }
-  METHOD int block_of(int unit) { return (int)((((i64)unit + 1) * gridDim.x - 1) / units); }
+  METHOD int first_unit(int runner) { return (int)((i64)runner * units / runners); }
+  METHOD int runner_of(int unit) { return (int)((((i64)unit + 1) * runners - 1) / units); }
+  // The block's tile of a unit's.
+  METHOD int own_tile(int tile) { return tile * PAIR + member; }
+  // Of the pair's first block in the cluster.
+  METHOD int first_rank() { return PAIR == 1 ? 0 : runner % a.parts * PAIR; }
 
   // The row of W that a tile's first or second box begins with. Those of a gated tile are of the first half
   // and the same ones of the second.
@@ -95,12 +106,18 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
 #pragma unroll
     for (int box = 0; box < 2; ++box) {
       load_box<true>(memory.stages[stage].weight[box], a.weight, unit.slice * SLICE,
-                     first_row(unit.tile, box), memory.full[stage]);
+                     first_row(own_tile(unit.tile), box), memory.full[stage]);
     }
   }
 
   METHOD void load_x(int stage, Unit unit) {
-    load_box<false>(memory.stages[stage].x, a.x, unit.slice * SLICE, 0, memory.full[stage]);
+    constexpr int SHARE = COLUMNS / PAIR;
+    T *to = memory.stages[stage].x + member * SHARE * SLICE;
+    if (PAIR == 1) {
+      load_box<false>(to, a.x, unit.slice * SLICE, 0, memory.full[stage]);
+    } else {
+      load_box_for(3 << first_rank(), to, a.x, unit.slice * SLICE, member * SHARE, memory.full[stage]);
+    }
   }
 
   // What one thread does: it asks for all slices of the block's units.
@@ -113,6 +130,7 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
       next.advance(slices);
     }
     wait_for_kernel_before();
+    wait_for_cluster();
     for (int stage = 0; stage < first; ++stage) {
       load_x(stage, next_x);
       next_x.advance(slices);
@@ -143,15 +161,26 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
     end_multiplying();
   }
 
+  // A warp is done with a stage: the pair's blocks may overwrite it.
+  METHOD void release(int stage) {
+    if (PAIR == 1) {
+      arrive(memory.empty[stage]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < PAIR; ++i) arrive_at_peer(memory.empty[stage], first_rank() + i);
+    }
+  }
+
   // What the others do.
   METHOD void multiply(int begin, int end) {
     wait_for_kernel_before();
+    wait_for_cluster();
     Unit current = {begin / slices, begin % slices};
     int stage = 0, turn = 0;
     for (int unit = begin; unit < end; ++unit) {
       wait_for(memory.full[stage], turn % 2);
       multiply_stage(memory.stages[stage]);
-      if (threadIdx.x % WARP == 0) arrive(memory.empty[stage]);
+      if (threadIdx.x % WARP == 0) release(stage);
       if (current.slice == slices - 1 || unit + 1 == end) finish(current.tile);
       current.advance(slices);
       if (++stage == STAGES) {
@@ -179,93 +208,108 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
 
   METHOD const float *own(int line) { return &memory.sums[line / (ROWS / 4)][line % (ROWS / 4) * 4]; }
 
-  METHOD Line<float> *piece(int block, int tile) {
-    // A block's first tile may have begun before it, and its last one may end after it.
-    const int which = first_unit(block) > tile * slices ? 0 : 1;
-    return (Line<float> *)a.pieces + ((i64)block * 2 + which) * LINES;
+  METHOD Line<float> *piece(int runner, int tile) {
+    // A run's first tile may have begun before it, and its last one may end after it.
+    const int which = first_unit(runner) > tile * slices ? 0 : 1;
+    return (Line<float> *)a.pieces + ((i64)(runner * PAIR + member) * 2 + which) * LINES;
   }
 
   // A block has made its part of a tile.
   METHOD void finish(int tile) {
     lay_out();
-    // The blocks of a cluster meet first.
+    // The blocks of a cluster that share it meet first.
     if (a.parts > 1) return;
     sync_threads<MULTIPLIERS>();
-    const int first = block_of(tile * slices), last = block_of((tile + 1) * slices - 1);
+    const int first = runner_of(tile * slices), last = runner_of((tile + 1) * slices - 1);
     if (first == last) {
-      write(tile, 0, 1, [&](int line, float(&four)[4]) {
+      write(own_tile(tile), 0, 1, 0, 0, [&](float(&four)[4], int line, int) {
         const float *from = own(line);
 #pragma unroll
         for (int i = 0; i < 4; ++i) four[i] = from[i];
       });
     } else if (leave(tile, last - first)) {
-      write(tile, 0, 1, [&](int line, float(&four)[4]) {
-        add_up(four, first, last, [&](float(&part)[4], int block) {
-          load_coherent(part, &piece(block, tile)[line]);
-        });
+      write(own_tile(tile), 0, 1, first, last, [&](float(&four)[4], int line, int runner) {
+        load_coherent(four, &piece(runner, tile)[line]);
       });
     }
     // The next tile's sums take this one's place.
     sync_threads<MULTIPLIERS>();
   }
 
-  // Some of the columns of a tile whose parts the blocks of a cluster have.
-  METHOD void write_share(int tile, int rank) {
-    write(tile, rank, a.parts, [&](int line, float(&four)[4]) {
-      add_up(four, 0, a.parts - 1, [&](float(&part)[4], int block) { load_of_peer(part, own(line), block); });
+  // Some of the columns of a tile whose parts blocks of a cluster have.
+  METHOD void write_share(int tile) {
+    write(own_tile(tile), runner % a.parts, a.parts, 0, a.parts - 1, [&](float(&four)[4], int line, int part) {
+      load_of_peer(four, own(line), part * PAIR + member);
     });
-  }
-
-  // Four sums out of those of all parts.
-  template <class F> METHOD void add_up(float (&four)[4], int first, int last, F load) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) four[i] = 0.0f;
-#pragma unroll 4
-    for (int part = first; part <= last; ++part) {
-      float more[4];
-      load(more, part);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) four[i] += more[i];
-    }
   }
 
   // Leaves what there is of a tile beside what others leave; true for the last block that does.
   METHOD bool leave(int tile, int others) {
     __shared__ int before;
-    Line<float> *place = piece(blockIdx.x, tile);
+    Line<float> *place = piece(runner, tile);
     for (int i = threadIdx.x; i < LINES; i += MULTIPLIERS) place[i] = *(const Line<float> *)own(i);
     sync_threads<MULTIPLIERS>();
     if (threadIdx.x == 0) {
       // What the barriers order for this thread, the fences order for all.
       __threadfence();
-      before = atomicAdd(&a.arrived[tile], 1);
+      before = atomicAdd(&a.arrived[own_tile(tile)], 1);
       __threadfence();
-      if (before == others) a.arrived[tile] = 0;
+      if (before == others) a.arrived[own_tile(tile)] = 0;
     }
     sync_threads<MULTIPLIERS>();
     return before == others;
   }
 
-  // Writes every `step`th column of a tile from `first` on, four rows of W at a time, out of what `sum`
-  // says of them.
-  template <class F> METHOD void write(int tile, int first, int step, F sum) {
-    const int rows = a.gated ? BOX : ROWS, lines = rows / 4, width = a.gated ? a.width / 2 : a.width;
-#pragma unroll 2
-    for (int i = threadIdx.x;; i += MULTIPLIERS) {
-      const int column = first + i / lines * step, within = i % lines * 4, at = tile * rows + within;
-      if (column >= a.rows) break;
-      if (at >= width) continue;
-      float four[4];
-      sum(column * (ROWS / 4) + within / 4, four);
-      add_bias(four, at);
-      if (a.gated) {
-        float up[4];
-        sum(column * (ROWS / 4) + (BOX + within) / 4, up);
-        add_bias(up, width + at);
+  // Lines that a thread works on at a time: an answer takes its time.
+  static constexpr int EACH = 8;
+
+  // Four sums of each of some lines, out of those of all parts, in their order.
+  template <class F>
+  METHOD void add_up(float (&sums)[EACH][4], const int (&lines)[EACH], int first, int last, F load) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) four[j] = silu_fast(four[j]) * up[j];
+    for (int n = 0; n < EACH; ++n) load(sums[n], lines[n], first);
+#pragma unroll 1
+    for (int part = first + 1; part <= last; ++part) {
+      float more[EACH][4];
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) load(more[n], lines[n], part);
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[n][i] += more[n][i];
       }
-      store(four, (i64)column * width + at);
+    }
+  }
+
+  // Writes every `step`th column of a tile from `begin` on, four rows of W at a time, out of what `load` says
+  // of each part.
+  template <class F> METHOD void write(int tile, int begin, int step, int first, int last, F load) {
+    const int rows = a.gated ? BOX : ROWS, width = a.gated ? a.width / 2 : a.width;
+    const int lines = min(rows, width - tile * rows) / 4, own = (a.rows - begin + step - 1) / step;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < lines * own; i += EACH * MULTIPLIERS) {
+      int at[EACH], up_at[EACH];
+      float sums[EACH][4], up[EACH][4];
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) {
+        const int line = min(i + n * MULTIPLIERS, lines * own - 1);
+        at[n] = (begin + line / lines * step) * (ROWS / 4) + line % lines;
+        up_at[n] = at[n] + BOX / 4;
+      }
+      add_up(sums, at, first, last, load);
+      if (a.gated) add_up(up, up_at, first, last, load);
+#pragma unroll
+      for (int n = 0; n < EACH; ++n) {
+        if (i + n * MULTIPLIERS >= lines * own) continue;
+        const int column = at[n] / (ROWS / 4), row = tile * rows + at[n] % (ROWS / 4) * 4;
+        add_bias(sums[n], row);
+        if (a.gated) {
+          add_bias(up[n], width + row);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[n][j] = silu_fast(sums[n][j]) * up[n][j];
+        }
+        store(sums[n], (i64)column * width + row);
+      }
     }
   }
 
@@ -284,33 +328,39 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
   }
 
   METHOD void run() {
-    const int begin = first_unit(blockIdx.x), end = first_unit(blockIdx.x + 1);
+    const int begin = first_unit(runner), end = first_unit(runner + 1);
+    const bool alone = PAIR * a.parts == 1;
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < STAGES; ++stage) {
         init_barrier(memory.full[stage], 1);
-        init_barrier(memory.empty[stage], MULTIPLIERS / WARP);
+        init_barrier(memory.empty[stage], PAIR * MULTIPLIERS / WARP);
       }
       show_barriers();
     }
     __syncthreads();
+    // Nothing is sent to a block that is not there yet.
+    arrive_at_cluster();
     if (threadIdx.x < MULTIPLIERS) {
       multiply(begin, end);
     } else if (threadIdx.x == MULTIPLIERS) {
       load(begin, end);
     } else {
       wait_for_kernel_before();
+      wait_for_cluster();
     }
+    if (alone) return;
+    arrive_at_cluster();
+    wait_for_cluster();
     if (a.parts == 1) return;
-    __syncwarp();
-    sync_cluster();
-    if (threadIdx.x < MULTIPLIERS) write_share(begin / slices, blockIdx.x % a.parts);
+    if (threadIdx.x < MULTIPLIERS) write_share(begin / slices);
     // Until then the others read this block's sums.
-    sync_cluster();
+    arrive_at_cluster();
+    wait_for_cluster();
   }
 };
 
-// Grid: at most as many blocks as there are units, in clusters of as many as a tile has parts; clusters need
-// not all run at once. Shared memory: Memory, and what it takes to begin at a multiple of 1024.
+// Grid: at most as many blocks or pairs as there are units, in clusters of as many as a tile has parts; clusters
+// need not all run at once. Shared memory: Memory, and what it takes to begin at a multiple of 1024.
 template <class T, int COLUMNS, int STAGES> DEVICE void product(const Product &a) {
   SHARED_MEMORY(memory);
   Multiplier<T, COLUMNS, STAGES>(a, memory + (1024 - shared_address(memory) % 1024) % 1024).run();

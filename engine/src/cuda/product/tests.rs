@@ -140,14 +140,23 @@ fn work_is_dealt_out_in_ways_that_fill_the_device() {
     };
     let parts = |parts: &[usize]| -> Vec<Deal> { parts.iter().map(|&n| Deal::Parts(n)).collect() };
     let also = |first: &[usize], blocks| [parts(first), vec![Deal::Even(blocks)]].concat();
-    assert_eq!(deals(3584, 3584, 1), (28, also(&[1, 2, 4], 132)));
-    let twice = [also(&[1, 2, 4], 132), also(&[8], 264)].concat();
-    assert_eq!(deals(3584, 3584, 0), (28, twice), "and at most eight blocks share a tile");
-    assert_eq!(deals(37888, 3584, 1), (296, also(&[1], 132)));
-    assert_eq!(deals(37888, 3584, 0), (296, [also(&[1], 132), vec![Deal::Even(264)]].concat()));
-    assert_eq!(deals(1152, 896, 1), (9, also(&[1, 4, 8], 126)));
-    assert_eq!(deals(128 * 132, 3584, 1), (132, parts(&[1])), "one tile for each processor");
+    // Tiles and runs of pairs.
+    assert_eq!(deals(3584, 3584, 1), (14, also(&[1, 2, 4], 66)));
+    let twice = [also(&[1, 2, 4], 66), vec![Deal::Even(132)]].concat();
+    assert_eq!(deals(3584, 3584, 0), (14, twice), "and at most eight blocks share a tile");
+    assert_eq!(deals(37888, 3584, 1), (148, also(&[1], 66)));
+    assert_eq!(deals(37888, 3584, 0), (148, [also(&[1], 66), vec![Deal::Even(132)]].concat()));
+    assert_eq!(deals(1152, 896, 1), (5, also(&[1, 2, 4], 66)));
+    assert_eq!(deals(256 * 66, 3584, 1), (66, parts(&[1])), "one tile for each processor");
     assert_eq!(deals(64, 64, 0), (1, parts(&[1])), "there is nothing to share");
+    let shape = Shape {
+        element: Element::F16,
+        columns: 16,
+        width: 3584,
+        depth: 3584,
+        output: Output::Plain,
+    };
+    assert_eq!(shape.deals(&TILINGS[1], &h100), also(&[1, 2, 4], 132), "no pairs");
 }
 
 #[test]
