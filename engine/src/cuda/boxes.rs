@@ -35,7 +35,12 @@ impl Boxes {
         match matrix.device() {
             Device::Cuda(_) => {
                 let sizes = (size, [COLUMNS as u32, rows as u32]);
-                Driver::get()?.describe_boxes(&mut made.0, element, matrix.data_ptr(), sizes)?;
+                Driver::get()?.describe_boxes(
+                    &mut made.0,
+                    element,
+                    matrix.data_ptr() as usize,
+                    sizes,
+                )?;
             }
             #[cfg(test)]
             // As harness/machine.h has it.

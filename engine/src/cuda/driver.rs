@@ -282,7 +282,7 @@ impl Driver {
         &self,
         map: &mut [u64; 16],
         element: Element,
-        address: *mut c_void,
+        address: usize,
         ([columns, rows], of_box): ([u64; 2], [u32; 2]),
     ) -> Result<(), CudaError> {
         let Some(describe) = self.describe_boxes else {
@@ -298,7 +298,7 @@ impl Driver {
                 map.as_mut_ptr(),
                 kind,
                 2,
-                address,
+                address as *mut c_void,
                 lengths.as_ptr(),
                 apart.as_ptr(),
                 of_box.as_ptr(),

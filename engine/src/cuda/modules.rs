@@ -66,19 +66,3 @@ fn cubin(program: Program, capability: (i32, i32)) -> Result<Vec<u8>, CudaError>
     }
     Ok(cubin)
 }
-
-#[cfg(test)]
-mod precompile {
-    use super::*;
-    #[test]
-    #[ignore]
-    fn all() {
-        for program in Program::all() {
-            let s = program.to_string();
-            if s.contains("of float") && s.contains("attention") || !program.is_for((9, 0)) {
-                continue;
-            }
-            cubin(program, (9, 0)).unwrap();
-        }
-    }
-}

@@ -27,13 +27,17 @@ pub struct Tiling {
     budget: usize,
     /// Thread blocks that a multiprocessor can hold so.
     pub blocks: u32,
+    /// Blocks that read x for each other: two, or one.
+    pub pair: usize,
 }
 
 /// All of them. Where a block takes half of a multiprocessor, those of the next product can begin to read W
-/// beside it; where it takes the whole, more of W is on its way.
-pub const TILINGS: [Tiling; 2] = [
-    Tiling { name: "product_half", budget: 113 << 10, blocks: 2 },
-    Tiling { name: "product_whole", budget: 227 << 10, blocks: 1 },
+/// beside it; where it takes the whole, more of W is on its way. Pairs read x once for both of them.
+pub const TILINGS: [Tiling; 4] = [
+    Tiling { name: "product_half", budget: 113 << 10, blocks: 2, pair: 1 },
+    Tiling { name: "product_whole", budget: 227 << 10, blocks: 1, pair: 1 },
+    Tiling { name: "product_half_pair", budget: 113 << 10, blocks: 2, pair: 2 },
+    Tiling { name: "product_whole_pair", budget: 227 << 10, blocks: 1, pair: 2 },
 ];
 
 /// Depth of a slice.
@@ -44,11 +48,6 @@ const BOX: usize = 64;
 const ROWS: usize = 2 * BOX;
 /// Blocks of a cluster at most, on any device.
 const MOST_OF_CLUSTER: usize = 8;
-
-/// Blocks that read so many rows of x for each other.
-fn pair(columns: usize) -> usize {
-    if columns > 32 { 2 } else { 1 }
-}
 
 impl Tiling {
     /// Threads of a block: those that multiply, and a warp more.
@@ -166,8 +165,8 @@ impl Shape {
     }
 
     /// Tiles, those of a pair counted as one.
-    fn tiles(&self) -> usize {
-        self.width.div_ceil(ROWS * pair(self.columns))
+    fn tiles(&self, tiling: &Tiling) -> usize {
+        self.width.div_ceil(ROWS * tiling.pair)
     }
 
     fn slices(&self) -> usize {
@@ -180,11 +179,10 @@ impl Shape {
     fn deals(&self, tiling: &Tiling, processors: &Processors) -> Vec<Deal> {
         let shared = tiling.shared(self.columns);
         let at_once = (1..=tiling.blocks).map(|blocks| processors.at_once(shared, blocks));
+        let fits = self.tiles(tiling) * tiling.pair <= MOST_TILES;
         let mut deals: Vec<Deal> = Vec::new();
-        for at_once in at_once
-            .filter(|&at_once| at_once > 0 && self.tiles() * pair(self.columns) <= MOST_TILES)
-        {
-            let others = self.deals_of(at_once / pair(self.columns));
+        for at_once in at_once.filter(|&at_once| fits && at_once >= tiling.pair) {
+            let others = self.deals_of(tiling, at_once / tiling.pair);
             deals.extend(
                 others.into_iter().filter(|deal| !deals.contains(deal)).collect::<Vec<_>>(),
             );
@@ -193,9 +191,9 @@ impl Shape {
     }
 
     /// For so many blocks or pairs that run at once.
-    fn deals_of(&self, at_once: usize) -> Vec<Deal> {
-        let (tiles, slices) = (self.tiles(), self.slices());
-        let most = (at_once / tiles).min(slices).min(MOST_OF_CLUSTER / pair(self.columns));
+    fn deals_of(&self, tiling: &Tiling, at_once: usize) -> Vec<Deal> {
+        let (tiles, slices) = (self.tiles(tiling), self.slices());
+        let most = (at_once / tiles).min(slices).min(MOST_OF_CLUSTER / tiling.pair);
         let parts = [1, most.div_ceil(2), most].map(|parts| Deal::Parts(parts.max(1)));
         let even = Deal::Even(at_once.min(tiles * slices));
         let mut deals = Vec::from(parts);
@@ -297,7 +295,7 @@ impl Workspace {
         let out = Tensor::empty([rows, output.width(shape.width) as i64], (kind, device));
         let argument = Product {
             weight: Boxes::of(weight, BOX)?,
-            x: Boxes::of(x, shape.columns / pair(shape.columns))?,
+            x: Boxes::of(x, shape.columns / tiling.pair)?,
             bias: bias.map_or(null(), |bias| bias.data_ptr()),
             out: out.data_ptr(),
             pieces: self.pieces.data_ptr().cast(),
@@ -310,10 +308,10 @@ impl Workspace {
             parts: if let Deal::Parts(parts) = deal { parts as i32 } else { 1 },
         };
         let (runners, parts) = match deal {
-            Deal::Parts(parts) => (parts * shape.tiles(), parts),
+            Deal::Parts(parts) => (parts * shape.tiles(tiling), parts),
             Deal::Even(runners) => (runners, 1),
         };
-        let [blocks, cluster] = [runners, parts].map(|number| number * pair(shape.columns));
+        let [blocks, cluster] = [runners, parts].map(|number| number * tiling.pair);
         let (program, name) = (shape.program(), tiling.name);
         let shared = tiling.shared(shape.columns) as u32;
         let launch = Launch { program, name, grid: [blocks, 1], shared, cluster: cluster as u32 };

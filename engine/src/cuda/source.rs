@@ -159,7 +159,8 @@ impl Program {
             Self::Product(element, columns) => {
                 let tilings = TILINGS.iter().map(|tiling| {
                     let stages = tiling.stages(columns);
-                    let parameters = format!("<{}, {columns}, {stages}>", element.name());
+                    let Tiling { pair, .. } = tiling;
+                    let parameters = format!("<{}, {columns}, {stages}, {pair}>", element.name());
                     Entry {
                         template: "product",
                         blocks: tiling.blocks,

@@ -424,7 +424,7 @@ template <int COUNT> void sync_threads() {
   machine::wait(machine::part_barriers[machine::current->rank], COUNT);
 }
 
-inline void arrive_at_cluster() {
+template <bool SHOW> void arrive_at_cluster() {
   machine::Barrier &barrier = machine::cluster_barrier;
   machine::current->arrived_in = barrier.generation;
   if (++barrier.arrived == machine::count) {

@@ -224,14 +224,22 @@ MULTIPLY_BOXES(multiply_boxes_f16, "f16")
 // Waits until so many threads are here, the first ones of the block.
 template <int COUNT> DEVICE void sync_threads() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
 
-// All threads of a cluster arrive, and then wait until all have.
-DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// All threads of a cluster arrive, and then wait until all have; what they have written before can be read
+// after that with `SHOW`.
+template <bool SHOW> DEVICE void arrive_at_cluster() {
+  if (SHOW) {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
+}
 DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-// `arrive` at the same barrier of a block of the cluster.
+// `arrive` at the same barrier of a block of the cluster. Not with `.release.cluster`: that waits for all that
+// the thread has written, in every slice.
 DEVICE void arrive_at_peer(u64 &own, int rank) {
   asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; "
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }" ::"r"(shared_address(&own)),
+               "mbarrier.arrive.shared::cluster.b64 _, [a]; }" ::"r"(shared_address(&own)),
                "r"(rank)
                : "memory");
 }

@@ -3,8 +3,8 @@
 // The tensor cores' first matrix are rows of W, its second one rows of x: of those there may be few.
 // A tile is 128 rows of W and all of x; a unit of work is a tile over one slice of the depth. One thread
 // asks for the slices, in boxes that the hardware copies into shared memory, `STAGES` of them under way;
-// four warps multiply what has come. Where x has many rows, two thread blocks side by side each ask for half
-// of them, for both: or reading x over and over would take as long as reading W. The parts of a tile that is divided are made by the thread blocks of
+// four warps multiply what has come. Where x has many rows, reading them over and over takes its time, too:
+// two thread blocks side by side may each ask for half of them, for both. The parts of a tile that is divided are made by the thread blocks of
 // one cluster, each of which then adds up some of the tile's columns, in the order of the depth, out of
 // the others' shared memory. Or every thread block takes an equal run of the units, whichever tiles they
 // belong to (stream-K, arXiv 2301.03598): where a tile is shared, each block leaves a piece of it in global
@@ -13,7 +13,7 @@
 // As in product.rs.
 struct Product {
   Boxes weight;     // of [width, depth], 64 rows each
-  Boxes x;          // of [rows, depth], COLUMNS rows each
+  Boxes x;          // of [rows, depth], COLUMNS / PAIR rows each
   const void *bias; // [width], or null
   void *out;        // [rows, width], or [rows, width / 2] if gated
   float *pieces;    // [blocks, 2, COLUMNS * ROWS]
@@ -32,9 +32,9 @@ constexpr int ROWS = 2 * BOX;    // of a tile
 constexpr int MULTIPLIERS = 128; // threads; a warp more asks for slices
 constexpr int STRIDE = ROWS + 4; // of sums in shared memory: keeps a warp's in different banks
 
-template <class T, int COLUMNS, int STAGES> struct Multiplier {
+// `PAIR`: 2 where blocks read x for each other, which makes one of two tiles; or 1.
+template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
   static constexpr int LINES = COLUMNS * ROWS / 4; // of four sums of a tile
-  static constexpr int PAIR = COLUMNS > 32 ? 2 : 1; // blocks that read x for each other: two tiles
 
   struct Stage {
     T weight[2][BOX * SLICE];
@@ -130,7 +130,7 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
       next.advance(slices);
     }
     wait_for_kernel_before();
-    wait_for_cluster();
+    if (PAIR > 1) wait_for_cluster();
     for (int stage = 0; stage < first; ++stage) {
       load_x(stage, next_x);
       next_x.advance(slices);
@@ -174,7 +174,7 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
   // What the others do.
   METHOD void multiply(int begin, int end) {
     wait_for_kernel_before();
-    wait_for_cluster();
+    if (PAIR > 1) wait_for_cluster();
     Unit current = {begin / slices, begin % slices};
     int stage = 0, turn = 0;
     for (int unit = begin; unit < end; ++unit) {
@@ -329,7 +329,6 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
 
   METHOD void run() {
     const int begin = first_unit(runner), end = first_unit(runner + 1);
-    const bool alone = PAIR * a.parts == 1;
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < STAGES; ++stage) {
         init_barrier(memory.full[stage], 1);
@@ -339,29 +338,31 @@ template <class T, int COLUMNS, int STAGES> struct Multiplier {
     }
     __syncthreads();
     // Nothing is sent to a block that is not there yet.
-    arrive_at_cluster();
+    if (PAIR > 1) arrive_at_cluster<false>();
     if (threadIdx.x < MULTIPLIERS) {
       multiply(begin, end);
     } else if (threadIdx.x == MULTIPLIERS) {
       load(begin, end);
     } else {
       wait_for_kernel_before();
+      if (PAIR > 1) wait_for_cluster();
+    }
+    if (a.parts > 1) {
+      arrive_at_cluster<true>();
+      wait_for_cluster();
+      if (threadIdx.x < MULTIPLIERS) write_share(begin / slices);
+    }
+    // No block ends while others send it anything, or read its sums.
+    if (PAIR * a.parts > 1) {
+      arrive_at_cluster<false>();
       wait_for_cluster();
     }
-    if (alone) return;
-    arrive_at_cluster();
-    wait_for_cluster();
-    if (a.parts == 1) return;
-    if (threadIdx.x < MULTIPLIERS) write_share(begin / slices);
-    // Until then the others read this block's sums.
-    arrive_at_cluster();
-    wait_for_cluster();
   }
 };
 
 // Grid: at most as many blocks or pairs as there are units, in clusters of as many as a tile has parts; clusters
 // need not all run at once. Shared memory: Memory, and what it takes to begin at a multiple of 1024.
-template <class T, int COLUMNS, int STAGES> DEVICE void product(const Product &a) {
+template <class T, int COLUMNS, int STAGES, int PAIR> DEVICE void product(const Product &a) {
   SHARED_MEMORY(memory);
-  Multiplier<T, COLUMNS, STAGES>(a, memory + (1024 - shared_address(memory) % 1024) % 1024).run();
+  Multiplier<T, COLUMNS, STAGES, PAIR>(a, memory + (1024 - shared_address(memory) % 1024) % 1024).run();
 }

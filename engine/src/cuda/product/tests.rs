@@ -136,27 +136,24 @@ fn work_is_dealt_out_in_ways_that_fill_the_device() {
     let deals = |width, depth, tiling: usize| {
         let (element, output) = (Element::Bf16, Output::Plain);
         let shape = Shape { element, columns: 64, width, depth, output };
-        (shape.tiles(), shape.deals(&TILINGS[tiling], &h100))
+        let tiling = &TILINGS[tiling];
+        (shape.tiles(tiling), shape.deals(tiling, &h100))
     };
     let parts = |parts: &[usize]| -> Vec<Deal> { parts.iter().map(|&n| Deal::Parts(n)).collect() };
     let also = |first: &[usize], blocks| [parts(first), vec![Deal::Even(blocks)]].concat();
+    let [half, whole, half_pair, whole_pair] = [0, 1, 2, 3];
+    assert_eq!(deals(3584, 3584, whole), (28, also(&[1, 2, 4], 132)));
+    let twice = [also(&[1, 2, 4], 132), also(&[8], 264)].concat();
+    assert_eq!(deals(3584, 3584, half), (28, twice), "and at most eight blocks share a tile");
+    assert_eq!(deals(37888, 3584, whole), (296, also(&[1], 132)));
+    assert_eq!(deals(37888, 3584, half), (296, [also(&[1], 132), vec![Deal::Even(264)]].concat()));
+    assert_eq!(deals(1152, 896, whole), (9, also(&[1, 4, 8], 126)));
+    assert_eq!(deals(128 * 132, 3584, whole), (132, parts(&[1])), "one tile for each processor");
+    assert_eq!(deals(64, 64, half), (1, parts(&[1])), "there is nothing to share");
     // Tiles and runs of pairs.
-    assert_eq!(deals(3584, 3584, 1), (14, also(&[1, 2, 4], 66)));
+    assert_eq!(deals(3584, 3584, whole_pair), (14, also(&[1, 2, 4], 66)));
     let twice = [also(&[1, 2, 4], 66), vec![Deal::Even(132)]].concat();
-    assert_eq!(deals(3584, 3584, 0), (14, twice), "and at most eight blocks share a tile");
-    assert_eq!(deals(37888, 3584, 1), (148, also(&[1], 66)));
-    assert_eq!(deals(37888, 3584, 0), (148, [also(&[1], 66), vec![Deal::Even(132)]].concat()));
-    assert_eq!(deals(1152, 896, 1), (5, also(&[1, 2, 4], 66)));
-    assert_eq!(deals(256 * 66, 3584, 1), (66, parts(&[1])), "one tile for each processor");
-    assert_eq!(deals(64, 64, 0), (1, parts(&[1])), "there is nothing to share");
-    let shape = Shape {
-        element: Element::F16,
-        columns: 16,
-        width: 3584,
-        depth: 3584,
-        output: Output::Plain,
-    };
-    assert_eq!(shape.deals(&TILINGS[1], &h100), also(&[1, 2, 4], 132), "no pairs");
+    assert_eq!(deals(3584, 3584, half_pair), (14, twice));
 }
 
 #[test]
@@ -186,7 +183,8 @@ fn what_does_not_fit_is_refused() {
     let tight = Workspace::new(tight, Device::Cpu).unwrap();
     let shape = Shape::of(&half(64, 16), &half(8, 16), plain).unwrap();
     let names = |shape| tight.ways(shape).iter().map(|way| way.tiling.name).collect::<Vec<_>>();
-    assert_eq!(names(shape), ["product_half"], "the other one needs more shared memory");
+    let halves = ["product_half", "product_half_pair"];
+    assert_eq!(names(shape), halves, "the others need more shared memory");
     let none = Processors { count: 2, shared: 90 << 10, shared_of_block: 89 << 10 };
     assert!(Workspace::new(none, Device::Cpu).unwrap().ways(shape).is_empty());
 }
