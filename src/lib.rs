@@ -15,6 +15,7 @@ use std::process::ExitCode;
 /// Runs the command over the process's arguments. `plugins` adds to the built-in plug-ins.
 pub fn main(plugins: impl FnOnce(Plugins) -> Plugins) -> ExitCode {
     let arguments = cli::Arguments::parse();
+    onpolicy_engine::panic::speak_briefly();
     let filter = tracing_subscriber::EnvFilter::try_from_env("ONPOLICY_LOG")
         .unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

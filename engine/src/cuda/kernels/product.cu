@@ -4,11 +4,13 @@
 // A tile is 128 rows of W and all of x; a unit of work is a tile over one slice of the depth. One thread
 // asks for the slices, in boxes that the hardware copies into shared memory, `STAGES` of them under way;
 // four warps multiply what has come. Where x has many rows, reading them over and over takes its time, too:
-// two thread blocks side by side may each ask for half of them, for both. The parts of a tile that is divided are made by the thread blocks of
-// one cluster, each of which then adds up some of the tile's columns, in the order of the depth, out of
-// the others' shared memory. Or every thread block takes an equal run of the units, whichever tiles they
-// belong to (stream-K, arXiv 2301.03598): where a tile is shared, each block leaves a piece of it in global
-// memory, and whichever comes last adds them up, in the same order. So results depend on no race.
+// two thread blocks side by side may each ask for half of them, for both.
+//
+// The parts of a tile that is divided are made by the thread blocks of one cluster, each of which then adds
+// up some of the tile's columns, in the order of the depth, out of the others' shared memory. Or every
+// thread block takes an equal run of the units, whichever tiles they belong to (stream-K, arXiv
+// 2301.03598): where a tile is shared, each block leaves a piece of it in global memory, and whichever
+// comes last adds them up, in the same order. So results depend on no race.
 
 // As in product.rs.
 struct Product {
@@ -352,9 +354,9 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
       wait_for_cluster();
       if (threadIdx.x < MULTIPLIERS) write_share(begin / slices);
     }
-    // No block ends while others send it anything, or read its sums.
+    // No block ends while others read its sums, or before all that they have sent it is there.
     if (PAIR * a.parts > 1) {
-      arrive_at_cluster<false>();
+      arrive_at_cluster<(PAIR > 1)>();
       wait_for_cluster();
     }
   }
