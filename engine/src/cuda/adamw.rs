@@ -106,8 +106,7 @@ impl FusedAdamW {
             eps: eps as f32,
         };
         let grid = [chunks.numel() / 2, 1];
-        let launch =
-            Launch { program: Program::AdamW(element), name: "adamw", grid, shared: 0, cluster: 1 };
+        let launch = Launch::plain(Program::AdamW(element), "adamw", grid);
         // SAFETY: shapes and types were checked, and the table is of these tensors.
         unsafe { launch.run(device, &argument) }
     }

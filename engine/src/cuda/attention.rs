@@ -110,7 +110,7 @@ pub fn attend(paged: &Paged<'_, PagedPlan>) -> Result<Tensor, CudaError> {
     };
     // SAFETY: shapes and types were checked; a plan names rows and blocks that are there, and `room` has a
     // place for every piece.
-    unsafe { Launch { program, name, grid, shared, cluster: 1 }.run(device, &argument) }?;
+    unsafe { Launch { shared, ..Launch::plain(program, name, grid) }.run(device, &argument) }?;
     Ok(out)
 }
 

@@ -101,8 +101,7 @@ pub struct Driver {
         *const *const c_void,
     ) -> Code,
     name: unsafe extern "C" fn(*mut c_char, c_int, c_int) -> Code,
-    /// From driver 525 on.
-    describe_boxes: Option<DescribeBoxes>,
+    describe_boxes: DescribeBoxes,
 }
 
 /// `cuTensorMapEncodeTiled`: the map; type and axes of its elements; the address; lengths of the axes, and
@@ -169,7 +168,7 @@ impl Driver {
                 set_attribute: library.function("cuFuncSetAttribute")?,
                 launch: library.function("cuLaunchKernelEx")?,
                 name: library.function("cuDeviceGetName")?,
-                describe_boxes: library.function("cuTensorMapEncodeTiled").ok(),
+                describe_boxes: library.function("cuTensorMapEncodeTiled")?,
             };
             Ok((library.function("cuInit")?, driver))
         }
@@ -277,7 +276,7 @@ impl Driver {
     /// look for them.
     ///
     /// # Errors
-    /// A driver that is too old, or what it refuses.
+    /// What the driver refuses.
     pub fn describe_boxes(
         &self,
         map: &mut [u64; 16],
@@ -285,16 +284,13 @@ impl Driver {
         address: usize,
         ([columns, rows], of_box): ([u64; 2], [u32; 2]),
     ) -> Result<(), CudaError> {
-        let Some(describe) = self.describe_boxes else {
-            return Err(CudaError::Unsupported("a driver without cuTensorMapEncodeTiled".into()));
-        };
         // CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16.
         let kind = if element == Element::F16 { 6 } else { 9 };
         let (lengths, apart, each) = ([columns, rows], [2 * columns], [1; 2]);
         // SAFETY: a place for the map, at a multiple of 64, and arrays of as many numbers as there are axes,
         // or one less.
         let code = unsafe {
-            describe(
+            (self.describe_boxes)(
                 map.as_mut_ptr(),
                 kind,
                 2,
@@ -333,10 +329,11 @@ impl Driver {
             value[..3].copy_from_slice(&first);
             LaunchAttribute { id, padding: 0, value }
         };
-        let overlap = extent.overlaps.then(|| attribute(PROGRAMMATIC, [1, 0, 0]));
-        let cluster =
-            (extent.cluster > 1).then(|| attribute(CLUSTER, [extent.cluster as c_int, 1, 1]));
-        let attributes: Vec<LaunchAttribute> = overlap.into_iter().chain(cluster).collect();
+        let all = [
+            attribute(CLUSTER, [extent.cluster as c_int, 1, 1]),
+            attribute(PROGRAMMATIC, [1, 0, 0]),
+        ];
+        let attributes = &all[usize::from(extent.cluster == 1)..1 + usize::from(extent.overlaps)];
         let config = LaunchConfig {
             grid: [extent.grid[0], extent.grid[1], 1],
             block: [extent.threads, 1, 1],

@@ -151,13 +151,7 @@ fn norm(
         eps: eps as f32,
     };
     let grid = [x.numel() / width, 1];
-    let launch = Launch {
-        program: Program::Elementwise(element),
-        name: "rms_norm",
-        grid,
-        shared: 0,
-        cluster: 1,
-    };
+    let launch = Launch::plain(Program::Elementwise(element), "rms_norm", grid);
     // SAFETY: shapes and types were checked.
     unsafe { launch.run(device, &argument) }?;
     Ok((sum, out))
@@ -194,13 +188,7 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, CudaErro
         stride: stride[0] as i32,
     };
     let grid = [size[0] as usize, 1];
-    let launch = Launch {
-        program: Program::Elementwise(element),
-        name: "rotate",
-        grid,
-        shared: 0,
-        cluster: 1,
-    };
+    let launch = Launch::plain(Program::Elementwise(element), "rotate", grid);
     // SAFETY: shapes and types were checked.
     unsafe { launch.run(device, &argument) }?;
     Ok(out)
@@ -257,7 +245,7 @@ pub fn rotate_write(
     let lines = (heads + 2 * kv_heads) * head_dim / 2 * element.bytes() / 16;
     let (program, name) = (Program::Elementwise(element), "rotate_write");
     let grid = [rows, lines.div_ceil(program.threads(name) as usize)];
-    let launch = Launch { program, name, grid, shared: 0, cluster: 1 };
+    let launch = Launch::plain(program, name, grid);
     // SAFETY: shapes and types were checked; the caller vouches for the slots.
     unsafe { launch.run(device, &argument) }?;
     Ok(out)
@@ -296,7 +284,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor, CudaError> {
     };
     let program = Program::Elementwise(element);
     let grid = [(lines as usize).div_ceil(program.threads("swiglu") as usize), 1];
-    let launch = Launch { program, name: "swiglu", grid, shared: 0, cluster: 1 };
+    let launch = Launch::plain(program, "swiglu", grid);
     // SAFETY: shapes and types were checked.
     unsafe { launch.run(device, &argument) }?;
     Ok(out)
@@ -330,7 +318,7 @@ pub fn swiglu_gradient([gate, up, gradient]: [&Tensor; 3]) -> Result<[Tensor; 2]
     let (program, name) = (Program::Elementwise(element), "swiglu_gradient");
     let grid = [lines.div_ceil(program.threads(name) as usize), 1];
     // SAFETY: shapes and types were checked.
-    unsafe { Launch { program, name, grid, shared: 0, cluster: 1 }.run(device, &argument) }?;
+    unsafe { Launch::plain(program, name, grid).run(device, &argument) }?;
     Ok(made)
 }
 

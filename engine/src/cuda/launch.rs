@@ -51,6 +51,11 @@ pub struct Launch {
 pub trait Argument: Copy {}
 
 impl Launch {
+    /// Of a kernel whose blocks run by themselves and need no dynamic shared memory.
+    pub fn plain(program: Program, name: &'static str, grid: [usize; 2]) -> Self {
+        Self { program, name, grid, shared: 0, cluster: 1 }
+    }
+
     /// Puts the kernel into the queue of the current stream of `device`; nothing where a grid is
     /// empty.
     ///

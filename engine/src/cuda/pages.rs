@@ -97,7 +97,7 @@ pub fn write_kv(
         v_stride: v.stride()[0] as i32,
     };
     let program = Program::Pages(element);
-    let launch = Launch { program, name: "write_kv", grid: [rows, 1], shared: 0, cluster: 1 };
+    let launch = Launch::plain(program, "write_kv", [rows, 1]);
     // SAFETY: shapes and types are checked above; the caller vouches for the slots.
     unsafe { launch.run(device, &argument) }
 }

@@ -182,24 +182,23 @@ impl Shape {
         let fits = self.tiles(tiling) * tiling.pair <= MOST_TILES;
         let mut deals: Vec<Deal> = Vec::new();
         for at_once in at_once.filter(|&at_once| fits && at_once >= tiling.pair) {
-            let others = self.deals_of(tiling, at_once / tiling.pair);
-            deals.extend(
-                others.into_iter().filter(|deal| !deals.contains(deal)).collect::<Vec<_>>(),
-            );
+            for deal in self.deals_of(tiling, at_once / tiling.pair) {
+                if !deals.contains(&deal) {
+                    deals.push(deal);
+                }
+            }
         }
         deals
     }
 
-    /// For so many blocks or pairs that run at once.
+    /// For so many blocks or pairs that run at once; some of them may be the same.
     fn deals_of(&self, tiling: &Tiling, at_once: usize) -> Vec<Deal> {
         let (tiles, slices) = (self.tiles(tiling), self.slices());
         let most = (at_once / tiles).min(slices).min(MOST_OF_CLUSTER / tiling.pair);
         let parts = [1, most.div_ceil(2), most].map(|parts| Deal::Parts(parts.max(1)));
         let even = Deal::Even(at_once.min(tiles * slices));
-        let mut deals = Vec::from(parts);
-        deals.extend((!at_once.is_multiple_of(tiles) && slices > 1).then_some(even));
-        deals.dedup();
-        deals
+        let uneven = !at_once.is_multiple_of(tiles) && slices > 1;
+        parts.into_iter().chain(uneven.then_some(even)).collect()
     }
 }
 

@@ -212,7 +212,7 @@ fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowN
         count: count as i32,
     };
     let program = Program::Sampling(element);
-    let launch = |name, grid| Launch { program, name, grid, shared: 0, cluster: 1 };
+    let launch = |name, grid| Launch::plain(program, name, grid);
     // SAFETY: shapes and types were checked, and there is room for what is written.
     unsafe {
         launch("sum_slices", [count, rows]).run(device, &argument)?;
@@ -266,7 +266,7 @@ pub fn gradient(
         factor: inv_temperature,
     };
     let grid = [vocab.div_ceil(SLICE), rows];
-    let launch = Launch { program: Program::Sampling(element), name, grid, shared: 0, cluster: 1 };
+    let launch = Launch::plain(Program::Sampling(element), name, grid);
     // SAFETY: shapes and types were checked.
     unsafe { launch.run(device, &argument) }?;
     Ok(out)

@@ -158,8 +158,7 @@ impl Program {
             }
             Self::Product(element, columns) => {
                 let tilings = TILINGS.iter().map(|tiling| {
-                    let stages = tiling.stages(columns);
-                    let Tiling { pair, .. } = tiling;
+                    let (stages, pair) = (tiling.stages(columns), tiling.pair);
                     let parameters = format!("<{}, {columns}, {stages}, {pair}>", element.name());
                     Entry {
                         template: "product",

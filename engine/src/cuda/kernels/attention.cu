@@ -217,11 +217,9 @@ DEVICE void leave(Found<HD> &found, Strip<T, HD, TOKENS> &strip) {
   }
 }
 
-// Four numbers of a row and head of the result, from `d` on.
-template <class T>
-DEVICE void put_four(const Attend &a, int row, int query_head, int dim, int d, const float (&x)[4]) {
-  T *to = (T *)a.out + ((i64)row * a.heads + query_head) * dim + d;
-  *(u64 *)to = (u64)pack(T(), x[2], x[3]) << 32 | pack(T(), x[0], x[1]);
+// Where the result has a row and head.
+template <class T, int HD> DEVICE T *result(const Attend &a, int row, int query_head) {
+  return (T *)a.out + ((i64)row * a.heads + query_head) * HD;
 }
 
 // Puts the warps' parts together and writes them: as the result, or as a piece of it.
@@ -243,11 +241,11 @@ DEVICE void write(const Found<HD> &found, const Attend &a, const Tile &tile, con
     const int member = at / group, query_head = head * group + at % group;
     if (rows.pieces[member] == 0) {
       for (int j = 0; j < 4; ++j) out[j] /= sum;
-      put_four<T>(a, rows.row[member], query_head, HD, d, out);
+      put_four(result<T, HD>(a, rows.row[member], query_head) + d, out);
       continue;
     }
     const i64 piece = (i64)(rows.first[member] + tile.ordinal) * a.heads + query_head;
-    *(Line<float> *)&a.pieces[piece * HD + d] = {{out[0], out[1], out[2], out[3]}};
+    put_four(&a.pieces[piece * HD + d], out);
     if (d == 0) {
       a.sums[piece * 2] = largest;
       a.sums[piece * 2 + 1] = sum;
@@ -336,13 +334,15 @@ DEVICE void merge_rows(const Attend &a, const Tile &tile, const Rows &rows, int 
     for (int n = 0; n < EACH; ++n) {
       const int i = begin + n * THREADS, at = i / (HD / 4);
       if (i >= lines || whole.pieces[at] == 0) continue;
-      put_four<T>(a, rows.row[at / group], head * group + at % group, HD, i % (HD / 4) * 4, out[n]);
+      T *to = result<T, HD>(a, rows.row[at / group], head * group + at % group);
+      put_four(to + i % (HD / 4) * 4, out[n]);
     }
   }
 }
 
 template <class T, int HD, int STRIPS>
-DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile, const Rows &rows, int begin) {
+DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile, const Rows &rows,
+                        int begin) {
   constexpr int SHARERS = WARPS / STRIPS, TOKENS = STEP / SHARERS;
   Stage<T, HD> *stages = (Stage<T, HD> *)memory;
   const int warp = threadIdx.x / WARP, head = blockIdx.y;
@@ -415,13 +415,16 @@ template <class T, int HD> DEVICE void attend(const Attend &a) {
   __shared__ Rows rows;
   let_kernel_after_begin();
   const Tile tile = ((const Tile *)a.tiles)[blockIdx.x];
-  if (tile.rows > 0) load_rows(rows, a, tile);
+  if (tile.rows == 0) {
+    wait_for_kernel_before();
+    return;
+  }
+  load_rows(rows, a, tile);
   __syncthreads();
-  const int first_seen = tile.rows > 0 ? rows.lowest - a.window + 1 : 0;
+  const int first_seen = rows.lowest - a.window + 1;
   const int begin = first_seen > tile.begin ? first_seen / BLOCK * BLOCK : tile.begin;
-  if (tile.rows > 0 && begin < tile.end) fetch_pages<T, HD>(a, tile, begin);
+  if (begin < tile.end) fetch_pages<T, HD>(a, tile, begin);
   wait_for_kernel_before();
-  if (tile.rows == 0) return;
   if (tile.rows * (a.heads / a.kv_heads) <= 16) {
     attend_tile<T, HD, 1>(memory, a, tile, rows, begin);
   } else {

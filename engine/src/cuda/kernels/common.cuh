@@ -47,6 +47,12 @@ template <class T> struct alignas(16) Line {
   T at[COUNT];
 };
 
+// Four numbers at a multiple of four.
+template <class T> DEVICE void put_four(T *at, const float (&x)[4]) {
+  *(u64 *)at = (u64)pack(T(), x[2], x[3]) << 32 | pack(T(), x[0], x[1]);
+}
+DEVICE void put_four(float *at, const float (&x)[4]) { *(Line<float> *)at = {{x[0], x[1], x[2], x[3]}}; }
+
 DEVICE float minus_infinity() { return __int_as_float((int)0xff800000u); }
 
 // x sigmoid(x), within some ulp of f32: for results that are rounded to 16 bits.

@@ -63,6 +63,19 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
     }
   };
 
+  // The stage that is next, and the phase of its barriers.
+  struct Turn {
+    int stage = 0;
+    int phase = 0;
+
+    METHOD void advance() {
+      if (++stage == STAGES) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+  };
+
   const Product &a;
   Memory &memory;
   int slices, units;
@@ -137,16 +150,13 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
       load_x(stage, next_x);
       next_x.advance(slices);
     }
-    int stage = 0, turn = 0;
+    Turn turn;
     for (int unit = begin + first; unit < end; ++unit) {
-      wait_for(memory.empty[stage], turn % 2);
-      load_weight(stage, next);
-      load_x(stage, next);
+      wait_for(memory.empty[turn.stage], turn.phase);
+      load_weight(turn.stage, next);
+      load_x(turn.stage, next);
       next.advance(slices);
-      if (++stage == STAGES) {
-        stage = 0;
-        ++turn;
-      }
+      turn.advance();
     }
     let_kernel_after_begin();
   }
@@ -178,17 +188,14 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
     wait_for_kernel_before();
     if (PAIR > 1) wait_for_cluster();
     Unit current = {begin / slices, begin % slices};
-    int stage = 0, turn = 0;
+    Turn turn;
     for (int unit = begin; unit < end; ++unit) {
-      wait_for(memory.full[stage], turn % 2);
-      multiply_stage(memory.stages[stage]);
-      if (threadIdx.x % WARP == 0) release(stage);
+      wait_for(memory.full[turn.stage], turn.phase);
+      multiply_stage(memory.stages[turn.stage]);
+      if (threadIdx.x % WARP == 0) release(turn.stage);
       if (current.slice == slices - 1 || unit + 1 == end) finish(current.tile);
       current.advance(slices);
-      if (++stage == STAGES) {
-        stage = 0;
-        ++turn;
-      }
+      turn.advance();
     }
   }
 
@@ -265,16 +272,17 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
   // Lines that a thread works on at a time: an answer takes its time.
   static constexpr int EACH = 8;
 
-  // Four sums of each of some lines, out of those of all parts, in their order.
+  // Four sums of each of the lines that lie so far beyond some, out of those of all parts, in their order.
   template <class F>
-  METHOD void add_up(float (&sums)[EACH][4], const int (&lines)[EACH], int first, int last, F load) {
+  METHOD void add_up(float (&sums)[EACH][4], const int (&lines)[EACH], int beyond, int first, int last,
+                     F load) {
 #pragma unroll
-    for (int n = 0; n < EACH; ++n) load(sums[n], lines[n], first);
+    for (int n = 0; n < EACH; ++n) load(sums[n], lines[n] + beyond, first);
 #pragma unroll 1
     for (int part = first + 1; part <= last; ++part) {
       float more[EACH][4];
 #pragma unroll
-      for (int n = 0; n < EACH; ++n) load(more[n], lines[n], part);
+      for (int n = 0; n < EACH; ++n) load(more[n], lines[n] + beyond, part);
 #pragma unroll
       for (int n = 0; n < EACH; ++n) {
 #pragma unroll
@@ -290,16 +298,15 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
     const int lines = min(rows, width - tile * rows) / 4, own = (a.rows - begin + step - 1) / step;
 #pragma unroll 1
     for (int i = threadIdx.x; i < lines * own; i += EACH * MULTIPLIERS) {
-      int at[EACH], up_at[EACH];
+      int at[EACH];
       float sums[EACH][4], up[EACH][4];
 #pragma unroll
       for (int n = 0; n < EACH; ++n) {
         const int line = min(i + n * MULTIPLIERS, lines * own - 1);
         at[n] = (begin + line / lines * step) * (ROWS / 4) + line % lines;
-        up_at[n] = at[n] + BOX / 4;
       }
-      add_up(sums, at, first, last, load);
-      if (a.gated) add_up(up, up_at, first, last, load);
+      add_up(sums, at, 0, first, last, load);
+      if (a.gated) add_up(up, at, BOX / 4, first, last, load);
 #pragma unroll
       for (int n = 0; n < EACH; ++n) {
         if (i + n * MULTIPLIERS >= lines * own) continue;
@@ -323,9 +330,9 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
 
   METHOD void store(const float (&four)[4], i64 at) {
     if (a.wide) {
-      *(Line<float> *)((float *)a.out + at) = {{four[0], four[1], four[2], four[3]}};
+      put_four((float *)a.out + at, four);
     } else {
-      *(u64 *)((T *)a.out + at) = (u64)pack(T(), four[2], four[3]) << 32 | pack(T(), four[0], four[1]);
+      put_four((T *)a.out + at, four);
     }
   }
 

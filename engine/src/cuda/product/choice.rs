@@ -1,7 +1,7 @@
 //! Which way to make a product of which shape was chosen on a device, if not libtorch's (see
 //! [`crate::device::tuning`]), and products made so.
 
-use super::{CAPABILITY, Output, Processors, Shape, Way, Workspace};
+use super::{Output, Processors, Shape, Way, Workspace};
 use crate::{
     cuda::{CudaError, modules::capability},
     torch::TorchError,
@@ -84,7 +84,7 @@ pub fn product_by(
 /// If the device has no memory for a workspace.
 pub fn ways(device: Device, case: &Case) -> Result<Vec<Way>, CudaError> {
     if let Device::Cuda(index) = device
-        && capability(index)? != CAPABILITY
+        && !case.shape.program().is_for(capability(index)?)
     {
         return Ok(Vec::new());
     }
