@@ -5,13 +5,13 @@ mod plan;
 pub use self::plan::{Capacity, PagedPlan};
 use super::{
     CudaError,
-    elementwise::rotate_write,
+    elementwise::{check_fresh, rotate_write},
     launch::{Argument, Launch, device_of, require},
     pages::{self, Pages},
     source::{Element, HEAD_DIMS, Program},
 };
 use crate::device::attention::Paged;
-use std::ffi::c_void;
+use std::{ffi::c_void, ptr::null};
 use tch::{Device, Kind, Tensor};
 
 /// Tokens that a block takes at a time, twice; rows have eight elements more than a head.
@@ -27,8 +27,8 @@ const WARPS: usize = 4;
 #[derive(Clone, Copy)]
 struct Attend {
     q: *const c_void,
-    keys: *const c_void,
-    values: *const c_void,
+    keys: *mut c_void,
+    values: *mut c_void,
     out: *mut c_void,
     tables: *const i32,
     table_width: *const i32,
@@ -40,6 +40,14 @@ struct Attend {
     pieces: *mut f32,
     sums: *mut f32,
     arrived: *mut i32,
+    k: *const c_void,
+    v: *const c_void,
+    cos: *const f32,
+    sin: *const f32,
+    slots: *const i64,
+    q_stride: i32,
+    k_stride: i32,
+    v_stride: i32,
     rows: i32,
     heads: i32,
     kv_heads: i32,
@@ -58,18 +66,44 @@ pub fn fits(kind: Kind, heads: usize, kv_heads: usize, head_dim: usize) -> bool 
         && (1..=super::plan::MOST_ROWS).contains(&(heads / kv_heads))
 }
 
-/// Turns `q` (`[N, heads, head_dim]`) by these cosines and sines, and stores `k`, turned too, and `v`
-/// (`[N, kv_heads, head_dim]`) in the step's slots.
+/// Turns `q` (`[N, heads, head_dim]`) and `k` (`[N, kv_heads, head_dim]`) by these cosines and sines, stores
+/// `k` and `v` (as `k`) in the step's slots, and attends, as [`attend`]. Rows may lie apart.
 ///
 /// # Errors
-/// As [`rotate_write`].
-pub fn turn_and_write(
-    qkv: [&Tensor; 3],
+/// As [`rotate_write`] and [`attend`].
+pub fn turn_and_attend(
+    paged: &Paged<'_, PagedPlan>,
+    [k, v]: [&Tensor; 2],
     angles: [&Tensor; 2],
-    pages: (&Tensor, &Tensor),
-    plan: &PagedPlan,
 ) -> Result<Tensor, CudaError> {
-    rotate_write(qkv, angles, pages, &plan.slots)
+    let Paged { q, k_pages, v_pages, plan, .. } = *paged;
+    if plan.single_rows() && q.kind() != Kind::Float {
+        return decode(paged, [k, v], angles);
+    }
+    let q = &rotate_write([q, k, v], angles, (k_pages, v_pages), &plan.slots)?;
+    attend(&Paged { q, ..*paged })
+}
+
+/// The same in one kernel, for a plan of [`single_rows`](PagedPlan::single_rows) of 16 bits.
+fn decode(
+    paged: &Paged<'_, PagedPlan>,
+    [k, v]: [&Tensor; 2],
+    [cos, sin]: [&Tensor; 2],
+) -> Result<Tensor, CudaError> {
+    let Paged { q, k_pages, v_pages, plan, .. } = *paged;
+    let pages = Pages::of(k_pages, v_pages)?;
+    let heads = check(paged, &pages)?;
+    check_fresh([q, k, v], [cos, sin], (k_pages, v_pages), &plan.slots)?;
+    launch("decode", paged, &pages, heads, |attend| Attend {
+        k: k.data_ptr(),
+        v: v.data_ptr(),
+        cos: cos.data_ptr().cast(),
+        sin: sin.data_ptr().cast(),
+        slots: plan.slots.data_ptr().cast(),
+        k_stride: k.stride()[0] as i32,
+        v_stride: v.stride()[0] as i32,
+        ..attend
+    })
 }
 
 /// Stores the step's K and V rows, `[N, kv_heads, head_dim]` each, in their slots.
@@ -94,23 +128,36 @@ pub fn write_kv(
 /// # Errors
 /// Shapes or types that do not fit (see [`fits`]), or what [`Launch::run`] says.
 pub fn attend(paged: &Paged<'_, PagedPlan>) -> Result<Tensor, CudaError> {
-    let Paged { q, k_pages, v_pages, plan, .. } = *paged;
-    let pages = Pages::of(k_pages, v_pages)?;
-    let device = device_of(&[q, k_pages, v_pages, &plan.row_span])?;
+    let pages = Pages::of(paged.k_pages, paged.v_pages)?;
     let heads = check(paged, &pages)?;
-    let (rows, kind) = (plan.rows(), q.kind());
-    let shape = [rows as i64, (heads * pages.head_dim) as i64];
-    let out = Tensor::empty(shape, (kind, device));
+    require(paged.q.is_contiguous(), || format!("rows of q that lie apart: {:?}", paged.q))?;
+    let name = if pages.element == Element::F32 { "attend_plainly" } else { "attend" };
+    launch(name, paged, &pages, heads, |attend| attend)
+}
+
+/// Launches a kernel whose tensors are checked, with what it takes beside those of [`attend`].
+fn launch(
+    name: &'static str,
+    paged: &Paged<'_, PagedPlan>,
+    pages: &Pages,
+    heads: usize,
+    with: impl FnOnce(Attend) -> Attend,
+) -> Result<Tensor, CudaError> {
+    let (q, plan) = (paged.q, paged.plan);
+    let device = device_of(&[q, paged.k_pages, paged.v_pages, &plan.row_span])?;
+    let shape = [plan.rows(), heads * pages.head_dim].map(|axis| axis as i64);
+    let out = Tensor::empty(shape, (q.kind(), device));
     let room = Room::new(plan, heads, pages.head_dim, device);
-    let argument = argument(paged, &pages, heads, &out, &room);
+    let argument = with(argument(paged, pages, heads, &out, &room));
     let program = Program::Attention(pages.element, pages.head_dim);
-    let (name, grid, shared) = match pages.element {
-        Element::F32 => ("attend_plainly", [(rows * heads).div_ceil(WARPS), 1], 0),
-        _ => ("attend", [plan.sizes().tiles, pages.kv_heads], shared_memory(pages.head_dim)),
+    let (blocks, shared) = match pages.element {
+        Element::F32 => ((plan.rows() * heads).div_ceil(WARPS), 0),
+        _ => (plan.sizes().tiles * pages.kv_heads, shared_memory(pages.head_dim)),
     };
+    let launch = Launch { shared, ..Launch::plain(program, name, [blocks, 1]) };
     // SAFETY: shapes and types were checked; a plan names rows and blocks that are there, and `room` has a
     // place for every piece.
-    unsafe { Launch { shared, ..Launch::plain(program, name, grid) }.run(device, &argument) }?;
+    unsafe { launch.run(device, &argument) }?;
     Ok(out)
 }
 
@@ -120,11 +167,8 @@ fn check(paged: &Paged<'_, PagedPlan>, pages: &Pages) -> Result<usize, CudaError
     let size = q.size();
     let said =
         || format!("q {q:?} over pages {:?} with a plan of {} rows", paged.k_pages, plan.rows());
-    let shaped =
-        size.len() == 3 && size[0] == plan.rows() as i64 && size[2] == pages.head_dim as i64;
-    let plain = q.is_contiguous() && q.kind() == paged.k_pages.kind();
-    require(shaped && plain && paged.window != Some(0), said)?;
-    let heads = size[1] as usize;
+    let heads = size.get(1).map_or(0, |&heads| heads as usize);
+    require(pages.are_like(q, plan.rows(), heads) && paged.window != Some(0), said)?;
     require(fits(q.kind(), heads, pages.kv_heads, pages.head_dim), said)?;
     require(heads / pages.kv_heads == plan.group(), || {
         format!(
@@ -178,6 +222,14 @@ fn argument(
         pieces: room.values.data_ptr().cast(),
         sums: room.sums.data_ptr().cast(),
         arrived: plan.arrived().data_ptr().cast(),
+        k: null(),
+        v: null(),
+        cos: null(),
+        sin: null(),
+        slots: null(),
+        q_stride: paged.q.stride()[0] as i32,
+        k_stride: 0,
+        v_stride: 0,
         rows: plan.rows() as i32,
         heads: heads as i32,
         kv_heads: pages.kv_heads as i32,

@@ -194,6 +194,32 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, CudaErro
     Ok(out)
 }
 
+/// Refuses what [`rotate_write`] does not take.
+pub(super) fn check_fresh(
+    [q, k, v]: [&Tensor; 3],
+    [cos, sin]: [&Tensor; 2],
+    (k_pages, v_pages): (&Tensor, &Tensor),
+    slots: &Tensor,
+) -> Result<(), CudaError> {
+    let pages = Pages::of(k_pages, v_pages)?;
+    let Pages { kv_heads, head_dim, .. } = pages;
+    device_of(&[q, k, v, cos, sin, k_pages, v_pages, slots])?;
+    let rows = slots.numel();
+    let heads = q.size().get(1).map_or(0, |&heads| heads as usize);
+    for (part, heads) in [(q, heads), (k, kv_heads), (v, kv_heads)] {
+        let said = || format!("{part:?} of stride {:?} for pages {k_pages:?}", part.stride());
+        require(pages.are_like(part, rows, heads), said)?;
+    }
+    check_angles([cos, sin], [rows, head_dim / 2].map(|axis| axis as i64))?;
+    check_slots(slots)?;
+    let lined = |part: &&Tensor| aligned(part) && part.stride()[0] % 8 == 0;
+    let whole =
+        head_dim.is_multiple_of(16) && [k_pages, v_pages, cos, sin].into_iter().all(aligned);
+    require(whole && [q, k, v].iter().all(lined), || {
+        format!("heads of {head_dim} numbers, or q, k and v of {q:?} at odd addresses")
+    })
+}
+
 /// [`rotate`] of `q` `[N, heads, head_dim]`, and what stands in the slots of the pages afterwards: `k`
 /// turned, and `v`, `[N, kv_heads, head_dim]` each. `head_dim` is a multiple of 16; rows may lie apart, by
 /// a multiple of 8. A row whose slot is -1 is written nowhere, and no slot lies outside of the pages.
@@ -208,23 +234,10 @@ pub fn rotate_write(
 ) -> Result<Tensor, CudaError> {
     let pages = Pages::of(k_pages, v_pages)?;
     let Pages { element, kv_heads, head_dim } = pages;
-    let device = device_of(&[q, k, v, cos, sin, k_pages, v_pages, slots])?;
-    let rows = slots.numel();
-    let heads = q.size().get(1).map_or(0, |&heads| heads as usize);
-    for (part, heads) in [(q, heads), (k, kv_heads), (v, kv_heads)] {
-        let said = || format!("{part:?} of stride {:?} for pages {k_pages:?}", part.stride());
-        require(pages.are_like(part, rows, heads), said)?;
-    }
-    check_angles([cos, sin], [rows, head_dim / 2].map(|axis| axis as i64))?;
-    check_slots(slots)?;
-    let lined = |part: &&Tensor| aligned(part) && part.stride()[0] % 8 == 0;
-    let whole =
-        head_dim.is_multiple_of(16) && [k_pages, v_pages, cos, sin].into_iter().all(aligned);
-    require(whole && [q, k, v].iter().all(lined), || {
-        format!("heads of {head_dim} numbers, or q, k and v of {q:?} at odd addresses")
-    })?;
+    check_fresh([q, k, v], [cos, sin], (k_pages, v_pages), slots)?;
+    let (rows, heads) = (slots.numel(), q.size()[1] as usize);
     let shape = [rows, heads, head_dim].map(|axis| axis as i64);
-    let out = Tensor::empty(shape, (q.kind(), device));
+    let out = Tensor::empty(shape, (q.kind(), q.device()));
     let argument = RotateWrite {
         q: q.data_ptr(),
         k: k.data_ptr(),
@@ -247,7 +260,7 @@ pub fn rotate_write(
     let grid = [rows, lines.div_ceil(program.threads(name) as usize)];
     let launch = Launch::plain(program, name, grid);
     // SAFETY: shapes and types were checked; the caller vouches for the slots.
-    unsafe { launch.run(device, &argument) }?;
+    unsafe { launch.run(q.device(), &argument) }?;
     Ok(out)
 }
 

@@ -23,10 +23,14 @@ use onpolicy_plugin_api::TokenStats;
 use std::{ffi::c_void, ptr::null};
 use tch::{Device, Kind, Tensor};
 
-/// Logits that a block sums up.
-const SLICE: usize = 4096;
-/// Numbers of f64 that it leaves.
+/// Logits that a warp sums up.
+const SLICE: usize = 512;
+/// Numbers of f32 that it leaves.
 const SUMS: i64 = 6;
+/// Warps of a block that sum up slices of one row.
+const WARPS: usize = 8;
+/// Logits whose gradients a block makes.
+const GRADIENTS: usize = 4096;
 
 /// As in sampling.cu.
 #[repr(C)]
@@ -35,7 +39,7 @@ struct Draw {
     logits: *const c_void,
     how: *const f64,
     given: *const i64,
-    slices: *mut f64,
+    slices: *mut f32,
     out: *mut f32,
     tokens: *mut i64,
     sums: *mut f64,
@@ -195,7 +199,7 @@ fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowN
     let device = device_of(&[logits, &plan.0])?;
     let count = vocab.div_ceil(SLICE);
     let room = |shape: &[i64], kind| Tensor::empty(shape, (kind, device));
-    let slices = room(&[rows as i64, count as i64, SUMS], Kind::Double);
+    let slices = room(&[rows as i64, count as i64, SUMS], Kind::Float);
     let numbers = room(&[rows as i64, 4], Kind::Float);
     let tokens = room(&[rows as i64], Kind::Int64);
     let sums = room(&[rows as i64, 2], Kind::Double);
@@ -215,7 +219,7 @@ fn look(logits: &Tensor, plan: &DrawPlan, given: Option<&Tensor>) -> Result<RowN
     let launch = |name, grid| Launch::plain(program, name, grid);
     // SAFETY: shapes and types were checked, and there is room for what is written.
     unsafe {
-        launch("sum_slices", [count, rows]).run(device, &argument)?;
+        launch("sum_slices", [count.div_ceil(WARPS), rows]).run(device, &argument)?;
         launch("draw", [rows, 1]).run(device, &argument)?;
     }
     Ok(RowNumbers { numbers, tokens, sums })
@@ -265,7 +269,7 @@ pub fn gradient(
         vocab: vocab as i32,
         factor: inv_temperature,
     };
-    let grid = [vocab.div_ceil(SLICE), rows];
+    let grid = [vocab.div_ceil(GRADIENTS), rows];
     let launch = Launch::plain(Program::Sampling(element), name, grid);
     // SAFETY: shapes and types were checked.
     unsafe { launch.run(device, &argument) }?;

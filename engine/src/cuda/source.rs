@@ -150,7 +150,8 @@ impl Program {
                 if element == Element::F32 {
                     return vec![entry("attend_plainly")];
                 }
-                vec![Entry { blocks: ATTENDING_BLOCKS, ahead: true, ..entry("attend") }]
+                let kernel = |name| Entry { blocks: ATTENDING_BLOCKS, ahead: true, ..entry(name) };
+                vec![kernel("attend"), kernel("decode")]
             }
             Self::Pages(element) => {
                 let parameters = format!("<{}>", element.name());

@@ -169,9 +169,8 @@ impl StepPlan {
         let turned = || [rotation.apply(q), rotation.apply(k)];
         match (&self.paged, &self.prompts) {
             (Paging::Kernels(plan), None) => {
-                let (pages, angles) = ((k_pages, v_pages), rotation.angles());
-                let q = &launched(kernel::turn_and_write([q, k, v], angles, pages, plan));
-                launched(kernel::attend(&Paged { q, k_pages, v_pages, plan, scale, window }))
+                let paged = Paged { q, k_pages, v_pages, plan, scale, window };
+                launched(kernel::turn_and_attend(&paged, [k, v], rotation.angles()))
             }
             (Paging::Kernels(plan), Some(prompts)) => {
                 let [q, k] = &turned();

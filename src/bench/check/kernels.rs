@@ -108,8 +108,10 @@ struct Case {
     pages: [Tensor; 2],
     /// Block table and queried positions of each sequence.
     sequences: Vec<(Vec<u32>, std::ops::Range<usize>)>,
-    /// `[rows, heads or kv_heads, head_dim]`
+    /// `[rows, heads or kv_heads, head_dim]`, before they are turned.
     qkv: [Tensor; 3],
+    /// Cosines and sines, `[rows, head_dim / 2]`, f32.
+    angles: [Tensor; 2],
 }
 
 impl Case {
@@ -134,10 +136,12 @@ impl Case {
         }
         let rows = lengths.iter().map(|(_, rows)| *rows as i64).sum();
         let shape = [count as i64, kv_heads, BLOCK as i64, head_dim];
+        let turns = random(&[rows, head_dim / 2], Kind::Float);
         Self {
             pages: [0, 1].map(|_| random(&shape, kind)),
             sequences,
             qkv: [heads, kv_heads, kv_heads].map(|heads| random(&[rows, heads, head_dim], kind)),
+            angles: [turns.cos(), turns.sin()],
         }
     }
 
@@ -161,7 +165,7 @@ impl Case {
         rows.flat_map(|(blocks, at)| at.clone().map(move |at| slot(blocks, at))).collect()
     }
 
-    /// Writes and attends on a device, and in f64 on the CPU.
+    /// Turns, writes and attends on a device, and in f64 on the CPU.
     fn distance(&self, place: &Place, window: Option<usize>) -> Result<f64, anyhow::Error> {
         let device = place.placement.device;
         let want = self.operations(Kind::Double, Device::Cpu, window);
@@ -180,6 +184,9 @@ impl Case {
             (self.pages.each_ref().map(there), self.qkv.each_ref().map(there));
         let slots = Tensor::from_slice(&self.slots()).to_device(device);
         let plan = &PagedPlan::new(&self.spans(), slots, device);
+        let turn = |angles: &Tensor| angles.to_device(device).to_kind(wide(kind));
+        let [cos, sin] = self.angles.each_ref().map(turn);
+        let [q, k] = [q, k].map(|x| rotate(&x, &cos, &sin));
         write_kv(&k, &v, &k_pages, &v_pages, plan);
         let scale = 1.0 / (q.size()[2] as f64).sqrt();
         attend(&Paged { q: &q, k_pages: &k_pages, v_pages: &v_pages, plan, scale, window })
@@ -194,10 +201,10 @@ impl Case {
         let machine = Machine::of(device, heads, kv_heads, head_dim)?;
         let (tokens, slots) = (vec![0; q.size()[0] as usize], self.slots());
         let plan = &kernel::PagedPlan::new(&self.spans(), [&tokens, &slots], machine, device);
-        kernel::write_kv(&k, &v, &k_pages, &v_pages, plan)?;
         let scale = 1.0 / (head_dim as f64).sqrt();
         let paged = Paged { q: &q, k_pages: &k_pages, v_pages: &v_pages, plan, scale, window };
-        Ok(kernel::attend(&paged)?)
+        let angles = self.angles.each_ref().map(there);
+        Ok(kernel::turn_and_attend(&paged, [&k, &v], angles.each_ref())?)
     }
 }
 

@@ -64,6 +64,10 @@ impl Capacity {
     }
 }
 
+fn are_single(spans: &[Span]) -> bool {
+    spans.iter().all(|span| span.rows.len() == 1)
+}
+
 /// Blocks of the span that has the most.
 fn width(spans: &[Span]) -> usize {
     spans.iter().map(|span| span.blocks.len()).max().unwrap_or(0)
@@ -117,6 +121,7 @@ pub struct PagedPlan {
     arrived: Tensor,
     capacity: Capacity,
     machine: Machine,
+    single_rows: bool,
 }
 
 impl PagedPlan {
@@ -133,10 +138,11 @@ impl PagedPlan {
         let work = Work::new(spans, &machine);
         let capacity = Capacity::of(spans, &work);
         let whole = upload(&numbers(&capacity, spans, tokens_and_slots, &work), device);
-        Self::over(whole, capacity, machine)
+        Self { single_rows: are_single(spans), ..Self::over(whole, capacity, machine) }
     }
 
-    /// A plan without rows, with room for some, on `device`: for graphs.
+    /// A plan without rows, with room for some, on `device`: for graphs of steps whose sequences have one
+    /// row each.
     pub fn with_capacity(capacity: Capacity, machine: Machine, device: Device) -> Self {
         let numbers = numbers(&capacity, &[], [&[]; 2], &Work::default());
         let whole = Tensor::zeros([capacity.len() as i64], (Kind::Int, device));
@@ -147,7 +153,7 @@ impl PagedPlan {
     /// Overwrites the plan where it lies. Rows from the last span's on are not in use.
     ///
     /// # Errors
-    /// If there is no room for it.
+    /// If there is no room for it, or a sequence has several rows in a plan of single ones.
     ///
     /// # Panics
     /// As [`PagedPlan::new`].
@@ -158,7 +164,7 @@ impl PagedPlan {
     ) -> Result<(), CudaError> {
         let work = Work::new(spans, &self.machine);
         let needed = Capacity::of(spans, &work);
-        if !self.capacity.holds(&needed) {
+        if !self.capacity.holds(&needed) || self.single_rows && !are_single(spans) {
             let reason = format!("a plan with room for {:?}, not {needed:?}", self.capacity);
             return Err(CudaError::Unsupported(reason));
         }
@@ -204,7 +210,13 @@ impl PagedPlan {
             whole,
             capacity,
             machine,
+            single_rows: true,
         }
+    }
+
+    /// Whether every sequence has one row: all tokens before it were in the pages before the step.
+    pub fn single_rows(&self) -> bool {
+        self.single_rows
     }
 
     /// Rows that there is room for.

@@ -255,6 +255,123 @@ fn written_rows_are_attended_to() {
     case.check(None);
 }
 
+/// What a step finds: the pages without its own tokens, these as parts of one wide product, and angles.
+struct Unwritten {
+    pages: [Tensor; 2],
+    qkv: [Tensor; 3],
+    angles: [Tensor; 2],
+    slots: Vec<i64>,
+}
+
+impl Case {
+    /// Of sequences of one row each.
+    fn unwritten(&self) -> Unwritten {
+        let Self { heads, kv_heads, dim, .. } = self;
+        let (rows, parts) = (self.q.size()[0], [*heads, *kv_heads, *kv_heads]);
+        let wide = (parts.iter().sum::<usize>() * dim) as i64;
+        let joined = random::normal(&[rows, wide]).to_kind(self.q.kind());
+        let mut end = 0;
+        let qkv = parts.map(|heads| {
+            let width = (heads * dim) as i64;
+            end += width;
+            joined.narrow(1, end - width, width).view([rows, heads as i64, *dim as i64])
+        });
+        let turns = random::normal(&[rows, *dim as i64 / 2]);
+        let slot = |sequence: &Sequence| {
+            let last = sequence.len - 1;
+            i64::from(sequence.blocks[last / BLOCK]) * 16 + (last % BLOCK) as i64
+        };
+        let slots: Vec<i64> = self.sequences.iter().map(slot).collect();
+        let pages = [&self.k_pages, &self.v_pages].map(Tensor::copy);
+        for slot in &slots {
+            for pages in &pages {
+                let _ = pages.get(slot / 16).select(1, slot % 16).fill_(f64::NAN);
+            }
+        }
+        Unwritten { pages, qkv, angles: [turns.cos(), turns.sin()], slots }
+    }
+
+    /// One kernel does what two do, to the bit.
+    fn check_decode(&self, window: Option<usize>) {
+        let Unwritten { pages, qkv, angles, slots } = self.unwritten();
+        let tokens = vec![0; slots.len()];
+        let scale = 1.0 / (self.dim as f64).sqrt();
+        let [q, k, v] = &qkv;
+        let [cos, sin] = &angles;
+        for blocks in [1, 400] {
+            let machine = self.machine(blocks);
+            let plan = PagedPlan::new(&self.spans(), [&tokens, &slots], machine, Device::Cpu);
+            assert!(plan.single_rows());
+            let (want, got) =
+                (pages.each_ref().map(Tensor::copy), pages.each_ref().map(Tensor::copy));
+            let turned = rotate_write([q, k, v], [cos, sin], (&want[0], &want[1]), &plan.slots);
+            let turned = &turned.unwrap();
+            let plan = &plan;
+            let over = |q, pages: [_; 2]| {
+                let [k_pages, v_pages] = pages;
+                Paged { q, k_pages, v_pages, plan, scale, window }
+            };
+            let fresh = || turn_and_attend(&over(q, got.each_ref()), [k, v], [cos, sin]).unwrap();
+            let (wanted, made) = (attend(&over(turned, want.each_ref())).unwrap(), fresh());
+            assert!(made.isfinite().all().int64_value(&[]) == 1);
+            assert!(made.equal(&wanted), "{blocks} blocks, window {window:?}");
+            for (got, want) in got.iter().zip(&want) {
+                assert!(got.nan_to_num(9.0, None, None).equal(&want.nan_to_num(9.0, None, None)));
+            }
+            assert!(fresh().equal(&made), "the same once more");
+        }
+    }
+}
+
+#[test]
+fn decode_turns_and_stores_on_its_way() {
+    let lengths =
+        [(1, 1), (2, 1), (300, 1), (16, 1), (17, 1), (64, 1), (65, 1), (129, 1), (1100, 1)];
+    for (heads, dim) in [((14, 2), 64), ((12, 2), 128), ((6, 6), 80), ((40, 1), 96), ((4, 2), 112)]
+    {
+        let case = Case::new(14, BF16, (heads, dim), &lengths, 0);
+        for window in [None, Some(1), Some(50), Some(128)] {
+            case.check_decode(window);
+        }
+    }
+    Case::new(15, Kind::Half, ((32, 8), 80), &lengths, 0).check_decode(None);
+    let group: Vec<_> = (0..30).map(|i| (330 + i % 23, 1)).collect();
+    for heads in [(14, 2), (4, 4)] {
+        let case = Case::new(16, BF16, (heads, 64), &group, 20);
+        for window in [None, Some(100), Some(335)] {
+            case.check_decode(window);
+        }
+    }
+}
+
+/// A row without a slot attends to its own token, which is stored nowhere.
+#[test]
+fn a_decoded_row_may_be_stored_nowhere() {
+    let case = Case::new(17, BF16, ((4, 2), 64), &[(40, 1), (21, 1)], 0);
+    let Unwritten { pages, qkv: [q, k, v], angles: [cos, sin], slots } = case.unwritten();
+    let run = |slots: &[i64]| {
+        let plan = PagedPlan::new(&case.spans(), [&[0; 2], slots], case.machine(1), Device::Cpu);
+        let [k_pages, v_pages] = &pages.each_ref().map(Tensor::copy);
+        let paged = Paged { q: &q, k_pages, v_pages, plan: &plan, scale: 0.125, window: None };
+        let made = turn_and_attend(&paged, [&k, &v], [&cos, &sin]).unwrap();
+        (made, k_pages.isnan().sum(Kind::Int64).int64_value(&[]))
+    };
+    let ((all, left), (some, more)) = (run(&slots), run(&[slots[0], -1]));
+    assert!(all.equal(&some));
+    assert_eq!(more, left + 2 * 64);
+}
+
+#[test]
+fn a_plan_of_single_rows_takes_no_others() {
+    let case = Case::new(18, BF16, ((4, 2), 64), &[(40, 2)], 0);
+    let machine = case.machine(1);
+    assert!(!case.plan(1).single_rows());
+    let mut plan =
+        PagedPlan::with_capacity(Capacity::of_decode(4, 10, &machine), machine, Device::Cpu);
+    assert!(plan.single_rows());
+    assert!(plan.refill(&case.spans(), [&[0; 2], &[-1; 2]]).is_err());
+}
+
 #[test]
 fn what_does_not_fit_is_refused() {
     let case = Case::new(13, BF16, ((4, 2), 64), &[(40, 1)], 0);
@@ -267,6 +384,16 @@ fn what_does_not_fit_is_refused() {
     ] {
         let paged = Paged { q: &q, k_pages, v_pages, plan: &plan, scale: 1.0, window: None };
         assert!(matches!(attend(&paged), Err(CudaError::Unsupported(_))), "{q:?}");
+    }
+    let Unwritten { qkv: [q, k, v], angles: [cos, sin], .. } = case.unwritten();
+    let paged = Paged { q: &q, k_pages, v_pages, plan: &plan, scale: 1.0, window: None };
+    for (kv, angles) in [
+        ([&k, &v.narrow(1, 0, 1)], [&cos, &sin]),
+        ([&k, &v], [&cos, &sin.narrow(1, 0, 8)]),
+        ([&k.to_kind(Kind::Half), &v], [&cos, &sin]),
+    ] {
+        let error = turn_and_attend(&paged, kv, angles);
+        assert!(matches!(error, Err(CudaError::Unsupported(_))), "{kv:?} {angles:?}");
     }
     assert!(!fits(BF16, 4, 2, 72) && !fits(Kind::Double, 4, 2, 64) && fits(Kind::Half, 64, 1, 64));
 }

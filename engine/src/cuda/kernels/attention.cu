@@ -7,12 +7,16 @@
 // the four warps `STRIPS` divide the rows, and those with the same rows divide the step's tokens.
 // A row of several tiles leaves pieces; the block that leaves the last of a row's adds them up, by their
 // largest scores and sums and in their order.
+//
+// `attend` finds the keys and values of all tokens in the pages. `decode` is for sequences of one row each:
+// the one new token of a tile is turned and stored on the way, and all others are asked for before the
+// kernel before has ended.
 
 // As in attention.rs.
 struct Attend {
-  const void *q;           // [rows, heads, HD]
-  const void *keys;        // [blocks, kv_heads, 16, HD]
-  const void *values;      // as keys
+  const void *q;           // [rows, heads, HD], a row `q_stride` elements after the one before
+  void *keys;              // [blocks, kv_heads, 16, HD]
+  void *values;            // as keys
   void *out;               // [rows, heads, HD]
   const int *tables;       // [spans, *table_width]
   const int *table_width;  // there too, because it changes between runs of a graph
@@ -24,6 +28,15 @@ struct Attend {
   float *pieces;           // [pieces, heads, HD], weighted values
   float *sums;             // [pieces, heads, 2]: largest score, sum of weights
   int *arrived;            // [rows, kv_heads]: pieces that have been left; 0 before and after
+  // What `decode` turns and stores:
+  const void *k;           // [rows, kv_heads, HD], a row `k_stride` elements after the one before
+  const void *v;           // as k
+  const float *cos;        // [rows, HD / 2]
+  const float *sin;
+  const i64 *slots;        // [rows]: block * 16 + offset; -1: it is stored nowhere
+  int q_stride;
+  int k_stride;
+  int v_stride;
   int rows;
   int heads;
   int kv_heads;
@@ -54,6 +67,15 @@ struct Rows {
   int pieces[MOST_ROWS];
   int lowest;
   int highest;
+  bool cut; // some have pieces
+};
+
+// The tokens of a tile.
+struct Tokens {
+  int begin;
+  int settled; // the end of those that were in the pages before the step
+  int fresh;   // the one that was not; -1: there is none
+  int end;
 };
 
 template <class T, int HD> struct Stage {
@@ -62,22 +84,62 @@ template <class T, int HD> struct Stage {
   T values[STEP][STRIDE];
 };
 
-template <class T, int HD>
-DEVICE void load_step(Stage<T, HD> &stage, const Attend &a, const Tile &tile, int token, int head) {
-  constexpr int LINES = HD * sizeof(T) / 16;
-  const int *table = a.tables + (i64)tile.span * *a.table_width;
-  for (int i = threadIdx.x; i < STEP * LINES; i += THREADS) {
-    const int row = i / LINES, part = i % LINES * (16 / (int)sizeof(T));
-    const bool valid = token + row < tile.end;
-    const int block = valid ? table[(token + row) / BLOCK] : 0;
-    const i64 from = (((i64)block * a.kv_heads + head) * BLOCK + (token + row) % BLOCK) * HD + part;
-    copy_async(&stage.keys[row][part], (const T *)a.keys + from, valid);
-    copy_async(&stage.values[row][part], (const T *)a.values + from, valid);
+// Keys and values of a token that are not in the pages yet.
+template <class T, int HD> struct Fresh {
+  static constexpr int LINES = HD / 2 / Line<T>::COUNT; // of half a head
+  alignas(16) T halves[2][2][HD / 2];                   // lower and upper one, of keys and values
+
+  // What one of the first 2 LINES threads looks after: turns and stores it.
+  METHOD void take(const Attend &a, int row, int head) {
+    typedef Line<T> L;
+    const bool is_v = threadIdx.x >= LINES;
+    const int d = threadIdx.x % LINES * L::COUNT;
+    const T *x = is_v ? (const T *)a.v + (i64)row * a.v_stride : (const T *)a.k + (i64)row * a.k_stride;
+    L low = *(const L *)(x + head * HD + d), high = *(const L *)(x + head * HD + HD / 2 + d);
+    if (!is_v) turn(low, high, a.cos + (i64)row * (HD / 2) + d, a.sin + (i64)row * (HD / 2) + d);
+    *(L *)&halves[is_v][0][d] = low;
+    *(L *)&halves[is_v][1][d] = high;
+    const i64 slot = a.slots[row];
+    if (slot < 0) return;
+    T *page = (T *)(is_v ? a.values : a.keys);
+    page += ((slot / BLOCK * a.kv_heads + head) * BLOCK + slot % BLOCK) * HD + d;
+    *(L *)page = low;
+    *(L *)(page + HD / 2) = high;
   }
+
+  // Lays that into a row of a stage.
+  METHOD void lay(Stage<T, HD> &stage, int row) const {
+    typedef Line<T> L;
+    const bool is_v = threadIdx.x >= LINES;
+    const int d = threadIdx.x % LINES * L::COUNT;
+    T *to = is_v ? stage.values[row] : stage.keys[row];
+    *(L *)&to[d] = *(const L *)&halves[is_v][0][d];
+    *(L *)&to[HD / 2 + d] = *(const L *)&halves[is_v][1][d];
+  }
+};
+
+// Begins to copy a step's tokens, but for a fresh one, and zeros beyond the last. `SETTLED`: they were there
+// before the step, so it may be before the kernel before has ended.
+template <bool SETTLED, class T, int HD>
+DEVICE void load_step(Stage<T, HD> &stage, const Attend &a, int span, const Tokens &tokens, int token,
+                      int head) {
+  constexpr int LINES = HD * sizeof(T) / 16;
+  const int *table = a.tables + (i64)span * *a.table_width;
+  for (int i = threadIdx.x; token < tokens.end && i < STEP * LINES; i += THREADS) {
+    const int row = i / LINES, part = i % LINES * (16 / (int)sizeof(T)), at = token + row;
+    if (SETTLED && at == tokens.fresh) continue;
+    const bool valid = at < tokens.settled;
+    const int block = valid ? table[at / BLOCK] : 0;
+    const i64 from = (((i64)block * a.kv_heads + head) * BLOCK + at % BLOCK) * HD + part;
+    copy_async<SETTLED>(&stage.keys[row][part], (const T *)a.keys + from, valid);
+    copy_async<SETTLED>(&stage.values[row][part], (const T *)a.values + from, valid);
+  }
+  commit_copies();
 }
 
-// One warp's part of a tile: sixteen rows, two of which every lane looks after.
-template <class T, int HD, int TOKENS> struct Strip {
+// One warp's part of a tile: sixteen rows, two of which every lane looks after. `TURNS`: queries have yet to
+// be turned.
+template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
   u32 q[HD / 16][4];
   float out[HD / 8][4];
   float largest[2];
@@ -94,18 +156,38 @@ template <class T, int HD, int TOKENS> struct Strip {
       position[half] = valid ? rows.position[row] : -1;
       largest[half] = minus_infinity();
       sum[half] = 0.0f;
-      const T *query = (const T *)a.q + ((i64)rows.row[row] * a.heads + head * group + at % group) * HD;
+      const T *query = (const T *)a.q + (i64)rows.row[row] * a.q_stride + (head * group + at % group) * HD;
 #pragma unroll
       for (int k = 0; k < HD / 16; ++k) {
         const u32 *pair = (const u32 *)(query + k * 16 + lane % 4 * 2);
         q[k][half] = valid ? pair[0] : 0;
         q[k][half + 2] = valid ? pair[4] : 0;
       }
+      if (TURNS) turn_query(half, a, rows.row[row]);
     }
 #pragma unroll
     for (int n = 0; n < HD / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
+    }
+  }
+
+  // Eight numbers of a row's query: a lane has two of them.
+  METHOD u32 &eight(int half, int index) { return q[index / 2][half + index % 2 * 2]; }
+
+  METHOD void turn_query(int half, const Attend &a, int row) {
+    constexpr int EIGHTS = HD / 16; // of half a head
+    const i64 angle = (i64)row * (HD / 2) + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < EIGHTS; ++i) {
+      u32 &low = eight(half, i), &high = eight(half, i + EIGHTS);
+      float x[2] = {number(lower(T(), low)), number(upper(T(), low))};
+      float y[2] = {number(lower(T(), high)), number(upper(T(), high))};
+      const Angles<2> cos(a.cos + angle + i * 8), sin(a.sin + angle + i * 8);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) turn(x[j], y[j], cos.at[j], sin.at[j]);
+      low = pack(T(), x[0], x[1]);
+      high = pack(T(), y[0], y[1]);
     }
   }
 
@@ -195,8 +277,8 @@ template <int HD> struct Found {
   float sum[WARPS][16];
 };
 
-template <class T, int HD, int TOKENS>
-DEVICE void leave(Found<HD> &found, Strip<T, HD, TOKENS> &strip) {
+template <class T, int HD, int TOKENS, bool TURNS>
+DEVICE void leave(Found<HD> &found, Strip<T, HD, TOKENS, TURNS> &strip) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -340,45 +422,52 @@ DEVICE void merge_rows(const Attend &a, const Tile &tile, const Rows &rows, int 
   }
 }
 
-template <class T, int HD, int STRIPS>
+template <class T, int HD, int STRIPS, bool DECODES>
 DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile, const Rows &rows,
-                        int begin) {
+                        const Tokens &tokens, int head) {
   constexpr int SHARERS = WARPS / STRIPS, TOKENS = STEP / SHARERS;
+  __shared__ Fresh<T, HD> fresh;
   Stage<T, HD> *stages = (Stage<T, HD> *)memory;
-  const int warp = threadIdx.x / WARP, head = blockIdx.y;
-  const int part = warp % SHARERS * TOKENS;
-  Strip<T, HD, TOKENS> strip;
-  strip.start(a, rows, warp / SHARERS * 16, tile.rows, head);
+  const int warp = threadIdx.x / WARP, part = warp % SHARERS * TOKENS;
+  const bool takes = DECODES && tokens.fresh >= 0 && threadIdx.x < 2 * Fresh<T, HD>::LINES;
 
-  if (begin < tile.end) load_step(stages[0], a, tile, begin, head);
-  commit_copies();
+  if (!DECODES) wait_for_kernel_before();
+  load_step<DECODES>(stages[0], a, tile.span, tokens, tokens.begin, head);
+  load_step<DECODES>(stages[1], a, tile.span, tokens, tokens.begin + STEP, head);
+  if (DECODES) wait_for_kernel_before();
+  Strip<T, HD, TOKENS, DECODES> strip;
+  strip.start(a, rows, warp / SHARERS * 16, tile.rows, head);
+  if (takes) fresh.take(a, rows.row[0], head);
+
   int current = 0;
-  for (int token = begin; token < tile.end; token += STEP) {
-    if (token + STEP < tile.end) load_step(stages[1 - current], a, tile, token + STEP, head);
-    commit_copies();
+  for (int token = tokens.begin; token < tokens.end; token += STEP) {
+    Stage<T, HD> &stage = stages[current];
     wait_for_copies<1>();
+    const int row = tokens.fresh - token;
+    if (takes && row >= 0 && row < STEP) fresh.lay(stage, row);
     __syncthreads();
     float s[TOKENS / 8][4];
-    strip.scores(s, stages[current], part);
-    const bool all_seen = token + STEP <= tile.end && token + STEP <= rows.lowest + 1 &&
+    strip.scores(s, stage, part);
+    const bool all_seen = token + STEP <= tokens.end && token + STEP <= rows.lowest + 1 &&
                           token > rows.highest - a.window;
-    if (!all_seen) strip.hide(s, token + part, tile.end, a.window);
+    if (!all_seen) strip.hide(s, token + part, tokens.end, a.window);
     strip.weigh(s, a.scale);
-    strip.add_values(s, stages[current], part);
+    strip.add_values(s, stage, part);
     __syncthreads();
+    load_step<DECODES>(stage, a, tile.span, tokens, token + 2 * STEP, head);
     current = 1 - current;
   }
   Found<HD> &found = *(Found<HD> *)memory;
   leave(found, strip);
   __syncthreads();
   write<T, HD, STRIPS>(found, a, tile, rows, head);
-  merge_rows<T, HD>(a, tile, rows, head);
+  if (rows.cut) merge_rows<T, HD>(a, tile, rows, head);
 }
 
 // What of a tile is read by all of its rows.
 DEVICE void load_rows(Rows &rows, const Attend &a, const Tile &tile) {
   if (threadIdx.x >= WARP) return;
-  int lowest = 0x7fffffff, highest = 0;
+  int lowest = 0x7fffffff, highest = 0, most = 0;
   for (int i = threadIdx.x; i < tile.rows; i += WARP) {
     const int row = a.tile_rows[tile.first_row + i], position = a.row_position[row];
     const int first = a.row_pieces[row];
@@ -388,49 +477,56 @@ DEVICE void load_rows(Rows &rows, const Attend &a, const Tile &tile) {
     rows.pieces[i] = a.row_pieces[row + 1] - first;
     lowest = min(lowest, position);
     highest = max(highest, position);
+    most = max(most, rows.pieces[i]);
   }
   lowest = warp_min(lowest);
   highest = -warp_min(-highest);
+  most = -warp_min(-most);
   if (threadIdx.x == 0) {
     rows.lowest = lowest;
     rows.highest = highest;
+    rows.cut = most > 0;
   }
 }
 
-// Lets the tile's pages come into the second cache; what is written to them meanwhile comes there, too.
-template <class T, int HD> DEVICE void fetch_pages(const Attend &a, const Tile &tile, int begin) {
+// Lets pages of tokens, from a multiple of 16 on, come into the second cache; what is written to them
+// meanwhile comes there, too.
+template <class T, int HD> DEVICE void fetch_pages(const Attend &a, int span, int begin, int end, int head) {
   constexpr int BYTES = BLOCK * HD * sizeof(T);
-  const int *table = a.tables + (i64)tile.span * *a.table_width;
-  const int first = begin / BLOCK, pages = (tile.end + BLOCK - 1) / BLOCK - first;
+  const int *table = a.tables + (i64)span * *a.table_width;
+  const int first = begin / BLOCK, pages = (end + BLOCK - 1) / BLOCK - first;
   for (int i = threadIdx.x; i < 2 * pages; i += THREADS) {
-    const i64 from = ((i64)table[first + i / 2] * a.kv_heads + blockIdx.y) * BLOCK * HD;
+    const i64 from = ((i64)table[first + i / 2] * a.kv_heads + head) * BLOCK * HD;
     fetch_ahead((const T *)(i % 2 ? a.values : a.keys) + from, BYTES);
   }
 }
 
-// Grid: tiles, kv_heads. Shared memory: two stages. What the plan says is there before all kernels of a
-// step.
-template <class T, int HD> DEVICE void attend(const Attend &a) {
+template <class T, int HD, bool DECODES> DEVICE void run(const Attend &a) {
   SHARED_MEMORY(memory);
   __shared__ Rows rows;
   let_kernel_after_begin();
-  const Tile tile = ((const Tile *)a.tiles)[blockIdx.x];
-  if (tile.rows == 0) {
-    wait_for_kernel_before();
-    return;
-  }
+  const int head = blockIdx.x % a.kv_heads;
+  const Tile tile = ((const Tile *)a.tiles)[blockIdx.x / a.kv_heads];
+  if (tile.rows == 0) return end_idle();
   load_rows(rows, a, tile);
   __syncthreads();
   const int first_seen = rows.lowest - a.window + 1;
-  const int begin = first_seen > tile.begin ? first_seen / BLOCK * BLOCK : tile.begin;
-  if (begin < tile.end) fetch_pages<T, HD>(a, tile, begin);
-  wait_for_kernel_before();
+  Tokens tokens = {tile.begin, tile.end, -1, tile.end};
+  if (first_seen > tile.begin) tokens.begin = first_seen / BLOCK * BLOCK;
+  // What a tile of several rows reads is before all of them.
+  if (DECODES && rows.lowest < tile.end) tokens.settled = tokens.fresh = rows.lowest;
+  fetch_pages<T, HD>(a, tile.span, tokens.begin + (DECODES ? 2 * STEP : 0), tokens.end, head);
   if (tile.rows * (a.heads / a.kv_heads) <= 16) {
-    attend_tile<T, HD, 1>(memory, a, tile, rows, begin);
+    attend_tile<T, HD, 1, DECODES>(memory, a, tile, rows, tokens, head);
   } else {
-    attend_tile<T, HD, 4>(memory, a, tile, rows, begin);
+    attend_tile<T, HD, 4, DECODES>(memory, a, tile, rows, tokens, head);
   }
 }
+
+// Grid: tiles times kv_heads; empty tiles are the last. Shared memory: two stages. What the plan says is
+// there before all kernels of a step.
+template <class T, int HD> DEVICE void attend(const Attend &a) { run<T, HD, false>(a); }
+template <class T, int HD> DEVICE void decode(const Attend &a) { run<T, HD, true>(a); }
 
 // The same without tensor cores, for f32: a warp for each row and head, a token at a time.
 template <class T, int HD> DEVICE void attend_plainly(const Attend &a) {
@@ -444,7 +540,7 @@ template <class T, int HD> DEVICE void attend_plainly(const Attend &a) {
   float q[EACH], out[EACH];
   for (int i = 0; i < EACH; ++i) {
     const int d = lane + i * WARP;
-    q[i] = d < HD ? number(((const T *)a.q)[((i64)row * a.heads + head) * HD + d]) : 0.0f;
+    q[i] = d < HD ? number(((const T *)a.q)[(i64)row * a.q_stride + head * HD + d]) : 0.0f;
     out[i] = 0.0f;
   }
   float largest = minus_infinity(), sum = 0.0f;

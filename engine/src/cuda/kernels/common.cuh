@@ -53,6 +53,45 @@ template <class T> DEVICE void put_four(T *at, const float (&x)[4]) {
 }
 DEVICE void put_four(float *at, const float (&x)[4]) { *(Line<float> *)at = {{x[0], x[1], x[2], x[3]}}; }
 
+// The two of a pair.
+template <class T> DEVICE T lower(T, u32 pair) { return T{(u16)pair}; }
+template <class T> DEVICE T upper(T, u32 pair) { return T{(u16)(pair >> 16)}; }
+
+// COUNT numbers of a table of angles, from a multiple of two on, and of four if there are as many.
+template <int COUNT> struct Angles {
+  static constexpr int EACH = COUNT < 4 ? COUNT : 4;
+  struct alignas(4 * EACH) Few {
+    float at[EACH];
+  };
+  float at[COUNT];
+
+  METHOD Angles(const float *table) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j += EACH) {
+      const Few few = *(const Few *)(table + j);
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) at[j + i] = few.at[i];
+    }
+  }
+};
+
+// Rotary embedding: turns the halves of a head against each other.
+DEVICE void turn(float &low, float &high, float cos, float sin) {
+  const float x = low, y = high;
+  low = x * cos - y * sin;
+  high = y * cos + x * sin;
+}
+template <class T> DEVICE void turn(Line<T> &low, Line<T> &high, const float *cos, const float *sin) {
+  const Angles<Line<T>::COUNT> cosines(cos), sines(sin);
+#pragma unroll
+  for (int j = 0; j < Line<T>::COUNT; ++j) {
+    float x = number(low.at[j]), y = number(high.at[j]);
+    turn(x, y, cosines.at[j], sines.at[j]);
+    put(low.at[j], x);
+    put(high.at[j], y);
+  }
+}
+
 DEVICE float minus_infinity() { return __int_as_float((int)0xff800000u); }
 
 // x sigmoid(x), within some ulp of f32: for results that are rounded to 16 bits.

@@ -72,8 +72,9 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const void *row) {
                : "memory");
 }
 
-// Begins to copy 16 bytes into shared memory, or zeros if not `valid`.
-DEVICE void copy_async(void *to, const void *from, bool valid) {
+// Begins to copy 16 bytes into shared memory, or zeros if not `valid`. `SETTLED`: nothing that the kernel before
+// may still write.
+template <bool SETTLED> DEVICE void copy_async(void *to, const void *from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
@@ -115,6 +116,12 @@ DEVICE void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// What a block does that has nothing to do. It makes room at once; the first one waits, so that when this
+// kernel has ended the one before has, too.
+DEVICE void end_idle() {
+  if (blockIdx.x == 0) wait_for_kernel_before();
 }
 
 // The next kernel's blocks may take what room there is as soon as all blocks of this one have said so.

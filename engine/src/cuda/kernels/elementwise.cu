@@ -96,9 +96,10 @@ template <class T> DEVICE void rotate(const Rotate &a) {
     const float cos = a.cos[row * a.half + d], sin = a.sin[row * a.half + d];
     const T *x = (const T *)a.x + row * a.stride + at;
     T *out = (T *)a.out + row * a.heads * 2 * a.half + at;
-    const float low = number(x[0]), high = number(x[a.half]);
-    put(out[0], low * cos - high * sin);
-    put(out[a.half], high * cos + low * sin);
+    float low = number(x[0]), high = number(x[a.half]);
+    turn(low, high, cos, sin);
+    put(out[0], low);
+    put(out[a.half], high);
   }
 }
 
@@ -120,20 +121,6 @@ struct RotateWrite {
   int v_stride;
 };
 
-// COUNT numbers of an angle's table, at a multiple of 4.
-template <int COUNT> struct Angles {
-  float at[COUNT];
-
-  METHOD Angles(const float *table) {
-#pragma unroll
-    for (int j = 0; j < COUNT; j += 4) {
-      const Line<float> four = *(const Line<float> *)(table + j);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) at[j + i] = four.at[i];
-    }
-  }
-};
-
 // Turns q and k, and stores k and v in their pages. Grid: rows, and as many blocks of 128 as they have
 // lines in the lower halves of heads of q, k and v.
 template <class T> DEVICE void rotate_write(const RotateWrite &a) {
@@ -153,15 +140,7 @@ template <class T> DEVICE void rotate_write(const RotateWrite &a) {
            : is_v ? (T *)a.values + page
                   : (T *)a.keys + page;
   L low = *(const L *)(x + d), high = *(const L *)(x + d + a.half);
-  if (!is_v) {
-    const Angles<L::COUNT> cos(a.cos + row * a.half + d), sin(a.sin + row * a.half + d);
-#pragma unroll
-    for (int j = 0; j < L::COUNT; ++j) {
-      const float x = number(low.at[j]), y = number(high.at[j]);
-      put(low.at[j], x * cos.at[j] - y * sin.at[j]);
-      put(high.at[j], y * cos.at[j] + x * sin.at[j]);
-    }
-  }
+  if (!is_v) turn(low, high, a.cos + row * a.half + d, a.sin + row * a.half + d);
   *(L *)(out + d) = low;
   *(L *)(out + d + a.half) = high;
 }

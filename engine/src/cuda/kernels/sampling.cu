@@ -1,7 +1,7 @@
 // Logits to tokens and their statistics, with the sums of logits.rs: with d = (x - max) / temperature,
 // Z = sum e^d, A1 = sum e^d d, B = sum e^2d, C = sum e^2d d.
 //
-// `sum_slices` sums up slices of a row, each from its own largest logit; `draw` adds the slices up
+// `sum_slices` sums up slices of a row, a warp each, from its own largest logit; `draw` adds the slices up
 // and looks for the token in the one slice that the random number falls into, or that holds the
 // largest logit, or is given the token. Tokens lie on the line of the random number in their order.
 
@@ -10,7 +10,7 @@ struct Draw {
   const void *logits;   // [rows, vocab], a row `stride` elements after the one before
   const double *how;    // [rows, 2]: 1 / temperature; a number in [0, 1), or -1: the likeliest token
   const i64 *given;     // [rows], tokens that are given; null: they are drawn
-  double *slices;       // [rows, slices of a row, 6], see Slice
+  float *slices;        // [rows, slices of a row, 6], see Slice
   float *out;           // [rows, 4]: token, or what is wrong with the row; log-prob, H, E_p[S]
   i64 *tokens;          // [rows]: the token, or 0
   double *sums;         // [rows, 2]: largest logit, Z
@@ -20,16 +20,16 @@ struct Draw {
 };
 
 struct Slice {
-  double z, a1, b, c;
+  float z, a1, b, c;
   float max;
-  int nans;
-  double unused;
+  int nans; // whether there are any
 };
 
-constexpr int EACH = 16;
+constexpr int EACH = 16; // logits of a lane
+constexpr int SLICE = EACH * WARP;
 constexpr int DRAWERS = 256;
 constexpr int DRAW_WARPS = DRAWERS / WARP;
-constexpr int SLICE = EACH * DRAWERS;
+constexpr int DRAWN = SLICE / DRAWERS; // logits of a thread in the slice that is drawn from
 constexpr int NOBODY = 0x7fffffff;
 
 // What `out` says in a token's place.
@@ -64,24 +64,23 @@ DEVICE int block_min(int x, int *room) {
   return joined(warp_min(x), room, [](int a, int b) { return a < b ? a : b; });
 }
 
-// Grid: slices of a row, rows.
+// Grid: a row's slices, a block's warps at a time; rows.
 template <class T> DEVICE void sum_slices(const Draw &a) {
-  __shared__ float floats[DRAW_WARPS];
-  __shared__ double doubles[DRAW_WARPS];
+  const int slice = blockIdx.x * DRAW_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  if (slice >= a.count) return;
   const i64 row = blockIdx.y;
   const T *logits = (const T *)a.logits + row * a.stride;
-  const int start = blockIdx.x * SLICE + threadIdx.x;
   const float factor = (float)a.how[row * 2];
   float x[EACH], max = LEAST;
   int nans = 0;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    const int at = start + i * DRAWERS;
+    const int at = slice * SLICE + i * WARP + lane;
     x[i] = at < a.vocab ? number(logits[at]) : minus_infinity();
     max = fmaxf(max, x[i]);
-    nans += x[i] != x[i];
+    nans |= x[i] != x[i];
   }
-  max = block_max(max, floats);
+  max = warp_max(max);
   float z = 0.0f, a1 = 0.0f, b = 0.0f, c = 0.0f;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
@@ -91,13 +90,8 @@ template <class T> DEVICE void sum_slices(const Draw &a) {
     b += e * e;
     c += e * e * d;
   }
-  const double sums[4] = {block_sum(z, doubles), block_sum(a1, doubles), block_sum(b, doubles),
-                          block_sum(c, doubles)};
-  const double all_nans = block_sum(nans, doubles);
-  if (threadIdx.x == 0) {
-    ((Slice *)a.slices)[row * a.count + blockIdx.x] =
-        Slice{sums[0], sums[1], sums[2], sums[3], max, (int)all_nans, 0.0};
-  }
+  const Slice sums = {warp_sum(z), warp_sum(a1), warp_sum(b), warp_sum(c), max, -warp_min(-nans)};
+  if (lane == 0) ((Slice *)a.slices)[row * a.count + slice] = sums;
 }
 
 // A whole row.
@@ -195,9 +189,9 @@ template <class T> DEVICE void draw(const Draw &a) {
       if (slice == NOBODY && slices[i].max == row.max) slice = i;
     }
     slice = block_min(slice, ints);
-    const int start = slice * SLICE + threadIdx.x * EACH;
+    const int start = slice * SLICE + threadIdx.x * DRAWN;
     int first = NOBODY;
-    for (int i = EACH; i-- > 0;) {
+    for (int i = DRAWN; i-- > 0;) {
       if (start + i < a.vocab && number(logits[start + i]) == row.max) first = start + i;
     }
     first = block_min(first, ints);
@@ -226,12 +220,12 @@ template <class T> DEVICE void draw(const Draw &a) {
       }
     }
     __syncthreads();
-    const int start = found * SLICE + threadIdx.x * EACH;
+    const int start = found * SLICE + threadIdx.x * DRAWN;
     const double wanted = rest;
-    float weights[EACH];
+    float weights[DRAWN];
     double own = 0.0;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
+    for (int i = 0; i < DRAWN; ++i) {
       const float x = start + i < a.vocab ? number(logits[start + i]) : minus_infinity();
       weights[i] = weight(cut((x - row.max) * (float)factor));
       own += weights[i];
@@ -241,7 +235,7 @@ template <class T> DEVICE void draw(const Draw &a) {
       double left = wanted - share.before;
       bool done = false;
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) {
+      for (int i = 0; i < DRAWN; ++i) {
         if (!done && weights[i] > 0.0f) {
           found = start + i;
           done = weights[i] > left;
@@ -275,7 +269,9 @@ struct Gradient {
   float factor; // 1 / temperature
 };
 
-// scale * factor * (onehot(token) - p), as a U. Grid: slices of a row, rows.
+constexpr int GRADIENTS = EACH * DRAWERS; // of a block
+
+// scale * factor * (onehot(token) - p), as a U. Grid: blocks of a row, rows.
 template <class T, class U> DEVICE void gradient_as(const Gradient &a) {
   const i64 row = blockIdx.y;
   const T *logits = (const T *)a.logits + row * a.stride;
@@ -283,7 +279,7 @@ template <class T, class U> DEVICE void gradient_as(const Gradient &a) {
   const float scale = a.scales[row] * a.factor, max = (float)a.sums[row * 2];
   const float share = scale == 0.0f ? 0.0f : (float)(-scale / a.sums[row * 2 + 1]);
   for (int i = 0; i < EACH; ++i) {
-    const int at = blockIdx.x * SLICE + i * DRAWERS + threadIdx.x;
+    const int at = blockIdx.x * GRADIENTS + i * DRAWERS + threadIdx.x;
     if (at >= a.vocab) break;
     const float p = scale == 0.0f ? 0.0f : weight(cut((number(logits[at]) - max) * a.factor)) * share;
     put(out[at], at == (int)a.tokens[row] ? p + scale : p);
