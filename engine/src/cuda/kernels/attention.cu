@@ -79,6 +79,7 @@ struct Tokens {
 };
 
 template <class T, int HD> struct Stage {
+  static_assert(STEP * HD * sizeof(T) / 16 % THREADS == 0, "all threads copy as many lines");
   static constexpr int STRIDE = HD + 8; // keeps the rows of a matrix in different banks
   T keys[STEP][STRIDE];
   T values[STEP][STRIDE];
@@ -89,22 +90,31 @@ template <class T, int HD> struct Fresh {
   static constexpr int LINES = HD / 2 / Line<T>::COUNT; // of half a head
   alignas(16) T halves[2][2][HD / 2];                   // lower and upper one, of keys and values
 
-  // What one of the first 2 LINES threads looks after: turns and stores it.
-  METHOD void take(const Attend &a, int row, int head) {
-    typedef Line<T> L;
+  // What one of the first 2 LINES threads looks after: a line of each half.
+  struct Own {
+    Line<T> low, high;
+  };
+
+  METHOD Own load(const Attend &a, int row, int head) {
+    const T *x = threadIdx.x >= LINES ? (const T *)a.v + (i64)row * a.v_stride
+                                      : (const T *)a.k + (i64)row * a.k_stride;
+    x += head * HD + threadIdx.x % LINES * Line<T>::COUNT;
+    return {*(const Line<T> *)x, *(const Line<T> *)(x + HD / 2)};
+  }
+
+  // Turns and stores it.
+  METHOD void take(Own own, const Attend &a, int row, int head) {
     const bool is_v = threadIdx.x >= LINES;
-    const int d = threadIdx.x % LINES * L::COUNT;
-    const T *x = is_v ? (const T *)a.v + (i64)row * a.v_stride : (const T *)a.k + (i64)row * a.k_stride;
-    L low = *(const L *)(x + head * HD + d), high = *(const L *)(x + head * HD + HD / 2 + d);
-    if (!is_v) turn(low, high, a.cos + (i64)row * (HD / 2) + d, a.sin + (i64)row * (HD / 2) + d);
-    *(L *)&halves[is_v][0][d] = low;
-    *(L *)&halves[is_v][1][d] = high;
-    const i64 slot = a.slots[row];
+    const int d = threadIdx.x % LINES * Line<T>::COUNT;
+    const i64 angle = (i64)row * (HD / 2) + d, slot = a.slots[row];
+    if (!is_v) turn(own.low, own.high, a.cos + angle, a.sin + angle);
+    *(Line<T> *)&halves[is_v][0][d] = own.low;
+    *(Line<T> *)&halves[is_v][1][d] = own.high;
     if (slot < 0) return;
     T *page = (T *)(is_v ? a.values : a.keys);
     page += ((slot / BLOCK * a.kv_heads + head) * BLOCK + slot % BLOCK) * HD + d;
-    *(L *)page = low;
-    *(L *)(page + HD / 2) = high;
+    *(Line<T> *)page = own.low;
+    *(Line<T> *)(page + HD / 2) = own.high;
   }
 
   // Lays that into a row of a stage.
@@ -123,16 +133,26 @@ template <class T, int HD> struct Fresh {
 template <bool SETTLED, class T, int HD>
 DEVICE void load_step(Stage<T, HD> &stage, const Attend &a, int span, const Tokens &tokens, int token,
                       int head) {
-  constexpr int LINES = HD * sizeof(T) / 16;
-  const int *table = a.tables + (i64)span * *a.table_width;
-  for (int i = threadIdx.x; token < tokens.end && i < STEP * LINES; i += THREADS) {
-    const int row = i / LINES, part = i % LINES * (16 / (int)sizeof(T)), at = token + row;
-    if (SETTLED && at == tokens.fresh) continue;
-    const bool valid = at < tokens.settled;
-    const int block = valid ? table[at / BLOCK] : 0;
-    const i64 from = (((i64)block * a.kv_heads + head) * BLOCK + at % BLOCK) * HD + part;
-    copy_async<SETTLED>(&stage.keys[row][part], (const T *)a.keys + from, valid);
-    copy_async<SETTLED>(&stage.values[row][part], (const T *)a.values + from, valid);
+  constexpr int LINES = HD * sizeof(T) / 16, EACH = STEP * LINES / THREADS;
+  if (token < tokens.end) {
+    // No copy waits for the place of another. A step begins where a block does.
+    const int *table = a.tables + (i64)span * *a.table_width + token / BLOCK;
+    int block[EACH];
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      const int row = (threadIdx.x + n * THREADS) / LINES;
+      block[n] = token + row < tokens.settled ? table[row / BLOCK] : 0;
+    }
+    const int page = a.kv_heads * BLOCK * HD;
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      const u32 i = threadIdx.x + n * THREADS, row = i / LINES, part = i % LINES * (16 / sizeof(T));
+      const int at = token + (int)row;
+      if (SETTLED && at == tokens.fresh) continue;
+      const i64 from = (i64)block[n] * page + (head * BLOCK + row % BLOCK) * HD + part;
+      copy_async<SETTLED>(&stage.keys[row][part], (const T *)a.keys + from, at < tokens.settled);
+      copy_async<SETTLED>(&stage.values[row][part], (const T *)a.values + from, at < tokens.settled);
+    }
   }
   commit_copies();
 }
@@ -148,22 +168,28 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
 
   METHOD void start(const Attend &a, const Rows &rows, int first, int count, int head) {
     const int lane = threadIdx.x % WARP, group = a.heads / a.kv_heads;
+    int row[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = first + lane / 4 + 8 * half;
       const bool valid = at < count * group;
-      const int row = valid ? at / group : 0;
-      position[half] = valid ? rows.position[row] : -1;
+      const int place = valid ? at / group : 0;
+      row[half] = rows.row[place];
+      position[half] = valid ? rows.position[place] : -1;
       largest[half] = minus_infinity();
       sum[half] = 0.0f;
-      const T *query = (const T *)a.q + (i64)rows.row[row] * a.q_stride + (head * group + at % group) * HD;
+      const T *query = (const T *)a.q + (i64)row[half] * a.q_stride + (head * group + at % group) * HD;
 #pragma unroll
       for (int k = 0; k < HD / 16; ++k) {
         const u32 *pair = (const u32 *)(query + k * 16 + lane % 4 * 2);
         q[k][half] = valid ? pair[0] : 0;
         q[k][half + 2] = valid ? pair[4] : 0;
       }
-      if (TURNS) turn_query(half, a, rows.row[row]);
+    }
+    // All of them have been asked for by now.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (TURNS && position[half] >= 0) turn_query(half, a, row[half]);
     }
 #pragma unroll
     for (int n = 0; n < HD / 8; ++n) {
@@ -435,9 +461,11 @@ DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile
   load_step<DECODES>(stages[0], a, tile.span, tokens, tokens.begin, head);
   load_step<DECODES>(stages[1], a, tile.span, tokens, tokens.begin + STEP, head);
   if (DECODES) wait_for_kernel_before();
+  typename Fresh<T, HD>::Own own = {};
+  if (takes) own = fresh.load(a, rows.row[0], head);
   Strip<T, HD, TOKENS, DECODES> strip;
   strip.start(a, rows, warp / SHARERS * 16, tile.rows, head);
-  if (takes) fresh.take(a, rows.row[0], head);
+  if (takes) fresh.take(own, a, rows.row[0], head);
 
   int current = 0;
   for (int token = tokens.begin; token < tokens.end; token += STEP) {
