@@ -5,12 +5,12 @@ mod plan;
 pub use self::plan::{Capacity, PagedPlan};
 use super::{
     CudaError,
-    elementwise::{check_fresh, rotate_write},
+    elementwise::{aligned, check_fresh, rotate_write},
     launch::{Argument, Launch, device_of, require},
     pages::{self, Pages},
     source::{Element, HEAD_DIMS, Program},
 };
-use crate::device::attention::Paged;
+use crate::{device::attention::Paged, model::rope::Turn};
 use std::{ffi::c_void, ptr::null};
 use tch::{Device, Kind, Tensor};
 
@@ -45,6 +45,8 @@ struct Attend {
     cos: *const f32,
     sin: *const f32,
     slots: *const i64,
+    q_norm: *const c_void,
+    k_norm: *const c_void,
     q_stride: i32,
     k_stride: i32,
     v_stride: i32,
@@ -53,6 +55,7 @@ struct Attend {
     kv_heads: i32,
     window: i32,
     scale: f32,
+    eps: f32,
 }
 
 impl Argument for Attend {}
@@ -66,21 +69,22 @@ pub fn fits(kind: Kind, heads: usize, kv_heads: usize, head_dim: usize) -> bool 
         && (1..=super::plan::MOST_ROWS).contains(&(heads / kv_heads))
 }
 
-/// Turns `q` (`[N, heads, head_dim]`) and `k` (`[N, kv_heads, head_dim]`) by these cosines and sines, stores
-/// `k` and `v` (as `k`) in the step's slots, and attends, as [`attend`]. Rows may lie apart.
+/// Norms and turns `q` (`[N, heads, head_dim]`) and `k` (`[N, kv_heads, head_dim]`), stores `k` and `v` (as
+/// `k`) in the step's slots, and attends, as [`attend`]. Rows may lie apart.
 ///
 /// # Errors
 /// As [`rotate_write`] and [`attend`].
 pub fn turn_and_attend(
     paged: &Paged<'_, PagedPlan>,
     [k, v]: [&Tensor; 2],
-    angles: [&Tensor; 2],
+    turn: &Turn<'_>,
 ) -> Result<Tensor, CudaError> {
     let Paged { q, k_pages, v_pages, plan, .. } = *paged;
     if plan.single_rows() && q.kind() != Kind::Float {
-        return decode(paged, [k, v], angles);
+        return decode(paged, [k, v], turn);
     }
-    let q = &rotate_write([q, k, v], angles, (k_pages, v_pages), &plan.slots)?;
+    let [q, k] = &turn.normed([q, k]);
+    let q = &rotate_write([q, k, v], turn.rotation.angles(), (k_pages, v_pages), &plan.slots)?;
     attend(&Paged { q, ..*paged })
 }
 
@@ -88,18 +92,30 @@ pub fn turn_and_attend(
 fn decode(
     paged: &Paged<'_, PagedPlan>,
     [k, v]: [&Tensor; 2],
-    [cos, sin]: [&Tensor; 2],
+    turn: &Turn<'_>,
 ) -> Result<Tensor, CudaError> {
     let Paged { q, k_pages, v_pages, plan, .. } = *paged;
     let pages = Pages::of(k_pages, v_pages)?;
     let heads = check(paged, &pages)?;
+    let [cos, sin] = turn.rotation.angles();
     check_fresh([q, k, v], [cos, sin], (k_pages, v_pages), &plan.slots)?;
+    let weights = turn.norms.map(|norms| norms.weights);
+    for weight in weights.into_iter().flatten() {
+        let like = weight.size() == [pages.head_dim as i64] && weight.kind() == q.kind();
+        let there = weight.is_contiguous() && weight.device() == q.device() && aligned(weight);
+        require(like && there, || format!("a norm by {weight:?} of heads of {q:?}"))?;
+    }
+    let [q_norm, k_norm] =
+        weights.map_or([null(); 2], |weights| weights.map(|weight| weight.data_ptr().cast_const()));
     launch("decode", paged, &pages, heads, |attend| Attend {
         k: k.data_ptr(),
         v: v.data_ptr(),
         cos: cos.data_ptr().cast(),
         sin: sin.data_ptr().cast(),
         slots: plan.slots.data_ptr().cast(),
+        q_norm,
+        k_norm,
+        eps: turn.norms.map_or(0.0, |norms| norms.eps as f32),
         k_stride: k.stride()[0] as i32,
         v_stride: v.stride()[0] as i32,
         ..attend
@@ -227,6 +243,8 @@ fn argument(
         cos: null(),
         sin: null(),
         slots: null(),
+        q_norm: null(),
+        k_norm: null(),
         q_stride: paged.q.stride()[0] as i32,
         k_stride: 0,
         v_stride: 0,
@@ -235,6 +253,7 @@ fn argument(
         kv_heads: pages.kv_heads as i32,
         window: paged.window.map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX)),
         scale: (paged.scale * std::f64::consts::LOG2_E) as f32,
+        eps: 0.0,
     }
 }
 

@@ -97,7 +97,7 @@ fn element_of(tensor: &Tensor) -> Result<Element, CudaError> {
     Element::of(tensor.kind()).ok_or_else(|| CudaError::Unsupported(format!("{tensor:?}")))
 }
 
-fn aligned(tensor: &Tensor) -> bool {
+pub(super) fn aligned(tensor: &Tensor) -> bool {
     (tensor.data_ptr() as usize).is_multiple_of(16)
 }
 

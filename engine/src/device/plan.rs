@@ -8,7 +8,7 @@ use super::{
 use crate::{
     cuda::{CudaError, attention as kernel, plan::Machine},
     kernels::attention::Span,
-    model::rope::Rotation,
+    model::rope::Turn,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -152,7 +152,7 @@ impl StepPlan {
         Ok(())
     }
 
-    /// Turns `q` (`[N, heads, head_dim]`) and `k`, writes `k` and `v` (`[N, kv_heads, head_dim]`) of one
+    /// Norms and turns `q` (`[N, heads, head_dim]`) and `k`, writes `k` and `v` (`[N, kv_heads, head_dim]`) of one
     /// layer to their slots, and attends with scale `1 / sqrt(head_dim)`; `[N, heads * head_dim]`.
     ///
     /// # Panics
@@ -160,17 +160,17 @@ impl StepPlan {
     pub fn attend(
         &self,
         [q, k, v]: [&Tensor; 3],
-        rotation: &Rotation,
+        turn: &Turn<'_>,
         (k_pages, v_pages): (&Tensor, &Tensor),
         window: Option<usize>,
     ) -> Tensor {
         let (_, _, head_dim) = q.size3().expect("q has three axes");
         let scale = 1.0 / (head_dim as f64).sqrt();
-        let turned = || [rotation.apply(q), rotation.apply(k)];
+        let turned = || turn.apply([q, k]);
         match (&self.paged, &self.prompts) {
             (Paging::Kernels(plan), None) => {
                 let paged = Paged { q, k_pages, v_pages, plan, scale, window };
-                launched(kernel::turn_and_attend(&paged, [k, v], rotation.angles()))
+                launched(kernel::turn_and_attend(&paged, [k, v], turn))
             }
             (Paging::Kernels(plan), Some(prompts)) => {
                 let [q, k] = &turned();

@@ -10,7 +10,7 @@ use crate::{
     },
     kernels::attention::{Span, paged_attention},
     kv_cache::KvCache,
-    model::rope::Rotation,
+    model::rope::Turn,
     ops::packed_attention::packed_attention,
     profile::{Phase, timed},
     torch::slices::{floats, floats_mut},
@@ -57,15 +57,15 @@ pub struct LayerShape {
 
 impl Attention<'_> {
     /// Attends with `q` `[N, heads, head_dim]` and `k` `[N, kv_heads, head_dim]`, after both are
-    /// rotated, and `v` of the shape of `k`; scale is `1 / sqrt(head_dim)`. Returns `[N, heads *
+    /// normed and rotated, and `v` of the shape of `k`; scale is `1 / sqrt(head_dim)`. Returns `[N, heads *
     /// head_dim]`.
     pub fn attend(
         &mut self,
         [q, k, v]: [&Tensor; 3],
-        rotation: &Rotation,
+        turn: &Turn<'_>,
         layer: LayerShape,
     ) -> Tensor {
-        let turned = || [rotation.apply(q), rotation.apply(k)];
+        let turned = || turn.apply([q, k]);
         match self {
             Attention::Causal(pack) => {
                 let [q, k] = turned();
@@ -77,7 +77,7 @@ impl Attention<'_> {
             }
             Attention::OnDevice(batch) => timed(Phase::Attention, || {
                 let pages = batch.pages.layer(layer.index);
-                batch.plan.attend([q, k, v], rotation, pages, layer.window)
+                batch.plan.attend([q, k, v], turn, pages, layer.window)
             }),
         }
     }

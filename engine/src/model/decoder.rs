@@ -4,7 +4,7 @@ use super::{
     attention::{Attention, LayerShape},
     config::ModelConfig,
     joined::joined,
-    rope::{Rope, Rotation},
+    rope::{HeadNorms, Rope, Rotation, Turn},
 };
 use crate::{
     cuda::product::Output,
@@ -115,8 +115,8 @@ impl RmsNorm {
 struct SelfAttention {
     qkv: Parallel<3>,
     o: Linear,
-    q_norm: Option<RmsNorm>,
-    k_norm: Option<RmsNorm>,
+    /// Of each head of q and k.
+    head_norms: Option<[RmsNorm; 2]>,
     head_dim: i64,
     shape: LayerShape,
 }
@@ -124,12 +124,11 @@ struct SelfAttention {
 impl SelfAttention {
     fn forward(&self, x: &Tensor, rotation: &Rotation, attention: &mut Attention<'_>) -> Tensor {
         let [q, k, v] = self.qkv.forward(x).map(|rows| rows.view([x.size()[0], -1, self.head_dim]));
-        let normed = |rows: Tensor, norm: &Option<RmsNorm>| match norm {
-            Some(norm) => norm.forward(&rows),
-            None => rows,
-        };
-        let (q, k) = (normed(q, &self.q_norm), normed(k, &self.k_norm));
-        let attended = attention.attend([&q, &k, &v], rotation, self.shape);
+        let norms = self.head_norms.as_ref().map(|norms| HeadNorms {
+            weights: norms.each_ref().map(|norm| &norm.weight),
+            eps: norms[0].eps,
+        });
+        let attended = attention.attend([&q, &k, &v], &Turn { norms, rotation }, self.shape);
         self.o.forward(&attended)
     }
 }
@@ -392,7 +391,8 @@ impl Builder<'_> {
         let config = self.config;
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let projection = |part: &str, bias| self.linear(&name(&format!("self_attn.{part}")), bias);
-        let head_norm = |part: &str| config.qk_norm.then(|| self.norm(&name(part)));
+        let head_norms =
+            || ["self_attn.q_norm", "self_attn.k_norm"].map(|part| self.norm(&name(part)));
         let mlp = |part: &str| self.linear(&name(&format!("mlp.{part}")), config.mlp_bias);
         Layer {
             input_norm: self.norm(&name("input_layernorm")),
@@ -401,8 +401,7 @@ impl Builder<'_> {
                     ["q_proj", "k_proj", "v_proj"].map(|part| projection(part, config.qkv_bias)),
                 ),
                 o: projection("o_proj", config.o_bias),
-                q_norm: head_norm("self_attn.q_norm"),
-                k_norm: head_norm("self_attn.k_norm"),
+                head_norms: config.qk_norm.then(head_norms),
                 head_dim: config.head_dim as i64,
                 shape: LayerShape { index, window: config.layer_window[index] },
             },

@@ -1,7 +1,7 @@
 //! Rotary position embedding.
 
 use super::config::ModelConfig;
-use crate::ops::rope::rotate;
+use crate::ops::{rms_norm::rms_norm, rope::rotate};
 use tch::{Device, Kind, Tensor};
 
 /// Inverse frequencies and the attention factor of a model.
@@ -48,5 +48,38 @@ impl Rotation {
     /// Rotates `x`, `[N, heads, head_dim]`, halves against each other.
     pub fn apply(&self, x: &Tensor) -> Tensor {
         rotate(x, &self.cos, &self.sin)
+    }
+}
+
+/// Norms of each head of q and k: weights `[head_dim]` each.
+#[derive(Clone, Copy)]
+pub struct HeadNorms<'a> {
+    /// Of q and of k.
+    pub weights: [&'a Tensor; 2],
+    /// Is added to the mean of squares.
+    pub eps: f64,
+}
+
+/// What becomes of q and k before they meet: a norm of each head, where a model has them, and rotation.
+#[derive(Clone, Copy)]
+pub struct Turn<'a> {
+    /// The norms.
+    pub norms: Option<HeadNorms<'a>>,
+    /// The rotation.
+    pub rotation: &'a Rotation,
+}
+
+impl Turn<'_> {
+    /// q and k, `[N, heads, head_dim]` each, after the norms.
+    pub fn normed(&self, qk: [&Tensor; 2]) -> [Tensor; 2] {
+        let Some(HeadNorms { weights: [q, k], eps }) = self.norms else {
+            return qk.map(Tensor::shallow_clone);
+        };
+        [rms_norm(qk[0], q, eps), rms_norm(qk[1], k, eps)]
+    }
+
+    /// q and k after both.
+    pub fn apply(&self, qk: [&Tensor; 2]) -> [Tensor; 2] {
+        self.normed(qk).map(|x| self.rotation.apply(&x))
     }
 }

@@ -16,6 +16,7 @@ use onpolicy_engine::{
         sampling, stats, wide,
     },
     kernels::{attention::Span, pages::BLOCK},
+    model::rope::{HeadNorms, Rotation, Turn},
     ops::{rms_norm::add_rms_norm, rope::rotate, swiglu::swiglu},
     sampler::{self, Draw, stream_of},
     torch::{
@@ -112,6 +113,8 @@ struct Case {
     qkv: [Tensor; 3],
     /// Cosines and sines, `[rows, head_dim / 2]`, f32.
     angles: [Tensor; 2],
+    /// Weights of norms of the heads of q and k.
+    norms: [Tensor; 2],
 }
 
 impl Case {
@@ -142,6 +145,8 @@ impl Case {
             sequences,
             qkv: [heads, kv_heads, kv_heads].map(|heads| random(&[rows, heads, head_dim], kind)),
             angles: [turns.cos(), turns.sin()],
+            // As trained ones: scores stay as large as they are without.
+            norms: [0, 1].map(|_| random(&[head_dim], kind) / 8.0 + 1.0),
         }
     }
 
@@ -165,7 +170,7 @@ impl Case {
         rows.flat_map(|(blocks, at)| at.clone().map(move |at| slot(blocks, at))).collect()
     }
 
-    /// Turns, writes and attends on a device, and in f64 on the CPU.
+    /// Norms, turns, writes and attends on a device, and in f64 on the CPU.
     fn distance(&self, place: &Place, window: Option<usize>) -> Result<f64, anyhow::Error> {
         let device = place.placement.device;
         let want = self.operations(Kind::Double, Device::Cpu, window);
@@ -178,6 +183,19 @@ impl Case {
         Ok(distance(&got, &want))
     }
 
+    /// With the case's norms and a rotation, where and of what type a tensor is.
+    fn turned<R>(
+        &self,
+        like: &Tensor,
+        rotation: &Rotation,
+        with: impl FnOnce(&Turn<'_>) -> R,
+    ) -> R {
+        let there = |weight: &Tensor| weight.to_device(like.device()).to_kind(like.kind());
+        let weights = self.norms.each_ref().map(there);
+        let norms = Some(HeadNorms { weights: weights.each_ref(), eps: 1e-6 });
+        tch::no_grad(|| with(&Turn { norms, rotation }))
+    }
+
     fn operations(&self, kind: Kind, device: Device, window: Option<usize>) -> Tensor {
         let there = |x: &Tensor| x.to_device(device).to_kind(kind).copy();
         let ([k_pages, v_pages], [q, k, v]) =
@@ -186,7 +204,7 @@ impl Case {
         let plan = &PagedPlan::new(&self.spans(), slots, device);
         let turn = |angles: &Tensor| angles.to_device(device).to_kind(wide(kind));
         let [cos, sin] = self.angles.each_ref().map(turn);
-        let [q, k] = [q, k].map(|x| rotate(&x, &cos, &sin));
+        let [q, k] = self.turned(&q, &Rotation::new(cos, sin), |turn| turn.apply([&q, &k]));
         write_kv(&k, &v, &k_pages, &v_pages, plan);
         let scale = 1.0 / (q.size()[2] as f64).sqrt();
         attend(&Paged { q: &q, k_pages: &k_pages, v_pages: &v_pages, plan, scale, window })
@@ -203,8 +221,9 @@ impl Case {
         let plan = &kernel::PagedPlan::new(&self.spans(), [&tokens, &slots], machine, device);
         let scale = 1.0 / (head_dim as f64).sqrt();
         let paged = Paged { q: &q, k_pages: &k_pages, v_pages: &v_pages, plan, scale, window };
-        let angles = self.angles.each_ref().map(there);
-        Ok(kernel::turn_and_attend(&paged, [&k, &v], angles.each_ref())?)
+        let [cos, sin] = self.angles.each_ref().map(there);
+        let made = |turn: &Turn<'_>| kernel::turn_and_attend(&paged, [&k, &v], turn);
+        Ok(self.turned(&q, &Rotation::new(cos, sin), made)?)
     }
 }
 

@@ -9,8 +9,8 @@
 // largest scores and sums and in their order.
 //
 // `attend` finds the keys and values of all tokens in the pages. `decode` is for sequences of one row each:
-// the one new token of a tile is turned and stored on the way, and all others are asked for before the
-// kernel before has ended.
+// the one new token of a tile is normed, turned and stored on the way, and all others are asked for before
+// the kernel before has ended.
 
 // As in attention.rs.
 struct Attend {
@@ -28,12 +28,14 @@ struct Attend {
   float *pieces;           // [pieces, heads, HD], weighted values
   float *sums;             // [pieces, heads, 2]: largest score, sum of weights
   int *arrived;            // [rows, kv_heads]: pieces that have been left; 0 before and after
-  // What `decode` turns and stores:
+  // What `decode` norms, turns and stores:
   const void *k;           // [rows, kv_heads, HD], a row `k_stride` elements after the one before
   const void *v;           // as k
   const float *cos;        // [rows, HD / 2]
   const float *sin;
   const i64 *slots;        // [rows]: block * 16 + offset; -1: it is stored nowhere
+  const void *q_norm;      // [HD] each: weights of a norm of every head before it is turned; or null
+  const void *k_norm;
   int q_stride;
   int k_stride;
   int v_stride;
@@ -42,6 +44,7 @@ struct Attend {
   int kv_heads;
   int window; // positions that a row sees, its own included
   float scale; // of the scores, times log2(e)
+  float eps;   // of the norms
 };
 
 struct Tile {
@@ -95,18 +98,28 @@ template <class T, int HD> struct Fresh {
     Line<T> low, high;
   };
 
+  METHOD bool active() const { return threadIdx.x < 2 * LINES; }
+
   METHOD Own load(const Attend &a, int row, int head) {
+    if (!active()) return {};
     const T *x = threadIdx.x >= LINES ? (const T *)a.v + (i64)row * a.v_stride
                                       : (const T *)a.k + (i64)row * a.k_stride;
     x += head * HD + threadIdx.x % LINES * Line<T>::COUNT;
     return {*(const Line<T> *)x, *(const Line<T> *)(x + HD / 2)};
   }
 
-  // Turns and stores it.
+  // Norms, turns and stores it; a whole warp does.
   METHOD void take(Own own, const Attend &a, int row, int head) {
     const bool is_v = threadIdx.x >= LINES;
     const int d = threadIdx.x % LINES * Line<T>::COUNT;
     const i64 angle = (i64)row * (HD / 2) + d, slot = a.slots[row];
+    if (a.k_norm) {
+      const float squares = warp_sum(is_v ? 0.0f : squares_of(own.low) + squares_of(own.high));
+      const Line<T> *weight = (const Line<T> *)((const T *)a.k_norm + d);
+      const float factor = 1.0f / sqrtf(squares / HD + a.eps);
+      if (!is_v) own = {scaled(own.low, factor, weight[0]), scaled(own.high, factor, weight[LINES])};
+    }
+    if (!active()) return;
     if (!is_v) turn(own.low, own.high, a.cos + angle, a.sin + angle);
     *(Line<T> *)&halves[is_v][0][d] = own.low;
     *(Line<T> *)&halves[is_v][1][d] = own.high;
@@ -119,6 +132,7 @@ template <class T, int HD> struct Fresh {
 
   // Lays that into a row of a stage.
   METHOD void lay(Stage<T, HD> &stage, int row) const {
+    if (!active()) return;
     typedef Line<T> L;
     const bool is_v = threadIdx.x >= LINES;
     const int d = threadIdx.x % LINES * L::COUNT;
@@ -158,7 +172,7 @@ DEVICE void load_step(Stage<T, HD> &stage, const Attend &a, int span, const Toke
 }
 
 // One warp's part of a tile: sixteen rows, two of which every lane looks after. `TURNS`: queries have yet to
-// be turned.
+// be normed and turned.
 template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
   u32 q[HD / 16][4];
   float out[HD / 8][4];
@@ -189,6 +203,7 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
     // All of them have been asked for by now.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (TURNS && a.q_norm) norm_query(half, a);
       if (TURNS && position[half] >= 0) turn_query(half, a, row[half]);
     }
 #pragma unroll
@@ -200,6 +215,25 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
 
   // Eight numbers of a row's query: a lane has two of them.
   METHOD u32 &eight(int half, int index) { return q[index / 2][half + index % 2 * 2]; }
+
+  METHOD void norm_query(int half, const Attend &a) {
+    const T *weight = (const T *)a.q_norm + threadIdx.x % 4 * 2;
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < HD / 8; ++i) {
+      const float x = number(lower(T(), eight(half, i))), y = number(upper(T(), eight(half, i)));
+      squares += x * x + y * y;
+    }
+    squares += __shfl_xor_sync(ALL_LANES, squares, 1);
+    squares += __shfl_xor_sync(ALL_LANES, squares, 2);
+    const float factor = 1.0f / sqrtf(squares / HD + a.eps);
+#pragma unroll
+    for (int i = 0; i < HD / 8; ++i) {
+      u32 &pair = eight(half, i);
+      const float x = number(lower(T(), pair)), y = number(upper(T(), pair));
+      pair = pack(T(), x * factor * number(weight[i * 8]), y * factor * number(weight[i * 8 + 1]));
+    }
+  }
 
   METHOD void turn_query(int half, const Attend &a, int row) {
     constexpr int EIGHTS = HD / 16; // of half a head
@@ -455,7 +489,7 @@ DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile
   __shared__ Fresh<T, HD> fresh;
   Stage<T, HD> *stages = (Stage<T, HD> *)memory;
   const int warp = threadIdx.x / WARP, part = warp % SHARERS * TOKENS;
-  const bool takes = DECODES && tokens.fresh >= 0 && threadIdx.x < 2 * Fresh<T, HD>::LINES;
+  const bool takes = DECODES && tokens.fresh >= 0 && warp == 0;
 
   if (!DECODES) wait_for_kernel_before();
   load_step<DECODES>(stages[0], a, tile.span, tokens, tokens.begin, head);

@@ -53,6 +53,22 @@ template <class T> DEVICE void put_four(T *at, const float (&x)[4]) {
 }
 DEVICE void put_four(float *at, const float (&x)[4]) { *(Line<float> *)at = {{x[0], x[1], x[2], x[3]}}; }
 
+template <class T> DEVICE float squares_of(const Line<T> &line) {
+  float squares = 0.0f;
+#pragma unroll
+  for (int j = 0; j < Line<T>::COUNT; ++j) squares += number(line.at[j]) * number(line.at[j]);
+  return squares;
+}
+
+template <class T> DEVICE Line<T> scaled(const Line<T> &line, float factor, const Line<T> &weight) {
+  Line<T> made;
+#pragma unroll
+  for (int j = 0; j < Line<T>::COUNT; ++j) {
+    put(made.at[j], number(line.at[j]) * factor * number(weight.at[j]));
+  }
+  return made;
+}
+
 // The two of a pair.
 template <class T> DEVICE T lower(T, u32 pair) { return T{(u16)pair}; }
 template <class T> DEVICE T upper(T, u32 pair) { return T{(u16)(pair >> 16)}; }

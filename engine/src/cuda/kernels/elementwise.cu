@@ -27,22 +27,6 @@ template <class T> DEVICE Line<T> summed(const Norm &a, i64 row, int i) {
   return line;
 }
 
-template <class T> DEVICE float squares_of(const Line<T> &line) {
-  float squares = 0.0f;
-#pragma unroll
-  for (int j = 0; j < Line<T>::COUNT; ++j) squares += number(line.at[j]) * number(line.at[j]);
-  return squares;
-}
-
-template <class T> DEVICE Line<T> scaled(const Line<T> &line, float factor, const Line<T> &weight) {
-  Line<T> made;
-#pragma unroll
-  for (int j = 0; j < Line<T>::COUNT; ++j) {
-    put(made.at[j], number(line.at[j]) * factor * number(weight.at[j]));
-  }
-  return made;
-}
-
 // out = sum / sqrt(mean(sum^2) + eps) * weight. Grid: rows.
 template <class T> DEVICE void rms_norm(const Norm &a) {
   typedef Line<T> L;

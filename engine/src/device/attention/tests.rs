@@ -5,7 +5,7 @@ use crate::{
         plan::{StepPlan, StepRows},
     },
     kernels::attention::{Pages, PagesMut, paged_attention, write_pages},
-    model::rope::Rotation,
+    model::rope::{Rotation, Turn},
     torch::{
         random,
         slices::{floats, floats_mut},
@@ -99,7 +99,8 @@ fn check(shapes: &[(usize, usize)], shared: usize, [heads, kv_heads]: [i64; 2]) 
         let options = (Kind::Double, Device::Cpu);
         let half = [rows.tokens.len() as i64, HEAD_DIM / 2];
         let rotation = Rotation::new(Tensor::ones(half, options), Tensor::zeros(half, options));
-        let got = plan.attend(wide.each_ref(), &rotation, (&pages[0], &pages[1]), window);
+        let turn = Turn { norms: None, rotation: &rotation };
+        let got = plan.attend(wide.each_ref(), &turn, (&pages[0], &pages[1]), window);
         let error = (got - want).abs().max().double_value(&[]);
         assert!(error < 1e-5, "{shapes:?}, {heads}/{kv_heads}, window {window:?}: {error:e}");
     }
