@@ -1,7 +1,27 @@
 """What schemathesis checks beside its own: a body that the schema allows is refused only for a rule
 between fields that no schema tells, and the refusal says which."""
 
+import ast
+import functools
+import threading
+
 import schemathesis
+
+
+def one_at_a_time(function):
+    """CPython 3.11 counts how deep `ast.parse` is for all threads together, and errs where two parse."""
+    lock = threading.RLock()
+
+    @functools.wraps(function)
+    def locked(*args, **kwargs):
+        with lock:
+            return function(*args, **kwargs)
+
+    return locked
+
+
+# hypothesis parses in each worker: https://github.com/python/cpython/issues/106905
+ast.parse = one_at_a_time(ast.parse)
 
 # What the refusal of a body that fits the schema may be about.
 BETWEEN_FIELDS = (
