@@ -25,6 +25,38 @@ const WARPS: usize = 4;
 /// As in attention.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
+struct Unstored {
+    k: *const c_void,
+    v: *const c_void,
+    cos: *const f32,
+    sin: *const f32,
+    slots: *const i64,
+    q_norm: *const c_void,
+    k_norm: *const c_void,
+    k_stride: i32,
+    v_stride: i32,
+    eps: f32,
+}
+
+impl Unstored {
+    /// Where all K and V are in the pages.
+    const NOTHING: Self = Self {
+        k: null(),
+        v: null(),
+        cos: null(),
+        sin: null(),
+        slots: null(),
+        q_norm: null(),
+        k_norm: null(),
+        k_stride: 0,
+        v_stride: 0,
+        eps: 0.0,
+    };
+}
+
+/// As in attention.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
 struct Attend {
     q: *const c_void,
     keys: *mut c_void,
@@ -40,22 +72,13 @@ struct Attend {
     pieces: *mut f32,
     sums: *mut f32,
     arrived: *mut i32,
-    k: *const c_void,
-    v: *const c_void,
-    cos: *const f32,
-    sin: *const f32,
-    slots: *const i64,
-    q_norm: *const c_void,
-    k_norm: *const c_void,
+    own: Unstored,
     q_stride: i32,
-    k_stride: i32,
-    v_stride: i32,
     rows: i32,
     heads: i32,
     kv_heads: i32,
     window: i32,
     scale: f32,
-    eps: f32,
 }
 
 impl Argument for Attend {}
@@ -98,7 +121,7 @@ fn decode(
     let pages = Pages::of(k_pages, v_pages)?;
     let heads = check(paged, &pages)?;
     let [cos, sin] = turn.rotation.angles();
-    check_fresh([q, k, v], [cos, sin], (k_pages, v_pages), &plan.slots)?;
+    check_fresh([q, k, v], [cos, sin], (k_pages, v_pages, &pages), &plan.slots)?;
     let weights = turn.norms.map(|norms| norms.weights);
     for weight in weights.into_iter().flatten() {
         let like = weight.size() == [pages.head_dim as i64] && weight.kind() == q.kind();
@@ -107,7 +130,7 @@ fn decode(
     }
     let [q_norm, k_norm] =
         weights.map_or([null(); 2], |weights| weights.map(|weight| weight.data_ptr().cast_const()));
-    launch("decode", paged, &pages, heads, |attend| Attend {
+    let own = Unstored {
         k: k.data_ptr(),
         v: v.data_ptr(),
         cos: cos.data_ptr().cast(),
@@ -118,8 +141,8 @@ fn decode(
         eps: turn.norms.map_or(0.0, |norms| norms.eps as f32),
         k_stride: k.stride()[0] as i32,
         v_stride: v.stride()[0] as i32,
-        ..attend
-    })
+    };
+    launch("decode", paged, (&pages, heads), own)
 }
 
 /// Stores the step's K and V rows, `[N, kv_heads, head_dim]` each, in their slots.
@@ -148,23 +171,22 @@ pub fn attend(paged: &Paged<'_, PagedPlan>) -> Result<Tensor, CudaError> {
     let heads = check(paged, &pages)?;
     require(paged.q.is_contiguous(), || format!("rows of q that lie apart: {:?}", paged.q))?;
     let name = if pages.element == Element::F32 { "attend_plainly" } else { "attend" };
-    launch(name, paged, &pages, heads, |attend| attend)
+    launch(name, paged, (&pages, heads), Unstored::NOTHING)
 }
 
-/// Launches a kernel whose tensors are checked, with what it takes beside those of [`attend`].
+/// Launches a kernel whose tensors are checked.
 fn launch(
     name: &'static str,
     paged: &Paged<'_, PagedPlan>,
-    pages: &Pages,
-    heads: usize,
-    with: impl FnOnce(Attend) -> Attend,
+    (pages, heads): (&Pages, usize),
+    own: Unstored,
 ) -> Result<Tensor, CudaError> {
     let (q, plan) = (paged.q, paged.plan);
     let device = device_of(&[q, paged.k_pages, paged.v_pages, &plan.row_span])?;
     let shape = [plan.rows(), heads * pages.head_dim].map(|axis| axis as i64);
     let out = Tensor::empty(shape, (q.kind(), device));
     let room = Room::new(plan, heads, pages.head_dim, device);
-    let argument = with(argument(paged, pages, heads, &out, &room));
+    let argument = argument(paged, (pages, heads), own, (&out, &room));
     let program = Program::Attention(pages.element, pages.head_dim);
     let (blocks, shared) = match pages.element {
         Element::F32 => ((plan.rows() * heads).div_ceil(WARPS), 0),
@@ -216,10 +238,9 @@ impl Room {
 
 fn argument(
     paged: &Paged<'_, PagedPlan>,
-    pages: &Pages,
-    heads: usize,
-    out: &Tensor,
-    room: &Room,
+    (pages, heads): (&Pages, usize),
+    own: Unstored,
+    (out, room): (&Tensor, &Room),
 ) -> Attend {
     let plan = paged.plan;
     let ints = |tensor: &Tensor| tensor.data_ptr().cast::<i32>().cast_const();
@@ -238,22 +259,13 @@ fn argument(
         pieces: room.values.data_ptr().cast(),
         sums: room.sums.data_ptr().cast(),
         arrived: plan.arrived().data_ptr().cast(),
-        k: null(),
-        v: null(),
-        cos: null(),
-        sin: null(),
-        slots: null(),
-        q_norm: null(),
-        k_norm: null(),
+        own,
         q_stride: paged.q.stride()[0] as i32,
-        k_stride: 0,
-        v_stride: 0,
         rows: plan.rows() as i32,
         heads: heads as i32,
         kv_heads: pages.kv_heads as i32,
         window: paged.window.map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX)),
         scale: (paged.scale * std::f64::consts::LOG2_E) as f32,
-        eps: 0.0,
     }
 }
 

@@ -194,15 +194,14 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, CudaErro
     Ok(out)
 }
 
-/// Refuses what [`rotate_write`] does not take.
+/// Refuses what [`rotate_write`] does not take, for pages that are known.
 pub(super) fn check_fresh(
     [q, k, v]: [&Tensor; 3],
     [cos, sin]: [&Tensor; 2],
-    (k_pages, v_pages): (&Tensor, &Tensor),
+    (k_pages, v_pages, pages): (&Tensor, &Tensor, &Pages),
     slots: &Tensor,
 ) -> Result<(), CudaError> {
-    let pages = Pages::of(k_pages, v_pages)?;
-    let Pages { kv_heads, head_dim, .. } = pages;
+    let &Pages { kv_heads, head_dim, .. } = pages;
     device_of(&[q, k, v, cos, sin, k_pages, v_pages, slots])?;
     let rows = slots.numel();
     let heads = q.size().get(1).map_or(0, |&heads| heads as usize);
@@ -233,8 +232,8 @@ pub fn rotate_write(
     slots: &Tensor,
 ) -> Result<Tensor, CudaError> {
     let pages = Pages::of(k_pages, v_pages)?;
+    check_fresh([q, k, v], [cos, sin], (k_pages, v_pages, &pages), slots)?;
     let Pages { element, kv_heads, head_dim } = pages;
-    check_fresh([q, k, v], [cos, sin], (k_pages, v_pages), slots)?;
     let (rows, heads) = (slots.numel(), q.size()[1] as usize);
     let shape = [rows, heads, head_dim].map(|axis| axis as i64);
     let out = Tensor::empty(shape, (q.kind(), q.device()));

@@ -138,7 +138,7 @@ impl PagedPlan {
         let work = Work::new(spans, &machine);
         let capacity = Capacity::of(spans, &work);
         let whole = upload(&numbers(&capacity, spans, tokens_and_slots, &work), device);
-        Self { single_rows: are_single(spans), ..Self::over(whole, capacity, machine) }
+        Self::over(whole, capacity, machine, are_single(spans))
     }
 
     /// A plan without rows, with room for some, on `device`: for graphs of steps whose sequences have one
@@ -147,7 +147,7 @@ impl PagedPlan {
         let numbers = numbers(&capacity, &[], [&[]; 2], &Work::default());
         let whole = Tensor::zeros([capacity.len() as i64], (Kind::Int, device));
         send(&numbers, &whole.narrow(0, 0, numbers.len() as i64));
-        Self::over(whole, capacity, machine)
+        Self::over(whole, capacity, machine, true)
     }
 
     /// Overwrites the plan where it lies. Rows from the last span's on are not in use.
@@ -164,7 +164,11 @@ impl PagedPlan {
     ) -> Result<(), CudaError> {
         let work = Work::new(spans, &self.machine);
         let needed = Capacity::of(spans, &work);
-        if !self.capacity.holds(&needed) || self.single_rows && !are_single(spans) {
+        if self.single_rows && !are_single(spans) {
+            let reason = "several rows of a sequence in a plan of single ones".into();
+            return Err(CudaError::Unsupported(reason));
+        }
+        if !self.capacity.holds(&needed) {
             let reason = format!("a plan with room for {:?}, not {needed:?}", self.capacity);
             return Err(CudaError::Unsupported(reason));
         }
@@ -174,7 +178,7 @@ impl PagedPlan {
     }
 
     /// Over all of its numbers.
-    fn over(whole: Tensor, capacity: Capacity, machine: Machine) -> Self {
+    fn over(whole: Tensor, capacity: Capacity, machine: Machine, single_rows: bool) -> Self {
         let parts = capacity.parts();
         let mut at = 0;
         let [
@@ -210,7 +214,7 @@ impl PagedPlan {
             whole,
             capacity,
             machine,
-            single_rows: true,
+            single_rows,
         }
     }
 

@@ -12,6 +12,20 @@
 // the one new token of a tile is normed, turned and stored on the way, and all others are asked for before
 // the kernel before has ended.
 
+// As in attention.rs: what `decode` norms, turns and stores, and by what.
+struct Unstored {
+  const void *k;      // [rows, kv_heads, HD], a row `k_stride` elements after the one before
+  const void *v;      // as k
+  const float *cos;   // [rows, HD / 2]
+  const float *sin;
+  const i64 *slots;   // [rows]: block * 16 + offset; -1: it is stored nowhere
+  const void *q_norm; // [HD] each: weights of a norm of every head before it is turned; or null
+  const void *k_norm;
+  int k_stride;
+  int v_stride;
+  float eps; // of the norms
+};
+
 // As in attention.rs.
 struct Attend {
   const void *q;           // [rows, heads, HD], a row `q_stride` elements after the one before
@@ -28,23 +42,13 @@ struct Attend {
   float *pieces;           // [pieces, heads, HD], weighted values
   float *sums;             // [pieces, heads, 2]: largest score, sum of weights
   int *arrived;            // [rows, kv_heads]: pieces that have been left; 0 before and after
-  // What `decode` norms, turns and stores:
-  const void *k;           // [rows, kv_heads, HD], a row `k_stride` elements after the one before
-  const void *v;           // as k
-  const float *cos;        // [rows, HD / 2]
-  const float *sin;
-  const i64 *slots;        // [rows]: block * 16 + offset; -1: it is stored nowhere
-  const void *q_norm;      // [HD] each: weights of a norm of every head before it is turned; or null
-  const void *k_norm;
+  Unstored own;            // for `decode`
   int q_stride;
-  int k_stride;
-  int v_stride;
   int rows;
   int heads;
   int kv_heads;
   int window; // positions that a row sees, its own included
   float scale; // of the scores, times log2(e)
-  float eps;   // of the norms
 };
 
 struct Tile {
@@ -56,7 +60,6 @@ struct Tile {
   int ordinal;   // which of a row's pieces this makes
 };
 
-constexpr int BLOCK = 16; // tokens of a page
 constexpr int STEP = 64;  // tokens at a time
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
@@ -93,39 +96,38 @@ template <class T, int HD> struct Fresh {
   static constexpr int LINES = HD / 2 / Line<T>::COUNT; // of half a head
   alignas(16) T halves[2][2][HD / 2];                   // lower and upper one, of keys and values
 
-  // What one of the first 2 LINES threads looks after: a line of each half.
+  // The first 2 LINES threads look after a line of each half, from a number on: of keys, then of values.
+  METHOD bool active() const { return threadIdx.x < 2 * LINES; }
+  METHOD bool is_v() const { return threadIdx.x >= LINES; }
+  METHOD int first() const { return threadIdx.x % LINES * Line<T>::COUNT; }
+
   struct Own {
     Line<T> low, high;
   };
 
-  METHOD bool active() const { return threadIdx.x < 2 * LINES; }
-
-  METHOD Own load(const Attend &a, int row, int head) {
+  METHOD Own load(const Attend &a, int row, int head) const {
     if (!active()) return {};
-    const T *x = threadIdx.x >= LINES ? (const T *)a.v + (i64)row * a.v_stride
-                                      : (const T *)a.k + (i64)row * a.k_stride;
-    x += head * HD + threadIdx.x % LINES * Line<T>::COUNT;
+    const T *x = is_v() ? (const T *)a.own.v + (i64)row * a.own.v_stride
+                        : (const T *)a.own.k + (i64)row * a.own.k_stride;
+    x += head * HD + first();
     return {*(const Line<T> *)x, *(const Line<T> *)(x + HD / 2)};
   }
 
   // Norms, turns and stores it; a whole warp does.
   METHOD void take(Own own, const Attend &a, int row, int head) {
-    const bool is_v = threadIdx.x >= LINES;
-    const int d = threadIdx.x % LINES * Line<T>::COUNT;
-    const i64 angle = (i64)row * (HD / 2) + d, slot = a.slots[row];
-    if (a.k_norm) {
-      const float squares = warp_sum(is_v ? 0.0f : squares_of(own.low) + squares_of(own.high));
-      const Line<T> *weight = (const Line<T> *)((const T *)a.k_norm + d);
-      const float factor = 1.0f / sqrtf(squares / HD + a.eps);
-      if (!is_v) own = {scaled(own.low, factor, weight[0]), scaled(own.high, factor, weight[LINES])};
+    const i64 angle = (i64)row * (HD / 2) + first(), slot = a.own.slots[row];
+    if (a.own.k_norm) {
+      const float squares = warp_sum(is_v() ? 0.0f : squares_of(own.low) + squares_of(own.high));
+      const Line<T> *weight = (const Line<T> *)((const T *)a.own.k_norm + first());
+      const float factor = norm_factor(squares, HD, a.own.eps);
+      if (!is_v()) own = {scaled(own.low, factor, weight[0]), scaled(own.high, factor, weight[LINES])};
     }
     if (!active()) return;
-    if (!is_v) turn(own.low, own.high, a.cos + angle, a.sin + angle);
-    *(Line<T> *)&halves[is_v][0][d] = own.low;
-    *(Line<T> *)&halves[is_v][1][d] = own.high;
+    if (!is_v()) turn(own.low, own.high, a.own.cos + angle, a.own.sin + angle);
+    *(Line<T> *)&halves[is_v()][0][first()] = own.low;
+    *(Line<T> *)&halves[is_v()][1][first()] = own.high;
     if (slot < 0) return;
-    T *page = (T *)(is_v ? a.values : a.keys);
-    page += ((slot / BLOCK * a.kv_heads + head) * BLOCK + slot % BLOCK) * HD + d;
+    T *page = (T *)(is_v() ? a.values : a.keys) + page_row(slot, a.kv_heads, head) * HD + first();
     *(Line<T> *)page = own.low;
     *(Line<T> *)(page + HD / 2) = own.high;
   }
@@ -133,12 +135,9 @@ template <class T, int HD> struct Fresh {
   // Lays that into a row of a stage.
   METHOD void lay(Stage<T, HD> &stage, int row) const {
     if (!active()) return;
-    typedef Line<T> L;
-    const bool is_v = threadIdx.x >= LINES;
-    const int d = threadIdx.x % LINES * L::COUNT;
-    T *to = is_v ? stage.values[row] : stage.keys[row];
-    *(L *)&to[d] = *(const L *)&halves[is_v][0][d];
-    *(L *)&to[HD / 2 + d] = *(const L *)&halves[is_v][1][d];
+    T *to = (is_v() ? stage.values[row] : stage.keys[row]) + first();
+    *(Line<T> *)to = *(const Line<T> *)&halves[is_v()][0][first()];
+    *(Line<T> *)(to + HD / 2) = *(const Line<T> *)&halves[is_v()][1][first()];
   }
 };
 
@@ -203,7 +202,7 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
     // All of them have been asked for by now.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (TURNS && a.q_norm) norm_query(half, a);
+      if (TURNS && a.own.q_norm) norm_query(half, a);
       if (TURNS && position[half] >= 0) turn_query(half, a, row[half]);
     }
 #pragma unroll
@@ -217,7 +216,7 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
   METHOD u32 &eight(int half, int index) { return q[index / 2][half + index % 2 * 2]; }
 
   METHOD void norm_query(int half, const Attend &a) {
-    const T *weight = (const T *)a.q_norm + threadIdx.x % 4 * 2;
+    const T *weight = (const T *)a.own.q_norm + threadIdx.x % 4 * 2;
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < HD / 8; ++i) {
@@ -226,7 +225,7 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
     }
     squares += __shfl_xor_sync(ALL_LANES, squares, 1);
     squares += __shfl_xor_sync(ALL_LANES, squares, 2);
-    const float factor = 1.0f / sqrtf(squares / HD + a.eps);
+    const float factor = norm_factor(squares, HD, a.own.eps);
 #pragma unroll
     for (int i = 0; i < HD / 8; ++i) {
       u32 &pair = eight(half, i);
@@ -243,7 +242,7 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
       u32 &low = eight(half, i), &high = eight(half, i + EIGHTS);
       float x[2] = {number(lower(T(), low)), number(upper(T(), low))};
       float y[2] = {number(lower(T(), high)), number(upper(T(), high))};
-      const Angles<2> cos(a.cos + angle + i * 8), sin(a.sin + angle + i * 8);
+      const Angles<2> cos(a.own.cos + angle + i * 8), sin(a.own.sin + angle + i * 8);
 #pragma unroll
       for (int j = 0; j < 2; ++j) turn(x[j], y[j], cos.at[j], sin.at[j]);
       low = pack(T(), x[0], x[1]);

@@ -69,6 +69,18 @@ template <class T> DEVICE Line<T> scaled(const Line<T> &line, float factor, cons
   return made;
 }
 
+// What a row is multiplied with by its root-mean-square norm.
+DEVICE float norm_factor(float squares, int width, float eps) {
+  return 1.0f / sqrtf(squares / (float)width + eps);
+}
+
+constexpr int BLOCK = 16; // tokens of a page
+
+// The row of a layer's pages, [blocks, kv_heads, BLOCK, head_dim], that a slot (block * BLOCK + offset) names.
+DEVICE i64 page_row(i64 slot, int kv_heads, int head) {
+  return (slot / BLOCK * kv_heads + head) * BLOCK + slot % BLOCK;
+}
+
 // The two of a pair.
 template <class T> DEVICE T lower(T, u32 pair) { return T{(u16)pair}; }
 template <class T> DEVICE T upper(T, u32 pair) { return T{(u16)(pair >> 16)}; }

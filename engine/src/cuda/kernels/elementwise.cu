@@ -52,7 +52,7 @@ template <class T> DEVICE void rms_norm(const Norm &a) {
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < NORM_THREADS / WARP; ++i) total += parts[i];
-  const float factor = 1.0f / sqrtf(total / (float)a.width + a.eps);
+  const float factor = norm_factor(total, a.width, a.eps);
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
     const int i = threadIdx.x + k * NORM_THREADS;
@@ -119,7 +119,7 @@ template <class T> DEVICE void rotate_write(const RotateWrite &a) {
   const T *x = is_q   ? (const T *)a.q + row * a.q_stride + head * dim
                : is_v ? (const T *)a.v + row * a.v_stride + kv * dim
                       : (const T *)a.k + row * a.k_stride + kv * dim;
-  const i64 page = is_q ? 0 : ((slot / 16 * a.kv_heads + kv) * 16 + slot % 16) * dim;
+  const i64 page = is_q ? 0 : page_row(slot, a.kv_heads, kv) * dim;
   T *out = is_q   ? (T *)a.out + (row * a.heads + head) * dim
            : is_v ? (T *)a.values + page
                   : (T *)a.keys + page;

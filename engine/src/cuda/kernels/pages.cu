@@ -19,8 +19,7 @@ template <class T> DEVICE void write_kv(const WriteKv &a) {
   const i64 slot = a.slots[row];
   if (slot < 0) return;
   for (int i = threadIdx.x; i < a.kv_heads * lines; i += 128) {
-    const i64 head = slot / 16 * a.kv_heads + i / lines;
-    const i64 to = (head * 16 + slot % 16) * lines + i % lines;
+    const i64 to = page_row(slot, a.kv_heads, i / lines) * lines + i % lines;
     const T *k = (const T *)a.k + (i64)row * a.k_stride, *v = (const T *)a.v + (i64)row * a.v_stride;
     ((Line<T> *)a.keys)[to] = ((const Line<T> *)k)[i];
     ((Line<T> *)a.values)[to] = ((const Line<T> *)v)[i];
