@@ -29,49 +29,59 @@ pub struct Tiling {
     pub blocks: u32,
     /// Blocks that read x for each other: two, or one.
     pub pair: usize,
+    /// Groups of threads in a block, which have 128 rows of W each: two, or one.
+    pub groups: usize,
 }
 
 /// All of them. Where a block takes half of a multiprocessor, those of the next product can begin to read W
-/// beside it; where it takes the whole, more of W is on its way. Pairs read x once for both of them.
-pub const TILINGS: [Tiling; 4] = [
-    Tiling { name: "product_half", budget: 113 << 10, blocks: 2, pair: 1 },
-    Tiling { name: "product_whole", budget: 227 << 10, blocks: 1, pair: 1 },
-    Tiling { name: "product_half_pair", budget: 113 << 10, blocks: 2, pair: 2 },
-    Tiling { name: "product_whole_pair", budget: 227 << 10, blocks: 1, pair: 2 },
+/// beside it; where it takes the whole, more of W is on its way. Pairs of blocks read x once for both of them,
+/// and so do the groups of a wide one.
+pub const TILINGS: [Tiling; 5] = [
+    Tiling { name: "product_half", budget: 113 << 10, blocks: 2, pair: 1, groups: 1 },
+    Tiling { name: "product_whole", budget: 227 << 10, blocks: 1, pair: 1, groups: 1 },
+    Tiling { name: "product_half_pair", budget: 113 << 10, blocks: 2, pair: 2, groups: 1 },
+    Tiling { name: "product_whole_pair", budget: 227 << 10, blocks: 1, pair: 2, groups: 1 },
+    Tiling { name: "product_wide", budget: 227 << 10, blocks: 1, pair: 1, groups: 2 },
 ];
 
 /// Depth of a slice.
 const SLICE: usize = boxes::COLUMNS;
 /// Rows of W in a box.
 const BOX: usize = 64;
-/// Rows of W in a tile.
-const ROWS: usize = 2 * BOX;
+/// Threads of a group.
+const GROUP: usize = 128;
 /// Blocks of a cluster at most, on any device.
 const MOST_OF_CLUSTER: usize = 8;
 
 impl Tiling {
     /// Threads of a block: those that multiply, and a warp more.
-    pub const THREADS: u32 = 160;
-
-    /// Bytes of a slice of W and of so many rows of x, and of the barriers for it.
-    fn stage(columns: usize) -> usize {
-        (ROWS + columns) * SLICE * 2 + 16
+    pub fn threads(&self) -> u32 {
+        (self.groups * GROUP) as u32 + 32
     }
 
-    /// Bytes beside that: a tile's sums, and what it takes to begin at a multiple of 1024; what a block
-    /// has besides counts, too.
-    fn beside(columns: usize) -> usize {
-        columns * (ROWS + 4) * 4 + 1024 + 16
+    /// Rows of W in a tile: two boxes for each group.
+    fn rows(&self) -> usize {
+        self.groups * 2 * BOX
+    }
+
+    /// Bytes of a slice of W and of so many rows of x, and of the barriers for it.
+    fn stage(&self, columns: usize) -> usize {
+        (self.rows() + columns) * SLICE * 2 + 16
+    }
+
+    /// Bytes beside that: a tile's sums, and a count of its pieces.
+    fn beside(&self, columns: usize) -> usize {
+        columns * (self.rows() + 4) * 4 + 16
     }
 
     /// Slices that fit into shared memory.
     pub fn stages(&self, columns: usize) -> usize {
-        (self.budget - Self::beside(columns)) / Self::stage(columns)
+        (self.budget - self.beside(columns)) / self.stage(columns)
     }
 
     /// Bytes of shared memory of a block: as `Multiplier::Memory`.
     fn shared(&self, columns: usize) -> usize {
-        self.stages(columns) * Self::stage(columns) + Self::beside(columns)
+        self.stages(columns) * self.stage(columns) + self.beside(columns)
     }
 }
 
@@ -155,8 +165,9 @@ impl Shape {
         let halves = if output == Output::Gated { 2 } else { 1 };
         let whole = depth > 0 && depth.is_multiple_of(8) && width.is_multiple_of(8 * halves);
         let fits = whole && rows > 0 && width > 0 && depth == same && x.kind() == weight.kind();
-        // Units of work are counted in 32 bits.
-        let small = width.checked_mul(depth).is_some_and(|numbers| numbers < 1 << 40);
+        // These and units of work are counted in 32 bits.
+        let small = [width, depth].into_iter().all(|axis| i32::try_from(axis).is_ok());
+        let small = small && width * depth < 1 << 40;
         (fits && small).then_some(Self { element, columns, width, depth, output })
     }
 
@@ -166,7 +177,7 @@ impl Shape {
 
     /// Tiles, those of a pair counted as one.
     fn tiles(&self, tiling: &Tiling) -> usize {
-        self.width.div_ceil(ROWS * tiling.pair)
+        self.width.div_ceil(tiling.rows() * tiling.pair)
     }
 
     fn slices(&self) -> usize {
@@ -174,7 +185,8 @@ impl Shape {
     }
 
     /// How its work may be dealt out among a tiling's blocks: whole tiles, tiles in as many parts as there is
-    /// room for, in half as many, and even runs of units; where a multiprocessor holds several blocks, all of
+    /// room for, in one fewer (a cluster has to fit into one of the device's parts), in half as many, and even
+    /// runs of units; where a multiprocessor holds several blocks, all of
     /// that as if it held one, too. Not at all where the tiling is not for these processors.
     fn deals(&self, tiling: &Tiling, processors: &Processors) -> Vec<Deal> {
         let shared = tiling.shared(self.columns);
@@ -195,7 +207,8 @@ impl Shape {
     fn deals_of(&self, tiling: &Tiling, at_once: usize) -> Vec<Deal> {
         let (tiles, slices) = (self.tiles(tiling), self.slices());
         let most = (at_once / tiles).min(slices).min(MOST_OF_CLUSTER / tiling.pair);
-        let parts = [1, most.div_ceil(2), most].map(|parts| Deal::Parts(parts.max(1)));
+        let parts = [1, most.div_ceil(2), most.saturating_sub(1), most];
+        let parts = parts.map(|parts| Deal::Parts(parts.max(1)));
         let even = Deal::Even(at_once.min(tiles * slices));
         let uneven = !at_once.is_multiple_of(tiles) && slices > 1;
         parts.into_iter().chain(uneven.then_some(even)).collect()
@@ -247,7 +260,8 @@ impl Workspace {
     /// The device has not as much memory.
     pub fn new(processors: Processors, device: Device) -> Result<Self, tch::TchError> {
         let most = TILINGS.iter().flat_map(|tiling| {
-            COLUMNS.map(|n| 2 * processors.at_once(tiling.shared(n), tiling.blocks) * ROWS * n)
+            let blocks = |n| processors.at_once(tiling.shared(n), tiling.blocks);
+            COLUMNS.map(|n| 2 * blocks(n) * tiling.rows() * n)
         });
         let most = most.max().unwrap_or(0) as i64;
         Ok(Self {

@@ -159,13 +159,14 @@ impl Program {
             }
             Self::Product(element, columns) => {
                 let tilings = TILINGS.iter().map(|tiling| {
-                    let (stages, pair) = (tiling.stages(columns), tiling.pair);
-                    let parameters = format!("<{}, {columns}, {stages}, {pair}>", element.name());
+                    let (name, stages) = (element.name(), tiling.stages(columns));
+                    let Tiling { pair, groups, .. } = tiling;
+                    let parameters = format!("<{name}, {columns}, {stages}, {pair}, {groups}>");
                     Entry {
                         template: "product",
                         blocks: tiling.blocks,
                         ahead: true,
-                        ..entry(tiling.name, "Product", Tiling::THREADS, &parameters)
+                        ..entry(tiling.name, "Product", tiling.threads(), &parameters)
                     }
                 });
                 tilings.collect()

@@ -26,7 +26,7 @@ typedef long long i64;
 #define __launch_bounds__(...)
 #define DEVICE static inline
 #define METHOD inline
-#define SHARED_MEMORY(name) unsigned char *name = machine::shared[machine::current->rank]
+#define SHARED_MEMORY(name, alignment) unsigned char *name = machine::shared[machine::current->rank]
 
 struct dim3 {
   unsigned x, y, z;
@@ -34,7 +34,7 @@ struct dim3 {
 
 namespace machine {
 
-constexpr int LANES = 32, MOST_THREADS = 2048, STACK = 256 << 10, MOST_SHARED = 227 << 10;
+constexpr int LANES = 32, MOST_THREADS = 2304, STACK = 256 << 10, MOST_SHARED = 227 << 10;
 constexpr int MOST_BLOCKS = 8; // of a cluster
 
 struct Barrier {
@@ -454,12 +454,7 @@ inline void load_of_peer(float (&four)[4], const void *own, int rank) {
 
 inline float load_coherent(const float *at) { return *at; }
 inline void load_coherent(float (&four)[4], const void *at) { std::memcpy(four, at, 16); }
-inline void __threadfence() {}
-inline int atomicAdd(int *at, int by) {
-  const int before = *at;
-  *at += by;
-  return before;
-}
+inline int count_up(int &counter) { return counter++; }
 
 inline void wait_for_kernel_before() { machine::current->waited = true; }
 inline void let_kernel_after_begin() {}

@@ -408,10 +408,7 @@ DEVICE void find_whole(Whole &whole, const Attend &a, const Tile &tile, const Ro
   __syncthreads();
   if (at < tile.rows) {
     int *arrived = &a.arrived[rows.row[at] * a.kv_heads + head];
-    // What the barriers order for these threads, the fences order for all.
-    __threadfence();
-    last[at] = rows.pieces[at] > 0 && atomicAdd(arrived, 1) == rows.pieces[at] - 1;
-    __threadfence();
+    last[at] = rows.pieces[at] > 0 && count_up(*arrived) == rows.pieces[at] - 1;
     if (last[at]) *arrived = 0;
   }
   __syncthreads();
@@ -563,7 +560,7 @@ template <class T, int HD> DEVICE void fetch_pages(const Attend &a, int span, in
 }
 
 template <class T, int HD, bool DECODES> DEVICE void run(const Attend &a) {
-  SHARED_MEMORY(memory);
+  SHARED_MEMORY(memory, 16);
   __shared__ Rows rows;
   let_kernel_after_begin();
   const int head = blockIdx.x % a.kv_heads;

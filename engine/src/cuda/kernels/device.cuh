@@ -6,7 +6,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-#define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+#define SHARED_MEMORY(name, alignment) extern __shared__ __align__(alignment) unsigned char name[]
 #define DEVICE static __device__ __forceinline__
 #define METHOD __device__ __forceinline__
 
@@ -107,6 +107,14 @@ DEVICE void load_coherent(float (&four)[4], const void *at) {
                : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
                : "l"(at)
                : "memory");
+}
+
+// Counts up what blocks share, and says what it was. What threads have written before a barrier of their block,
+// after which one of them counts, can be read by those of a block that counts later, after its next one.
+DEVICE int count_up(int &counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(&counter) : "memory");
+  return before;
 }
 
 // Kernels of a graph may begin before the one before them has ended (programmatic dependent launch,

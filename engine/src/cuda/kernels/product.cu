@@ -1,10 +1,11 @@
 // x W^T for few rows of x, where reading W is what takes the time: for compute capability 9.0.
 //
 // The tensor cores' first matrix are rows of W, its second one rows of x: of those there may be few.
-// A tile is 128 rows of W and all of x; a unit of work is a tile over one slice of the depth. One thread
-// asks for the slices, in boxes that the hardware copies into shared memory, `STAGES` of them under way;
-// four warps multiply what has come. Where x has many rows, reading them over and over takes its time, too:
-// two thread blocks side by side may each ask for half of them, for both.
+// A tile is 128 rows of W for each group of four warps, and all of x; a unit of work is a tile over one slice
+// of the depth. One thread asks for the slices, in boxes that the hardware copies into shared memory, `STAGES`
+// of them under way; the groups multiply what has come. Where x has many rows, reading them over and over
+// takes its time, too: two groups share them, or two thread blocks side by side each ask for half of them, for
+// both.
 //
 // The parts of a tile that is divided are made by the thread blocks of one cluster, each of which then adds
 // up some of the tile's columns, in the order of the depth, out of the others' shared memory. Or every
@@ -18,7 +19,7 @@ struct Product {
   Boxes x;          // of [rows, depth], COLUMNS / PAIR rows each
   const void *bias; // [width], or null
   void *out;        // [rows, width], or [rows, width / 2] if gated
-  float *pieces;    // [blocks, 2, COLUMNS * ROWS]
+  float *pieces;    // [blocks, 2, COLUMNS * rows of a tile]
   int *arrived;     // [tiles]: pieces that have been left; 0 before and after
   int rows;         // at most COLUMNS
   int depth;        // a multiple of 8
@@ -28,18 +29,20 @@ struct Product {
   int parts;        // blocks or pairs of a cluster, which make a tile each together
 };
 
-constexpr int SLICE = 64;        // of the depth: 128 bytes, as wide as a box may be
-constexpr int BOX = 64;          // rows of W in a box
-constexpr int ROWS = 2 * BOX;    // of a tile
-constexpr int MULTIPLIERS = 128; // threads; a warp more asks for slices
-constexpr int STRIDE = ROWS + 4; // of sums in shared memory: keeps a warp's in different banks
+constexpr int SLICE = 64;  // of the depth: 128 bytes, as wide as a box may be
+constexpr int BOX = 64;    // rows of W in a box
+constexpr int GROUP = 128; // threads, which multiply two boxes
 
 // `PAIR`: 2 where blocks read x for each other, which makes one of two tiles; or 1.
-template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
-  static constexpr int LINES = COLUMNS * ROWS / 4; // of four sums of a tile
+template <class T, int COLUMNS, int STAGES, int PAIR, int GROUPS> struct Multiplier {
+  static constexpr int BOXES = 2 * GROUPS;             // of a tile
+  static constexpr int ROWS = BOXES * BOX;             // of it
+  static constexpr int STRIDE = ROWS + 4;              // of its sums: keeps a warp's in different banks
+  static constexpr int MULTIPLIERS = GROUPS * GROUP;   // threads; a warp more asks for slices
+  static constexpr int LINES = COLUMNS * ROWS / 4; // of four sums, that a piece has room for
 
   struct Stage {
-    T weight[2][BOX * SLICE];
+    T weight[BOXES][BOX * SLICE];
     T x[COLUMNS * SLICE];
   };
 
@@ -48,6 +51,7 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
     float sums[COLUMNS][STRIDE]; // of a tile
     u64 full[STAGES];            // a stage has come
     u64 empty[STAGES];           // all warps are done with it
+    int before;                  // pieces that others have left
   };
 
   // Where a unit lies: tiles of a pair are counted as one.
@@ -81,7 +85,8 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
   int slices, units;
   int runner, runners; // blocks or pairs that take runs of units
   int member;          // which one of its pair the block is
-  float sums[2][COLUMNS / 8][4]; // a lane's part of the tile's two boxes by all of x
+  int part;            // of a tile, where a cluster shares it
+  float sums[2][COLUMNS / 8][4]; // a lane's part of its group's two boxes by all of x
 
   METHOD Multiplier(const Product &a, unsigned char *memory) : a(a), memory(*(Memory *)memory) {
     slices = (a.depth + SLICE - 1) / SLICE;
@@ -89,6 +94,7 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
     runner = blockIdx.x / PAIR;
     runners = gridDim.x / PAIR;
     member = blockIdx.x % PAIR;
+    part = runner % a.parts;
     clear();
   }
 
@@ -107,19 +113,17 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
   METHOD int runner_of(int unit) { return (int)((((i64)unit + 1) * runners - 1) / units); }
   // The block's tile of a unit's.
   METHOD int own_tile(int tile) { return tile * PAIR + member; }
-  // Of the pair's first block in the cluster.
-  METHOD int first_rank() { return PAIR == 1 ? 0 : runner % a.parts * PAIR; }
 
-  // The row of W that a tile's first or second box begins with. Those of a gated tile are of the first half
-  // and the same ones of the second.
+  // The row of W that a box of a tile begins with. A gated tile's are of the first half and the same ones of
+  // the second, in turns.
   METHOD int first_row(int tile, int box) {
-    return a.gated ? box * (a.width / 2) + tile * BOX : tile * ROWS + box * BOX;
+    return a.gated ? box % 2 * (a.width / 2) + (tile * GROUPS + box / 2) * BOX : tile * ROWS + box * BOX;
   }
 
   METHOD void load_weight(int stage, Unit unit) {
     expect_bytes(memory.full[stage], sizeof(Stage));
 #pragma unroll
-    for (int box = 0; box < 2; ++box) {
+    for (int box = 0; box < BOXES; ++box) {
       load_box<true>(memory.stages[stage].weight[box], a.weight, unit.slice * SLICE,
                      first_row(own_tile(unit.tile), box), memory.full[stage]);
     }
@@ -131,7 +135,7 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
     if (PAIR == 1) {
       load_box<false>(to, a.x, unit.slice * SLICE, 0, memory.full[stage]);
     } else {
-      load_box_for(3 << first_rank(), to, a.x, unit.slice * SLICE, member * SHARE, memory.full[stage]);
+      load_box_for(3 << part * PAIR, to, a.x, unit.slice * SLICE, member * SHARE, memory.full[stage]);
     }
   }
 
@@ -162,24 +166,25 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
   }
 
   METHOD void multiply_stage(const Stage &stage) {
+    const auto *own = &stage.weight[threadIdx.x / GROUP * 2];
     begin_multiplying();
 #pragma unroll
     for (int k = 0; k < SLICE; k += 16) {
 #pragma unroll
       for (int box = 0; box < 2; ++box) {
-        multiply_boxes<COLUMNS>(T(), sums[box], stage.weight[box], stage.x, k);
+        multiply_boxes<COLUMNS>(T(), sums[box], own[box], stage.x, k);
       }
     }
     end_multiplying();
   }
 
-  // A warp is done with a stage: the pair's blocks may overwrite it.
+  // A warp is done with a stage: the pair's blocks, which wait for that, may overwrite it.
   METHOD void release(int stage) {
     if (PAIR == 1) {
       arrive(memory.empty[stage]);
     } else {
 #pragma unroll
-      for (int i = 0; i < PAIR; ++i) arrive_at_peer(memory.empty[stage], first_rank() + i);
+      for (int i = 0; i < PAIR; ++i) arrive_at_peer(memory.empty[stage], part * PAIR + i);
     }
   }
 
@@ -192,7 +197,8 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
     for (int unit = begin; unit < end; ++unit) {
       wait_for(memory.full[turn.stage], turn.phase);
       multiply_stage(memory.stages[turn.stage]);
-      if (threadIdx.x % WARP == 0) release(turn.stage);
+      // Nobody waits for the last ones, and none is on its way to a block that has ended.
+      if (threadIdx.x % WARP == 0 && unit + STAGES < end) release(turn.stage);
       if (current.slice == slices - 1 || unit + 1 == end) finish(current.tile);
       current.advance(slices);
       turn.advance();
@@ -201,7 +207,8 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
 
   // Lays the lanes' sums of a tile into shared memory.
   METHOD void lay_out() {
-    const int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * 16 + lane / 4;
+    const int lane = threadIdx.x % WARP, group = threadIdx.x / GROUP;
+    const int first = group * 2 * BOX + threadIdx.x % GROUP / WARP * 16 + lane / 4;
 #pragma unroll
     for (int box = 0; box < 2; ++box) {
 #pragma unroll
@@ -212,15 +219,16 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
         }
       }
     }
-    clear();
   }
 
-  METHOD const float *own(int line) { return &memory.sums[line / (ROWS / 4)][line % (ROWS / 4) * 4]; }
+  METHOD const Line<float> *own(int line) {
+    return (const Line<float> *)&memory.sums[line / (ROWS / 4)][line % (ROWS / 4) * 4];
+  }
 
-  METHOD Line<float> *piece(int runner, int tile) {
-    // A run's first tile may have begun before it, and its last one may end after it.
-    const int which = first_unit(runner) > tile * slices ? 0 : 1;
-    return (Line<float> *)a.pieces + ((i64)(runner * PAIR + member) * 2 + which) * LINES;
+  // Where a runner leaves its part of a tile: of the one that its run ends in, whose `first` part it has, or of
+  // the one that its run begins in.
+  METHOD Line<float> *piece(int runner, bool first) {
+    return (Line<float> *)a.pieces + ((i64)(runner * PAIR + member) * 2 + first) * LINES;
   }
 
   // A block has made its part of a tile.
@@ -232,100 +240,106 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
     const int first = runner_of(tile * slices), last = runner_of((tile + 1) * slices - 1);
     if (first == last) {
       write(own_tile(tile), 0, 1, 0, 0, [&](float(&four)[4], int line, int) {
-        const float *from = own(line);
+        const Line<float> from = *own(line);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) four[i] = from[i];
+        for (int i = 0; i < 4; ++i) four[i] = from.at[i];
       });
-    } else if (leave(tile, last - first)) {
+    } else if (leave(tile, first, last)) {
       write(own_tile(tile), 0, 1, first, last, [&](float(&four)[4], int line, int runner) {
-        load_coherent(four, &piece(runner, tile)[line]);
+        load_coherent(four, &piece(runner, runner == first)[line]);
       });
     }
     // The next tile's sums take this one's place.
+    clear();
     sync_threads<MULTIPLIERS>();
   }
 
   // Some of the columns of a tile whose parts blocks of a cluster have.
   METHOD void write_share(int tile) {
-    write(own_tile(tile), runner % a.parts, a.parts, 0, a.parts - 1, [&](float(&four)[4], int line, int part) {
+    write(own_tile(tile), part, a.parts, 0, a.parts - 1, [&](float(&four)[4], int line, int part) {
       load_of_peer(four, own(line), part * PAIR + member);
     });
   }
 
   // Leaves what there is of a tile beside what others leave; true for the last block that does.
-  METHOD bool leave(int tile, int others) {
-    __shared__ int before;
-    Line<float> *place = piece(runner, tile);
-    for (int i = threadIdx.x; i < LINES; i += MULTIPLIERS) place[i] = *(const Line<float> *)own(i);
+  METHOD bool leave(int tile, int first, int last) {
+    Line<float> *place = piece(runner, runner == first);
+    for (int i = threadIdx.x; i < a.rows * (ROWS / 4); i += MULTIPLIERS) place[i] = *own(i);
     sync_threads<MULTIPLIERS>();
     if (threadIdx.x == 0) {
-      // What the barriers order for this thread, the fences order for all.
-      __threadfence();
-      before = atomicAdd(&a.arrived[own_tile(tile)], 1);
-      __threadfence();
-      if (before == others) a.arrived[own_tile(tile)] = 0;
+      memory.before = count_up(a.arrived[own_tile(tile)]);
+      if (memory.before == last - first) a.arrived[own_tile(tile)] = 0;
     }
     sync_threads<MULTIPLIERS>();
-    return before == others;
+    return memory.before == last - first;
   }
 
-  // Lines that a thread works on at a time: an answer takes its time.
-  static constexpr int EACH = 8;
+  // Lines that a thread asks for at a time, of so many parts each: an answer takes its time.
+  static constexpr int EACH = 4, PARTS = 4;
 
   // Four sums of each of the lines that lie so far beyond some, out of those of all parts, in their order.
   template <class F>
   METHOD void add_up(float (&sums)[EACH][4], const int (&lines)[EACH], int beyond, int first, int last,
                      F load) {
-#pragma unroll
-    for (int n = 0; n < EACH; ++n) load(sums[n], lines[n] + beyond, first);
 #pragma unroll 1
-    for (int part = first + 1; part <= last; ++part) {
-      float more[EACH][4];
+    for (int part = first; part <= last; part += PARTS) {
+      float more[PARTS][EACH][4];
 #pragma unroll
-      for (int n = 0; n < EACH; ++n) load(more[n], lines[n] + beyond, part);
+      for (int p = 0; p < PARTS; ++p) {
+        if (part + p > last) break;
 #pragma unroll
-      for (int n = 0; n < EACH; ++n) {
+        for (int n = 0; n < EACH; ++n) load(more[p][n], lines[n] + beyond, part + p);
+      }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[n][i] += more[n][i];
+      for (int p = 0; p < PARTS; ++p) {
+        if (part + p > last) break;
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[n][i] += more[p][n][i];
+        }
       }
     }
   }
 
-  // Writes every `step`th column of a tile from `begin` on, four rows of W at a time, out of what `load` says
-  // of each part.
+  // Writes every `step`th column of a tile from `begin` on, four rows of W at a time, which are the same ones
+  // for all that a thread writes, out of what `load` says of each part.
   template <class F> METHOD void write(int tile, int begin, int step, int first, int last, F load) {
-    const int rows = a.gated ? BOX : ROWS, width = a.gated ? a.width / 2 : a.width;
-    const int lines = min(rows, width - tile * rows) / 4, own = (a.rows - begin + step - 1) / step;
+    const u32 lines = (a.gated ? ROWS / 2 : ROWS) / 4; // of a column
+    const int width = a.gated ? a.width / 2 : a.width, apart = MULTIPLIERS / lines * step;
+    const int line = threadIdx.x % lines, row = (tile * lines + line) * 4;
+    // A gated tile has the second half's after each box of the first one's.
+    const int place = a.gated ? line / (BOX / 4) * (BOX / 2) + line % (BOX / 4) : line;
+    if (row >= width) return;
+    float bias[4], up_bias[4];
+    load_bias(bias, row);
+    if (a.gated) load_bias(up_bias, width + row);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < lines * own; i += EACH * MULTIPLIERS) {
+    for (int column = begin + threadIdx.x / lines * step; column < a.rows; column += EACH * apart) {
       int at[EACH];
-      float sums[EACH][4], up[EACH][4];
+      float sums[EACH][4] = {}, up[EACH][4] = {};
 #pragma unroll
       for (int n = 0; n < EACH; ++n) {
-        const int line = min(i + n * MULTIPLIERS, lines * own - 1);
-        at[n] = (begin + line / lines * step) * (ROWS / 4) + line % lines;
+        at[n] = (column + n * apart < a.rows ? column + n * apart : column) * (ROWS / 4) + place;
       }
       add_up(sums, at, 0, first, last, load);
       if (a.gated) add_up(up, at, BOX / 4, first, last, load);
 #pragma unroll
       for (int n = 0; n < EACH; ++n) {
-        if (i + n * MULTIPLIERS >= lines * own) continue;
-        const int column = at[n] / (ROWS / 4), row = tile * rows + at[n] % (ROWS / 4) * 4;
-        add_bias(sums[n], row);
-        if (a.gated) {
-          add_bias(up[n], width + row);
+        if (column + n * apart >= a.rows) break;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) sums[n][j] = silu_fast(sums[n][j]) * up[n][j];
+        for (int j = 0; j < 4; ++j) {
+          sums[n][j] += bias[j];
+          if (a.gated) sums[n][j] = silu_fast(sums[n][j]) * (up[n][j] + up_bias[j]);
         }
-        store(sums[n], (i64)column * width + row);
+        store(sums[n], (i64)(column + n * apart) * width + row);
       }
     }
   }
 
-  METHOD void add_bias(float (&four)[4], int row) {
-    if (!a.bias) return;
+  METHOD void load_bias(float (&four)[4], int row) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) four[j] += number(((const T *)a.bias)[row + j]);
+    for (int j = 0; j < 4; ++j) four[j] = a.bias ? number(((const T *)a.bias)[row + j]) : 0.0f;
   }
 
   METHOD void store(const float (&four)[4], i64 at) {
@@ -361,17 +375,18 @@ template <class T, int COLUMNS, int STAGES, int PAIR> struct Multiplier {
       wait_for_cluster();
       if (threadIdx.x < MULTIPLIERS) write_share(begin / slices);
     }
-    // No block ends while others read its sums, or before all that they have sent it is there.
+    // No block ends while others read its sums, or what it has sent them is on its way: what they have read,
+    // they have added up, and what was sent, they have waited for.
     if (PAIR * a.parts > 1) {
-      arrive_at_cluster<(PAIR > 1)>();
+      arrive_at_cluster<false>();
       wait_for_cluster();
     }
   }
 };
 
 // Grid: at most as many blocks or pairs as there are units, in clusters of as many as a tile has parts; clusters
-// need not all run at once. Shared memory: Memory, and what it takes to begin at a multiple of 1024.
-template <class T, int COLUMNS, int STAGES, int PAIR> DEVICE void product(const Product &a) {
-  SHARED_MEMORY(memory);
-  Multiplier<T, COLUMNS, STAGES, PAIR>(a, memory + (1024 - shared_address(memory) % 1024) % 1024).run();
+// need not all run at once. Shared memory: Memory, and nothing before it.
+template <class T, int COLUMNS, int STAGES, int PAIR, int GROUPS> DEVICE void product(const Product &a) {
+  SHARED_MEMORY(memory, 1024);
+  Multiplier<T, COLUMNS, STAGES, PAIR, GROUPS>(a, memory).run();
 }

@@ -141,19 +141,21 @@ fn work_is_dealt_out_in_ways_that_fill_the_device() {
     };
     let parts = |parts: &[usize]| -> Vec<Deal> { parts.iter().map(|&n| Deal::Parts(n)).collect() };
     let also = |first: &[usize], blocks| [parts(first), vec![Deal::Even(blocks)]].concat();
-    let [half, whole, half_pair, whole_pair] = [0, 1, 2, 3];
-    assert_eq!(deals(3584, 3584, whole), (28, also(&[1, 2, 4], 132)));
-    let twice = [also(&[1, 2, 4], 132), also(&[8], 264)].concat();
+    let [half, whole, half_pair, whole_pair, wide] = [0, 1, 2, 3, 4];
+    assert_eq!(deals(3584, 3584, whole), (28, also(&[1, 2, 3, 4], 132)));
+    let twice = [also(&[1, 2, 3, 4], 132), also(&[7, 8], 264)].concat();
     assert_eq!(deals(3584, 3584, half), (28, twice), "and at most eight blocks share a tile");
     assert_eq!(deals(37888, 3584, whole), (296, also(&[1], 132)));
     assert_eq!(deals(37888, 3584, half), (296, [also(&[1], 132), vec![Deal::Even(264)]].concat()));
-    assert_eq!(deals(1152, 896, whole), (9, also(&[1, 4, 8], 126)));
+    assert_eq!(deals(1152, 896, whole), (9, also(&[1, 4, 7, 8], 126)));
     assert_eq!(deals(128 * 132, 3584, whole), (132, parts(&[1])), "one tile for each processor");
     assert_eq!(deals(64, 64, half), (1, parts(&[1])), "there is nothing to share");
     // Tiles and runs of pairs.
-    assert_eq!(deals(3584, 3584, whole_pair), (14, also(&[1, 2, 4], 66)));
-    let twice = [also(&[1, 2, 4], 66), vec![Deal::Even(132)]].concat();
+    assert_eq!(deals(3584, 3584, whole_pair), (14, also(&[1, 2, 3, 4], 66)));
+    let twice = [also(&[1, 2, 3, 4], 66), vec![Deal::Even(132)]].concat();
     assert_eq!(deals(3584, 3584, half_pair), (14, twice));
+    // Tiles of twice as many rows.
+    assert_eq!(deals(4608, 3584, wide), (18, also(&[1, 4, 6, 7], 132)));
 }
 
 #[test]
