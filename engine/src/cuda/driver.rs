@@ -80,9 +80,6 @@ const DYNAMIC_SHARED: c_int = 8;
 /// `CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT`, in percent of what there is.
 const SHARED_CARVEOUT: c_int = 9;
 
-/// Shared memory that a kernel gets without asking for more.
-const PLAIN_SHARED: u32 = 48 << 10;
-
 /// What is called in libcuda.
 pub struct Driver {
     error_string: unsafe extern "C" fn(Code, *mut *const c_char) -> Code,
@@ -263,7 +260,8 @@ impl Driver {
             self.check("cuModuleGetFunction", code)?;
             let code = (self.set_attribute)(function, SHARED_CARVEOUT, 100);
             self.check("cuFuncSetAttribute", code)?;
-            if shared > PLAIN_SHARED {
+            // More than 48 KiB, what the kernel has besides included, are had by asking alone.
+            if shared > 0 {
                 let code = (self.set_attribute)(function, DYNAMIC_SHARED, shared as c_int);
                 self.check("cuFuncSetAttribute", code)?;
             }

@@ -221,9 +221,9 @@ impl Program {
         [DEVICE, COMMON, self.source(), &kernels].concat()
     }
 
-    /// The whole source for the CPU harness.
+    /// The whole source for the CPU harness; one that looks for races, too.
     #[cfg(test)]
-    pub(super) fn harness_source(self) -> String {
+    pub(super) fn harness_source(self, watched: bool) -> String {
         let kernel = |entry: &Entry| {
             let Entry { name, argument, threads, .. } = entry;
             let body = entry.body();
@@ -234,7 +234,10 @@ impl Program {
             )
         };
         let kernels: String = self.entries().iter().map(kernel).collect();
-        [include_str!("harness/machine.h"), COMMON, self.source(), &kernels].concat()
+        let (before, after) =
+            if watched { ("#define WATCHED\n", include_str!("harness/races.h")) } else { ("", "") };
+        let machine = include_str!("harness/machine.h");
+        [before, machine, after, COMMON, self.source(), &kernels].concat()
     }
 }
 

@@ -2,7 +2,11 @@
 
 use super::*;
 use crate::{
-    cuda::{elementwise::rms_norm, plan::Machine},
+    cuda::{
+        elementwise::rms_norm,
+        harness::{race, unchanged},
+        plan::Machine,
+    },
     kernels::{attention::Span, pages::BLOCK},
     model::rope::{HeadNorms, Rotation},
     torch::random,
@@ -382,6 +386,51 @@ fn a_decoded_row_may_be_stored_nowhere() {
     let ((all, left), (some, more)) = (run(&slots), run(&[slots[0], -1]));
     assert!(all.equal(&some));
     assert_eq!(more, left + 2 * 64);
+}
+
+/// Steps of decode and of prompts, whose rows are cut into pieces and not.
+fn first_race(change: fn(String) -> String, blocks: usize) -> [Option<String>; 2] {
+    let case = Case::new(19, BF16, ((4, 2), 64), &[(1, 1), (150, 1), (330, 1)], 0);
+    let Unwritten { pages: [k_pages, v_pages], qkv, rotation, slots } = case.unwritten();
+    let weights = [0, 1].map(|_| random::normal(&[64]).to_kind(BF16));
+    let norms = Some(HeadNorms { weights: weights.each_ref(), eps: 1e-6 });
+    let plan = PagedPlan::new(&case.spans(), [&[0; 3], &slots], case.machine(blocks), Device::Cpu);
+    let [q, k, v] = qkv.each_ref();
+    let (k_pages, v_pages) = (&k_pages, &v_pages);
+    let paged = Paged { q, k_pages, v_pages, plan: &plan, scale: 0.125, window: Some(200) };
+    let [cos, sin] = rotation.angles();
+    let decode = race(&[q, k, v, cos, sin], change, || {
+        turn_and_attend(&paged, [k, v], &Turn { norms, rotation: &rotation }).unwrap()
+    });
+
+    let lengths: Vec<_> = [(100, 40)].into_iter().chain((0..6).map(|i| (330 + i, 1))).collect();
+    let case = Case::new(20, BF16, ((4, 2), 64), &lengths, 20);
+    let plan = case.plan(blocks);
+    let made = [&case.q, &case.k_pages, &case.v_pages];
+    [decode, race(&made, change, || case.run(&plan, None))]
+}
+
+/// Whatever a thread reads or writes is ordered after what others do with it.
+#[test]
+fn nothing_races() {
+    for blocks in [1, 400] {
+        assert_eq!(first_race(unchanged, blocks), [None, None], "{blocks} blocks");
+    }
+}
+
+#[test]
+fn races_are_found() {
+    let changes: [fn(String) -> String; 3] = [
+        |source| source.replace("count_up(*arrived)", "(*arrived)++"),
+        |source| {
+            source.replace("part);\n    __syncthreads();\n    load_step", "part);\n    load_step")
+        },
+        |source| source.replace("row);\n    __syncthreads();\n    float", "row);\n    float"),
+    ];
+    for (index, change) in changes.into_iter().enumerate() {
+        let found = first_race(change, 400);
+        assert!(found.iter().any(Option::is_some), "{index}: {found:?}");
+    }
 }
 
 #[test]

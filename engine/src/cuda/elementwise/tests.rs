@@ -1,7 +1,10 @@
 //! The kernels, on the CPU harness, against the same in f64.
 
 use super::*;
-use crate::torch::{autograd::backward, random};
+use crate::{
+    cuda::harness::{race, unchanged},
+    torch::{autograd::backward, random},
+};
 use tch::Device;
 
 const KINDS: [(Kind, f64); 3] =
@@ -125,4 +128,27 @@ fn what_does_not_fit_is_refused() {
         ),
     ];
     assert!(refused.iter().all(|result| matches!(result, Err(CudaError::Unsupported(_)))));
+}
+
+/// Whatever a thread reads or writes is ordered after what others do with it.
+#[test]
+fn nothing_races() {
+    random::seed(6);
+    let kind = Kind::BFloat16;
+    let [x, y] = [0, 1].map(|_| random(&[3, 600], kind));
+    let weight = random(&[600], kind);
+    let norm = || add_rms_norm(&x, &y, &weight, 1e-6).unwrap();
+    let gates = || (swiglu(&x, &y).unwrap(), swiglu_gradient([&x, &y, &x]).unwrap());
+    assert_eq!(race(&[&x, &y], unchanged, norm), None);
+    assert_eq!(race(&[&x, &y], unchanged, gates), None);
+    let without = race(&[&x, &y], |source| source.replace("__syncthreads();", ""), norm);
+    assert!(without.is_some(), "without a barrier");
+
+    let [q, k, v] = [4, 2, 2].map(|heads| random(&[3, heads, 64], kind));
+    let [cos, sin] = [0, 1].map(|_| random(&[3, 32], Kind::Float));
+    let [keys, values] = [0, 1].map(|_| random(&[3, 2, 16, 64], kind));
+    let slots = Tensor::from_slice(&[5i64, -1, 47]);
+    let (angles, pages) = ([&cos, &sin], (&keys, &values));
+    let rotation = || rotate_write([&q, &k, &v], angles, pages, &slots).unwrap();
+    assert_eq!(race(&[&q, &k, &v, &cos, &sin], unchanged, rotation), None);
 }

@@ -2,7 +2,8 @@
 // thread, run in turns between barriers; blocks run one after the other. It is strict where a GPU is
 // lenient: all threads of a warp or block must reach the same barrier, shared memory starts as NaN,
 // an asynchronous copy arrives no earlier than the kernel waits for it, and none begins before the
-// kernel waits for the one before it, unless it may be made ahead of that.
+// kernel waits for the one before it, unless it may be made ahead of that. With `WATCHED` it also knows who
+// has seen what of whom: races.h.
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <ucontext.h>
-#include <vector>
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -36,6 +36,37 @@ namespace machine {
 
 constexpr int LANES = 32, MOST_THREADS = 2304, STACK = 256 << 10, MOST_SHARED = 227 << 10;
 constexpr int MOST_BLOCKS = 8; // of a cluster
+constexpr int MOST_COPIES = 64; // of a thread, that are under way
+
+#ifdef WATCHED
+// What the current thread has done is seen by those who `acquire` the same later.
+void release(const void *what, u64 phase = 0);
+void acquire(const void *what, u64 phase = 0);
+void reads(const void *from, size_t bytes);
+void writes(const void *to, size_t bytes);
+void begin_launch();
+void begin_cluster();
+inline int unseen; // what is read and written is the machine's own
+#else
+inline void release(const void *, u64 = 0) {}
+inline void acquire(const void *, u64 = 0) {}
+inline void reads(const void *, size_t) {}
+inline void writes(const void *, size_t) {}
+inline void begin_launch() {}
+inline void begin_cluster() {}
+inline int unseen;
+#endif
+
+struct Unseen {
+  Unseen() { add(1); }
+  ~Unseen() { add(-1); }
+  // The compiler moves nothing across it.
+  static void add(int by) {
+    asm volatile("" ::: "memory");
+    unseen += by;
+    asm volatile("" ::: "memory");
+  }
+};
 
 struct Barrier {
   int arrived = 0;
@@ -61,7 +92,9 @@ struct Thread {
   u64 arrived_in; // the generation of the cluster's barrier
   int turn; // which of its warp's two boards it writes to next
   int groups;
-  std::vector<Copy> copies;
+  bool shown; // barriers that it has made
+  Copy copies[MOST_COPIES];
+  int copied; // how many of these
 };
 
 // What the lanes of a warp show each other.
@@ -91,15 +124,19 @@ __attribute__((noinline)) inline void yield() {
   if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
 }
 
-__attribute__((noinline)) inline void wait(Barrier &barrier, int expected) {
+// `SHOWS`: what threads have written before can be read by all after it.
+template <bool SHOWS = true> __attribute__((noinline)) void wait(Barrier &barrier, int expected) {
+  const u64 generation = barrier.generation;
+  if (SHOWS) release(&barrier, generation);
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     ++barrier.generation;
-    return;
+  } else {
+    current->waits_at = &barrier;
+    current->generation = generation;
+    yield();
   }
-  current->waits_at = &barrier;
-  current->generation = barrier.generation;
-  yield();
+  if (SHOWS) acquire(&barrier, generation);
 }
 
 inline int lane() { return current->index.x % LANES; }
@@ -112,7 +149,7 @@ template <class V> const unsigned char (*show(const V &value))[64] {
   auto *board = own.board[current->turn];
   current->turn ^= 1;
   std::memcpy(board[lane()], &value, sizeof(V));
-  wait(own.barrier, LANES);
+  wait<false>(own.barrier, LANES);
   return board;
 }
 
@@ -124,7 +161,7 @@ template <class V> V seen(const unsigned char (*board)[64], int lane) {
 
 inline void enter() {
   kernel(arguments);
-  if (!current->copies.empty()) fail("a thread ended before its copies arrived");
+  if (current->copied > 0) fail("a thread ended before its copies arrived");
   if (!current->waited) fail("a thread never waited for the kernel before");
   current->done = true;
   _longjmp(scheduler, 1);
@@ -132,7 +169,10 @@ inline void enter() {
 
 inline void resume(Thread &thread, int index) {
   current = &thread;
-  if (_setjmp(scheduler) != 0) return;
+  if (_setjmp(scheduler) != 0) {
+    current = nullptr;
+    return;
+  }
   if (thread.started) _longjmp(thread.state, 1);
   thread.started = true;
   getcontext(&thread.context);
@@ -152,9 +192,10 @@ inline void run_cluster(dim3 block) {
     threads[i].block = {block.x + i / of_block, block.y, 0};
     threads[i].started = threads[i].done = threads[i].waited = threads[i].polls = false;
     threads[i].waits_at = nullptr;
-    threads[i].turn = threads[i].groups = 0;
-    threads[i].copies.clear();
+    threads[i].turn = threads[i].groups = threads[i].copied = 0;
+    threads[i].shown = false;
   }
+  begin_cluster();
   for (auto &warp : warps) warp.barrier.arrived = 0;
   for (auto &barrier : block_barriers) barrier.arrived = 0;
   for (auto &barrier : part_barriers) barrier.arrived = 0;
@@ -296,13 +337,18 @@ inline void load_matrices_transposed(u32 (&m)[4], const void *row) { load_eights
 template <bool SETTLED> void copy_async(void *to, const void *from, bool valid) {
   if ((uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0) machine::fail("a copy is not aligned");
   if (!SETTLED && !machine::current->waited) machine::fail("a copy of what the kernel before may write");
-  machine::current->copies.push_back({to, from, valid, machine::current->groups});
+  machine::Thread &own = *machine::current;
+  if (own.copied == machine::MOST_COPIES) machine::fail("more copies are under way than the harness keeps");
+  own.copies[own.copied++] = {to, from, valid, own.groups};
+  if (valid) machine::reads(from, 16);
+  machine::writes(to, 16);
 }
 
 inline void fetch_ahead(const void *from, int bytes) {
   if ((uintptr_t)from % 16 != 0 || bytes <= 0 || bytes % 16 != 0) {
     machine::fail("what is fetched is not aligned");
   }
+  machine::Unseen unseen;
   volatile unsigned char last = ((const unsigned char *)from)[bytes - 1];
   (void)last;
 }
@@ -310,16 +356,20 @@ inline void fetch_ahead(const void *from, int bytes) {
 inline void commit_copies() { ++machine::current->groups; }
 
 template <int LEFT> void wait_for_copies() {
-  auto &copies = machine::current->copies;
-  const int arrived = machine::current->groups - LEFT;
-  for (const auto &copy : copies) {
-    if (copy.group >= arrived) continue;
+  machine::Thread &own = *machine::current;
+  const int arrived = own.groups - LEFT;
+  int left = 0;
+  for (int i = 0; i < own.copied; ++i) {
+    const machine::Copy copy = own.copies[i];
+    if (copy.group >= arrived) {
+      own.copies[left++] = copy;
+      continue;
+    }
     if (copy.valid) std::memcpy(copy.to, copy.from, 16);
     else std::memset(copy.to, 0, 16);
+    machine::writes(copy.to, 16);
   }
-  copies.erase(std::remove_if(copies.begin(), copies.end(),
-                              [&](const machine::Copy &copy) { return copy.group < arrived; }),
-               copies.end());
+  own.copied = left;
 }
 
 // As the driver would describe it; see boxes.rs.
@@ -335,13 +385,17 @@ struct PhaseBarrier {
   int bytes;
   u16 expected, phase_and_pending; // the phase's number is odd: the highest bit
 
-  static PhaseBarrier of(u64 bits) {
+  static PhaseBarrier of(const u64 &bits) {
+    machine::Unseen unseen;
     PhaseBarrier barrier;
     std::memcpy(&barrier, &bits, 8);
     return barrier;
   }
   bool phase() const { return phase_and_pending >> 15; }
   void change(u64 &bits, int arriving, int more) {
+    machine::reads(&bits, 8);
+    machine::release(&bits, phase());
+    machine::Unseen unseen;
     ++machine::changes;
     bytes += more;
     if (arriving > (phase_and_pending & 0x7fff)) machine::fail("too many arrive at a barrier");
@@ -357,7 +411,7 @@ inline void init_barrier(u64 &barrier, int count) {
   const PhaseBarrier made = {0, (u16)count, (u16)count};
   std::memcpy(&barrier, &made, 8);
 }
-inline void show_barriers() {}
+inline void show_barriers() { machine::current->shown = true; }
 inline void arrive(u64 &barrier) { PhaseBarrier::of(barrier).change(barrier, 1, 0); }
 inline void expect_bytes(u64 &barrier, int bytes) { PhaseBarrier::of(barrier).change(barrier, 1, bytes); }
 inline void wait_for(u64 &barrier, int phase) {
@@ -365,6 +419,8 @@ inline void wait_for(u64 &barrier, int phase) {
     machine::current->polls = true;
     machine::yield();
   }
+  machine::reads(&barrier, 8);
+  machine::acquire(&barrier, phase != 0);
 }
 
 inline u32 shared_address(const void *at) { return (u32)(uintptr_t)at; }
@@ -394,9 +450,22 @@ inline u64 operand(const void *box, int k) { return (u64)(uintptr_t)box + k * 2;
 inline void begin_multiplying() {}
 inline void end_multiplying() {}
 
+// A warp does, for all of its lanes.
+inline void read_operand(u64 operand, int first, int rows) {
+  unsigned char *box = (unsigned char *)(operand - operand % 128);
+  for (int row = first; row < first + rows; ++row) {
+    for (int k = 0; k < 16; k += 8) machine::reads(in_box(box, row, (int)(operand % 128 / 2) + k), 16);
+  }
+}
+
 // Of the layout "Matrix Fragments for wgmma.mma_async.m64nNk16" (PTX ISA 9.0, 9.7.15).
 template <float (*NUMBER)(u16), int EIGHTS> void multiply_group(float (&d)[EIGHTS][4], u64 a, u64 b) {
   const int lane = machine::lane(), first = threadIdx.x % 128 / 32 * 16;
+  if (lane == 0) {
+    read_operand(a, first, 16);
+    read_operand(b, 0, EIGHTS * 8);
+  }
+  machine::Unseen unseen;
   const auto at = [](u64 operand, int row, int k) {
     u16 bits;
     const u64 inside = operand % 128 / 2;
@@ -427,16 +496,21 @@ template <int COUNT> void sync_threads() {
 template <bool SHOW> void arrive_at_cluster() {
   machine::Barrier &barrier = machine::cluster_barrier;
   machine::current->arrived_in = barrier.generation;
+  if (SHOW || machine::current->shown) machine::release(&barrier, barrier.generation);
+  machine::current->shown = false;
   if (++barrier.arrived == machine::count) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
 }
 inline void wait_for_cluster() {
-  if (machine::cluster_barrier.generation != machine::current->arrived_in) return;
-  machine::current->waits_at = &machine::cluster_barrier;
-  machine::current->generation = machine::current->arrived_in;
-  machine::yield();
+  const u64 generation = machine::current->arrived_in;
+  if (machine::cluster_barrier.generation == generation) {
+    machine::current->waits_at = &machine::cluster_barrier;
+    machine::current->generation = generation;
+    machine::yield();
+  }
+  machine::acquire(&machine::cluster_barrier, generation);
 }
 template <class V> V &of_peer(V &own, int rank) {
   return *(V *)((const char *)&own + (machine::shared[rank] - machine::shared[machine::current->rank]));
@@ -454,9 +528,17 @@ inline void load_of_peer(float (&four)[4], const void *own, int rank) {
 
 inline float load_coherent(const float *at) { return *at; }
 inline void load_coherent(float (&four)[4], const void *at) { std::memcpy(four, at, 16); }
-inline int count_up(int &counter) { return counter++; }
+inline int count_up(int &counter) {
+  machine::release(&counter);
+  machine::acquire(&counter);
+  machine::Unseen unseen;
+  return counter++;
+}
 
-inline void wait_for_kernel_before() { machine::current->waited = true; }
+inline void wait_for_kernel_before() {
+  machine::current->waited = true;
+  machine::acquire(nullptr);
+}
 inline void let_kernel_after_begin() {}
 inline void end_idle() { wait_for_kernel_before(); }
 
@@ -473,6 +555,7 @@ inline void launch(void (*function)(const void *), const void *args, dim3 grid, 
   count = (int)(block * cluster);
   blockDim = {block, 1, 1};
   gridDim = grid;
+  begin_launch();
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; x += cluster) run_cluster({x, y, 0});
   }

@@ -7,14 +7,52 @@ use super::{
 };
 use rapidhash::v3::rapidhash_v3;
 use std::{
+    cell::RefCell,
     collections::HashMap,
-    ffi::c_void,
-    path::PathBuf,
+    ffi::{CStr, c_char, c_void},
+    path::{Path, PathBuf},
     process::Command,
     sync::{LazyLock, Mutex, PoisonError},
 };
+use tch::Tensor;
 
 static LIBRARIES: LazyLock<Mutex<HashMap<Program, Library>>> = LazyLock::new(Mutex::default);
+
+thread_local! {
+    static WATCH: RefCell<Option<Watch>> = const { RefCell::new(None) };
+}
+
+/// What is looked for races, and what was found.
+struct Watch {
+    /// Addresses and bytes of what the kernel before makes.
+    made: Vec<(usize, usize)>,
+    /// What becomes of the sources.
+    change: fn(String) -> String,
+    found: Option<String>,
+}
+
+/// The first race of the kernels that `body` launches on this thread, if there is one, where a kernel before
+/// each makes some tensors; with their sources changed.
+pub(super) fn race<R>(
+    made: &[&Tensor],
+    change: fn(String) -> String,
+    body: impl FnOnce() -> R,
+) -> Option<String> {
+    let place = |tensor: &&Tensor| {
+        let axes = tensor.size().into_iter().zip(tensor.stride());
+        let numbers = 1 + axes.map(|(size, stride)| (size - 1) * stride).sum::<i64>() as usize;
+        (tensor.data_ptr() as usize, numbers * tensor.kind().elt_size_in_bytes())
+    };
+    let made = made.iter().map(place).collect();
+    WATCH.set(Some(Watch { made, change, found: None }));
+    drop(body());
+    WATCH.take().and_then(|watch| watch.found)
+}
+
+/// Sources as they are.
+pub(super) fn unchanged(source: String) -> String {
+    source
+}
 
 /// Runs a kernel to its end. One at a time: the harness has one machine.
 ///
@@ -22,7 +60,27 @@ static LIBRARIES: LazyLock<Mutex<HashMap<Program, Library>>> = LazyLock::new(Mut
 /// As `Launch::run`, with addresses of the CPU.
 pub(super) unsafe fn run<A: Argument>(launch: &Launch, argument: &A) {
     let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
-    let library = *libraries.entry(launch.program).or_insert_with(|| build(launch.program));
+    WATCH.with_borrow_mut(|watch| match watch {
+        None => {
+            let build = || Library::open(&[compiled(&launch.program.harness_source(false))]);
+            let library = *libraries.entry(launch.program).or_insert_with(|| build().unwrap());
+            // SAFETY: as the caller says.
+            unsafe { call(library, launch, argument) };
+        }
+        Some(watch) => {
+            let source = (watch.change)(launch.program.harness_source(true));
+            let library = Library::open(&[compiled(&source)]).unwrap();
+            // SAFETY: as the caller says.
+            let found =
+                unsafe { watched(library, &watch.made, || call(library, launch, argument)) };
+            watch.found = watch.found.take().or(found);
+        }
+    });
+}
+
+/// # Safety
+/// As [`run`].
+unsafe fn call<A: Argument>(library: Library, launch: &Launch, argument: &A) {
     let [x, y] = launch.grid.map(|blocks| blocks as u32);
     type Kernel = unsafe extern "C" fn(*const c_void, u32, u32, u32);
     // SAFETY: the sources give every kernel this signature.
@@ -31,8 +89,27 @@ pub(super) unsafe fn run<A: Argument>(launch: &Launch, argument: &A) {
     unsafe { kernel.unwrap()(std::ptr::from_ref(argument).cast(), x, y, launch.cluster) };
 }
 
-fn build(program: Program) -> Library {
-    Library::open(&[compiled(&program.harness_source())]).unwrap()
+/// # Safety
+/// `body` is safe to call, and `library` has races.h.
+unsafe fn watched(
+    library: Library,
+    made: &[(usize, usize)],
+    body: impl FnOnce(),
+) -> Option<String> {
+    type Made = unsafe extern "C" fn(usize, usize);
+    type Race = unsafe extern "C" fn() -> *const c_char;
+    // SAFETY: races.h gives them these signatures.
+    let (before, race) =
+        unsafe { (library.function::<Made>("made_before"), library.function::<Race>("race")) };
+    let (before, race) = (before.unwrap(), race.unwrap());
+    for &(from, bytes) in made {
+        // SAFETY: addresses are only remembered.
+        unsafe { before(from, bytes) };
+    }
+    body();
+    // SAFETY: a string that stays until the next launch, or null.
+    let found = unsafe { race().as_ref().map(|text| CStr::from_ptr(text)) };
+    found.map(|text| text.to_string_lossy().into_owned())
 }
 
 /// A shared object of C++, compiled unless it lies beside the tests already.
@@ -52,14 +129,20 @@ pub(crate) fn compiled(source: &str) -> PathBuf {
     object
 }
 
-fn compile(from: &PathBuf, to: &PathBuf) {
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
-    let said = Command::new(compiler)
-        .args(["-std=c++17", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE"])
-        .args(["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
-        .args(["-Wno-unused-function", "-o"])
-        .args([to, from])
-        .output()
-        .unwrap();
-    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+/// Sources that look for races are told of what they read and write by functions of their own.
+fn compile(from: &Path, to: &Path) {
+    let object = to.with_extension("o");
+    let watched = std::fs::read_to_string(from).unwrap().starts_with("#define WATCHED");
+    let how: &[&str] = if watched { &["-O1", "-g", "-fsanitize=thread"] } else { &["-O2"] };
+    let compiler = || Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()));
+    let mut compile = compiler();
+    compile.args(["-std=c++17", "-c", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]).args(how);
+    compile.args(["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"]);
+    let mut link = compiler();
+    link.args(["-shared", "-Wl,-Bsymbolic"]);
+    for (command, to, from) in [(&mut compile, &*object, from), (&mut link, to, &object)] {
+        let said = command.arg("-o").args([to, from]).output().unwrap();
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    }
+    std::fs::remove_file(object).unwrap();
 }

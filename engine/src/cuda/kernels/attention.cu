@@ -118,9 +118,10 @@ template <class T, int HD> struct Fresh {
     const i64 angle = (i64)row * (HD / 2) + first(), slot = a.own.slots[row];
     if (a.own.k_norm) {
       const float squares = warp_sum(is_v() ? 0.0f : squares_of(own.low) + squares_of(own.high));
-      const Line<T> *weight = (const Line<T> *)((const T *)a.own.k_norm + first());
+      const Line<T> *weights = (const Line<T> *)((const T *)a.own.k_norm + first());
+      const Line<T> low = weights[0], high = weights[LINES];
       const float factor = norm_factor(squares, HD, a.own.eps);
-      if (!is_v()) own = {scaled(own.low, factor, weight[0]), scaled(own.high, factor, weight[LINES])};
+      if (!is_v()) own = {scaled(own.low, factor, low), scaled(own.high, factor, high)};
     }
     if (!active()) return;
     if (!is_v()) turn(own.low, own.high, a.own.cos + angle, a.own.sin + angle);
@@ -216,7 +217,7 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
   METHOD u32 &eight(int half, int index) { return q[index / 2][half + index % 2 * 2]; }
 
   METHOD void norm_query(int half, const Attend &a) {
-    const T *weight = (const T *)a.own.q_norm + threadIdx.x % 4 * 2;
+    const u32 *weights = (const u32 *)a.own.q_norm + threadIdx.x % 4;
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < HD / 8; ++i) {
@@ -229,8 +230,9 @@ template <class T, int HD, int TOKENS, bool TURNS> struct Strip {
 #pragma unroll
     for (int i = 0; i < HD / 8; ++i) {
       u32 &pair = eight(half, i);
-      const float x = number(lower(T(), pair)), y = number(upper(T(), pair));
-      pair = pack(T(), x * factor * number(weight[i * 8]), y * factor * number(weight[i * 8 + 1]));
+      const u32 weight = weights[i * 4];
+      const float x = number(lower(T(), pair)) * factor, y = number(upper(T(), pair)) * factor;
+      pair = pack(T(), x * number(lower(T(), weight)), y * number(upper(T(), weight)));
     }
   }
 
@@ -478,6 +480,18 @@ DEVICE void merge_rows(const Attend &a, const Tile &tile, const Rows &rows, int 
   }
 }
 
+// Lets pages of tokens, from a multiple of 16 on, come into the second cache; what is written to them
+// meanwhile comes there, too.
+template <class T, int HD> DEVICE void fetch_pages(const Attend &a, int span, int begin, int end, int head) {
+  constexpr int BYTES = BLOCK * HD * sizeof(T);
+  const int *table = a.tables + (i64)span * *a.table_width;
+  const int first = begin / BLOCK, pages = (end + BLOCK - 1) / BLOCK - first;
+  for (int i = threadIdx.x; i < 2 * pages; i += THREADS) {
+    const i64 from = ((i64)table[first + i / 2] * a.kv_heads + head) * BLOCK * HD;
+    fetch_ahead((const T *)(i % 2 ? a.values : a.keys) + from, BYTES);
+  }
+}
+
 template <class T, int HD, int STRIPS, bool DECODES>
 DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile, const Rows &rows,
                         const Tokens &tokens, int head) {
@@ -490,7 +504,10 @@ DEVICE void attend_tile(unsigned char *memory, const Attend &a, const Tile &tile
   if (!DECODES) wait_for_kernel_before();
   load_step<DECODES>(stages[0], a, tile.span, tokens, tokens.begin, head);
   load_step<DECODES>(stages[1], a, tile.span, tokens, tokens.begin + STEP, head);
-  if (DECODES) wait_for_kernel_before();
+  if (DECODES) {
+    fetch_pages<T, HD>(a, tile.span, tokens.begin + 2 * STEP, tokens.end, head);
+    wait_for_kernel_before();
+  }
   typename Fresh<T, HD>::Own own = {};
   if (takes) own = fresh.load(a, rows.row[0], head);
   Strip<T, HD, TOKENS, DECODES> strip;
@@ -547,18 +564,6 @@ DEVICE void load_rows(Rows &rows, const Attend &a, const Tile &tile) {
   }
 }
 
-// Lets pages of tokens, from a multiple of 16 on, come into the second cache; what is written to them
-// meanwhile comes there, too.
-template <class T, int HD> DEVICE void fetch_pages(const Attend &a, int span, int begin, int end, int head) {
-  constexpr int BYTES = BLOCK * HD * sizeof(T);
-  const int *table = a.tables + (i64)span * *a.table_width;
-  const int first = begin / BLOCK, pages = (end + BLOCK - 1) / BLOCK - first;
-  for (int i = threadIdx.x; i < 2 * pages; i += THREADS) {
-    const i64 from = ((i64)table[first + i / 2] * a.kv_heads + head) * BLOCK * HD;
-    fetch_ahead((const T *)(i % 2 ? a.values : a.keys) + from, BYTES);
-  }
-}
-
 template <class T, int HD, bool DECODES> DEVICE void run(const Attend &a) {
   SHARED_MEMORY(memory, 16);
   __shared__ Rows rows;
@@ -573,7 +578,7 @@ template <class T, int HD, bool DECODES> DEVICE void run(const Attend &a) {
   if (first_seen > tile.begin) tokens.begin = first_seen / BLOCK * BLOCK;
   // What a tile of several rows reads is before all of them.
   if (DECODES && rows.lowest < tile.end) tokens.settled = tokens.fresh = rows.lowest;
-  fetch_pages<T, HD>(a, tile.span, tokens.begin + (DECODES ? 2 * STEP : 0), tokens.end, head);
+  if (!DECODES) fetch_pages<T, HD>(a, tile.span, tokens.begin, tokens.end, head);
   if (tile.rows * (a.heads / a.kv_heads) <= 16) {
     attend_tile<T, HD, 1, DECODES>(memory, a, tile, rows, tokens, head);
   } else {

@@ -1,7 +1,10 @@
 //! The kernels, on the CPU harness, against products in f64.
 
 use super::*;
-use crate::torch::random;
+use crate::{
+    cuda::harness::{race, unchanged},
+    torch::random,
+};
 
 const KINDS: [(Kind, f64); 2] = [(Kind::BFloat16, 1.0 / 256.0), (Kind::Half, 1.0 / 2048.0)];
 
@@ -126,6 +129,60 @@ fn a_row_does_not_depend_on_the_others() {
             let some = workspace.product(parts, Output::Plain, way).unwrap();
             assert!(some.equal(&all.narrow(0, 16 - rows, rows)), "{way} {rows}");
         }
+    }
+}
+
+/// Whatever a thread reads or writes is ordered after what others do with it.
+#[test]
+fn nothing_races() {
+    random::seed(6);
+    let mut workspace = Workspace::new(processors(3), Device::Cpu).unwrap();
+    for (output, shape) in [(Output::Plain, [3, 264, 1160]), (Output::Gated, [33, 400, 200])] {
+        let case = Case::new(shape, true, Kind::BFloat16);
+        let shape = Shape::of(&case.x, &case.weight, output).unwrap();
+        for way in workspace.ways(shape) {
+            let body = || case.run(&mut workspace, output, way).unwrap();
+            assert_eq!(race(&[&case.x], unchanged, body), None, "{way}");
+        }
+    }
+}
+
+/// Each way that orders something is looked at: without it there is a race.
+#[test]
+fn races_are_found() {
+    random::seed(7);
+    let mut workspace = Workspace::new(processors(4), Device::Cpu).unwrap();
+    let case = Case::new([3, 264, 1160], false, Kind::BFloat16);
+    let way = |tiling: usize, deal| Way { tiling: &TILINGS[tiling], deal };
+    let (even, parts) = (way(1, Deal::Even(4)), way(0, Deal::Parts(2)));
+    type Change = fn(String) -> String;
+    let changes: [(Way, &str, Change); 5] = [
+        (even, "has written, in shared", |source| {
+            source.replacen("sync_threads<MULTIPLIERS>();", "", 1)
+        }),
+        (even, "has written, in global", |source| {
+            source.replace("count_up(a.arrived[own_tile(tile)])", "a.arrived[own_tile(tile)]++")
+        }),
+        (even, "reads what thread 128", |source| {
+            source.replace(
+                "multiply_stage(memory.stages[turn.stage]);",
+                "multiply_stage(memory.stages[(turn.stage + 1) % STAGES]);",
+            )
+        }),
+        (parts, "has written, in shared", |source| {
+            source.replace("arrive_at_cluster<true>", "arrive_at_cluster<false>")
+        }),
+        (way(3, Deal::Parts(1)), "in shared", |source| {
+            source
+                .replace("if (PAIR > 1) arrive_at_cluster<false>();", "")
+                .replace("if (PAIR > 1) wait_for_cluster();", "")
+        }),
+    ];
+    for (way, said, change) in changes {
+        let body = || case.run(&mut workspace, Output::Plain, way).unwrap();
+        let found = race(&[&case.x], change, body).unwrap_or_default();
+        let _ = workspace.arrived.zero_();
+        assert!(found.contains(said), "{way}: '{found}'");
     }
 }
 

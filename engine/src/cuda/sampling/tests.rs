@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::{
+    cuda::harness::{race, unchanged},
     device::sampling::completed,
     logits::{batch_stats, logprob_gradient},
     sampler::{Draw as OneDraw, stream_of},
@@ -199,4 +200,18 @@ fn draws_that_see_all_logits_are_not_for_the_kernels() {
     let wrong = logits(1, 2, 10).to_kind(Kind::Double);
     let plan = DrawPlan::new(&[How { inv_temperature: 1.0, number: None }; 2], Device::Cpu);
     assert!(matches!(draw(&wrong, &plan), Err(CudaError::Unsupported(_))));
+}
+
+/// Whatever a thread reads or writes is ordered after what others do with it.
+#[test]
+fn nothing_races() {
+    let logits = logits(21, 3, 1300);
+    let params = [0.0, 0.7, 1.0].map(temperature);
+    let hows = params.each_ref().map(|params| {
+        let draw = OneDraw { stream: stream_of(5, 0), ..OneDraw::new(0, params) };
+        How::of(&draw, 1300).unwrap()
+    });
+    let plan = DrawPlan::new(&hows, Device::Cpu);
+    let found = race(&[&logits], unchanged, || draw(&logits, &plan).unwrap());
+    assert_eq!(found, None);
 }
