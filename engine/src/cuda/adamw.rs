@@ -135,7 +135,10 @@ fn chunks(parameters: &[Parameter<'_>]) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::torch::random;
+    use crate::{
+        cuda::harness::{race, unchanged},
+        torch::random,
+    };
     use tch::Device;
 
     const SETTINGS: Settings =
@@ -186,7 +189,9 @@ mod tests {
                         moments: [&first[i], &second[i]],
                     })
                     .collect();
-                fused.step(&SETTINGS, step as u64, &parameters).unwrap();
+                let made: Vec<&Tensor> = gradients.iter().collect();
+                let step = || fused.step(&SETTINGS, step as u64, &parameters).unwrap();
+                assert_eq!(race(&made, unchanged, step), None);
             }
             for (i, want) in want.iter().enumerate() {
                 let off = |got: &Tensor, digits: i32| {

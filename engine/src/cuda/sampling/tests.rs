@@ -214,4 +214,13 @@ fn nothing_races() {
     let plan = DrawPlan::new(&hows, Device::Cpu);
     let found = race(&[&logits], unchanged, || draw(&logits, &plan).unwrap());
     assert_eq!(found, None);
+
+    let (ids, scales) = (Tensor::from_slice(&[5i64, 0, 1299]), Tensor::from_slice(&[0.5f32; 3]));
+    let sums = stats(&logits, &ids, 1.0).unwrap().sums;
+    for kind in [Kind::BFloat16, Kind::Float] {
+        let own = logits.copy();
+        let made = [&own, &ids, &scales, &sums];
+        let body = || gradient(own.shallow_clone(), (&ids, &scales), 1.0, &sums, kind).unwrap();
+        assert_eq!(race(&made, unchanged, body), None, "{kind:?}");
+    }
 }
