@@ -186,8 +186,8 @@ impl Shape {
 
     /// How its work may be dealt out among a tiling's blocks: whole tiles, tiles in as many parts as there is
     /// room for, in one fewer (a cluster has to fit into one of the device's parts), in half as many, and even
-    /// runs of units; where a multiprocessor holds several blocks, all of
-    /// that as if it held one, too. Not at all where the tiling is not for these processors.
+    /// runs of units; where a multiprocessor holds several blocks, all of that as if it held one, too. Not at
+    /// all where the tiling is not for these processors.
     fn deals(&self, tiling: &Tiling, processors: &Processors) -> Vec<Deal> {
         let shared = tiling.shared(self.columns);
         let at_once = (1..=tiling.blocks).map(|blocks| processors.at_once(shared, blocks));

@@ -234,8 +234,8 @@ impl Program {
             )
         };
         let kernels: String = self.entries().iter().map(kernel).collect();
-        let (before, after) =
-            if watched { ("#define WATCHED\n", include_str!("harness/races.h")) } else { ("", "") };
+        let races = (super::harness::WATCHED, include_str!("harness/races.h"));
+        let (before, after) = if watched { races } else { ("", "") };
         let machine = include_str!("harness/machine.h");
         [before, machine, after, COMMON, self.source(), &kernels].concat()
     }

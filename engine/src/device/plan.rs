@@ -152,8 +152,8 @@ impl StepPlan {
         Ok(())
     }
 
-    /// Norms and turns `q` (`[N, heads, head_dim]`) and `k`, writes `k` and `v` (`[N, kv_heads, head_dim]`) of one
-    /// layer to their slots, and attends with scale `1 / sqrt(head_dim)`; `[N, heads * head_dim]`.
+    /// Norms and turns `q` (`[N, heads, head_dim]`) and `k`, writes `k` and `v` (`[N, kv_heads, head_dim]`) of
+    /// one layer to their slots, and attends with scale `1 / sqrt(head_dim)`; `[N, heads * head_dim]`.
     ///
     /// # Panics
     /// What a kernel is refused for; `machine` vouched for the shapes.

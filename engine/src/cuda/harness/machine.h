@@ -35,7 +35,7 @@ struct dim3 {
 namespace machine {
 
 constexpr int LANES = 32, MOST_THREADS = 2304, STACK = 256 << 10, MOST_SHARED = 227 << 10;
-constexpr int MOST_BLOCKS = 8; // of a cluster
+constexpr int MOST_BLOCKS = 8;  // of a cluster
 constexpr int MOST_COPIES = 64; // of a thread, that are under way
 
 #ifdef WATCHED
@@ -46,7 +46,6 @@ void reads(const void *from, size_t bytes);
 void writes(const void *to, size_t bytes);
 void begin_launch();
 void begin_cluster();
-inline int unseen; // what is read and written is the machine's own
 #else
 inline void release(const void *, u64 = 0) {}
 inline void acquire(const void *, u64 = 0) {}
@@ -54,9 +53,11 @@ inline void reads(const void *, size_t) {}
 inline void writes(const void *, size_t) {}
 inline void begin_launch() {}
 inline void begin_cluster() {}
-inline int unseen;
 #endif
 
+inline int unseen;
+
+// While there is one, what is read and written is the machine's own.
 struct Unseen {
   Unseen() { add(1); }
   ~Unseen() { add(-1); }

@@ -18,6 +18,9 @@ use tch::Tensor;
 
 static LIBRARIES: LazyLock<Mutex<HashMap<Program, Library>>> = LazyLock::new(Mutex::default);
 
+/// What sources that look for races begin with.
+pub(super) const WATCHED: &str = "#define WATCHED\n";
+
 thread_local! {
     static WATCH: RefCell<Option<Watch>> = const { RefCell::new(None) };
 }
@@ -122,17 +125,16 @@ pub(crate) fn compiled(source: &str) -> PathBuf {
         let file = |kind: &str| beside.join(format!("{name}.{}.{kind}", std::process::id()));
         let (from, to) = (file("cpp"), file("so"));
         std::fs::write(&from, source).unwrap();
-        compile(&from, &to);
+        compile(&from, &to, source.starts_with(WATCHED));
         std::fs::rename(&to, &object).unwrap();
         std::fs::remove_file(&from).unwrap();
     }
     object
 }
 
-/// Sources that look for races are told of what they read and write by functions of their own.
-fn compile(from: &Path, to: &Path) {
+/// The compiler makes sources that look for races call their own functions for what they read and write.
+fn compile(from: &Path, to: &Path, watched: bool) {
     let object = to.with_extension("o");
-    let watched = std::fs::read_to_string(from).unwrap().starts_with("#define WATCHED");
     let how: &[&str] = if watched { &["-O1", "-g", "-fsanitize=thread"] } else { &["-O2"] };
     let compiler = || Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()));
     let mut compile = compiler();

@@ -72,8 +72,8 @@ DEVICE void load_matrices_transposed(u32 (&m)[4], const void *row) {
                : "memory");
 }
 
-// Begins to copy 16 bytes into shared memory, or zeros if not `valid`. `SETTLED`: nothing that the kernel before
-// may still write.
+// Begins to copy 16 bytes into shared memory, or zeros if not `valid`. `SETTLED`: nothing that the kernel
+// before may still write.
 template <bool SETTLED> DEVICE void copy_async(void *to, const void *from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid ? 16 : 0)

@@ -35,11 +35,11 @@ constexpr int GROUP = 128; // threads, which multiply two boxes
 
 // `PAIR`: 2 where blocks read x for each other, which makes one of two tiles; or 1.
 template <class T, int COLUMNS, int STAGES, int PAIR, int GROUPS> struct Multiplier {
-  static constexpr int BOXES = 2 * GROUPS;             // of a tile
-  static constexpr int ROWS = BOXES * BOX;             // of it
-  static constexpr int STRIDE = ROWS + 4;              // of its sums: keeps a warp's in different banks
-  static constexpr int MULTIPLIERS = GROUPS * GROUP;   // threads; a warp more asks for slices
-  static constexpr int LINES = COLUMNS * ROWS / 4; // of four sums, that a piece has room for
+  static constexpr int BOXES = 2 * GROUPS;           // of a tile
+  static constexpr int ROWS = BOXES * BOX;           // of it
+  static constexpr int STRIDE = ROWS + 4;            // of its sums: keeps a warp's in different banks
+  static constexpr int MULTIPLIERS = GROUPS * GROUP; // threads; a warp more asks for slices
+  static constexpr int LINES = COLUMNS * ROWS / 4;   // of four sums, that a piece has room for
 
   struct Stage {
     T weight[BOXES][BOX * SLICE];
@@ -384,8 +384,8 @@ template <class T, int COLUMNS, int STAGES, int PAIR, int GROUPS> struct Multipl
   }
 };
 
-// Grid: at most as many blocks or pairs as there are units, in clusters of as many as a tile has parts; clusters
-// need not all run at once. Shared memory: Memory, and nothing before it.
+// Grid: at most as many blocks or pairs as there are units, in clusters of as many as a tile has parts;
+// clusters need not all run at once. Shared memory: Memory, and nothing before it.
 template <class T, int COLUMNS, int STAGES, int PAIR, int GROUPS> DEVICE void product(const Product &a) {
   SHARED_MEMORY(memory, 1024);
   Multiplier<T, COLUMNS, STAGES, PAIR, GROUPS>(a, memory).run();
