@@ -38,6 +38,7 @@ pub use self::source::Element;
 use self::{driver::Driver, library::Library};
 use crate::torch::TorchError;
 use std::sync::OnceLock;
+use tch::Device;
 
 /// What can go wrong with a GPU.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -107,6 +108,16 @@ fn open() -> Result<(), CudaError> {
         why: "libtorch finds no device".into(),
         advice: "see what nvidia-smi says and whether CUDA_VISIBLE_DEVICES hides it",
     })
+}
+
+/// Whether kernels of our own take tensors of `device`: of a CUDA device; in tests the harness can stand in
+/// for one.
+pub fn takes(device: Device) -> bool {
+    #[cfg(test)]
+    if harness::stands_in() {
+        return true;
+    }
+    device.is_cuda()
 }
 
 /// Whether there is a device that tensors and these kernels run on.

@@ -2,7 +2,7 @@
 
 use super::sampling;
 use crate::{
-    cuda::{CudaError, sampling as kernel},
+    cuda::{CudaError, sampling as kernel, takes},
     sampler::{Draw, Drawn},
 };
 use tch::Tensor;
@@ -33,7 +33,7 @@ impl Drawing {
     /// # Panics
     /// As there.
     pub fn start(logits: &Tensor, draws: &[Draw<'_>]) -> Self {
-        if !logits.device().is_cuda() {
+        if !takes(logits.device()) {
             let drawn = sampling::sample(logits, draws);
             // A row without a token ends its sample, whatever follows.
             let id = |drawn: &Result<Drawn, String>| drawn.as_ref().map_or(0, |d| i64::from(d.id));

@@ -223,4 +223,4 @@ impl DecodeGraphs {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -3,7 +3,7 @@
 
 use super::{download, stats::RowSums, upload};
 use crate::{
-    cuda::{CudaError, sampling as kernel},
+    cuda::{CudaError, sampling as kernel, takes},
     kernels::disjoint,
     sampler::{
         Draw, Drawn, random_number, sample_row,
@@ -31,7 +31,7 @@ const ROWS: i64 = 128;
 pub fn sample(logits: &Tensor, draws: &[Draw<'_>]) -> Vec<Result<Drawn, String>> {
     let (rows, _) = logits.size2().expect("logits have two axes");
     assert!(draws.iter().all(|draw| draw.row < rows as usize), "a draw's row is not among them");
-    let kernels = logits.device().is_cuda().then(|| kernel::sample_some(logits, draws));
+    let kernels = takes(logits.device()).then(|| kernel::sample_some(logits, draws));
     let drawn = match kernels {
         None | Some(Err(CudaError::Unsupported(_))) => draw_on_device(logits, draws),
         Some(made) => made.unwrap_or_else(|error| panic!("{error}")),

@@ -6,6 +6,8 @@ mod control;
 mod flight;
 mod handle;
 mod hold;
+#[cfg(test)]
+mod on_kernels;
 mod outlet;
 mod request;
 mod runner;
@@ -13,6 +15,8 @@ mod targets;
 mod update;
 mod worker;
 
+#[cfg(test)]
+use crate::cuda::harness;
 use crate::{
     chat::ChatTokenizer,
     device::{Placement, pages::DevicePages},
@@ -323,9 +327,13 @@ impl EngineHandle {
         let blocks = limits.num_blocks;
         let recorded = if config.enforce_eager { 0 } else { limits.max_model_len };
         let model_config = model.config.clone();
+        #[cfg(test)]
+        let stands_in = harness::stands_in();
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || {
+                #[cfg(test)]
+                harness::stand_in(stands_in);
                 let device = cuda_index(placement);
                 // The trainer's work on the device does not stand before the engine's then.
                 if let Some(Err(error)) = device.map(stream::own) {

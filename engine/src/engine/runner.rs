@@ -2,7 +2,7 @@
 
 use crate::{
     block_manager::BLOCK_SIZE,
-    cuda::{attention::fits, plan::Machine},
+    cuda::{attention::fits, plan::Machine, takes},
     device::{
         self, Placement, download,
         drawing::Drawing,
@@ -368,7 +368,7 @@ fn gather<'a>(step: &Step, scheduler: &'a Scheduler) -> StepRows<'a> {
 /// the model's heads.
 fn machine(config: &ModelConfig, placement: Placement) -> Option<Machine> {
     let (heads, kv_heads, head_dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
-    let fits = placement.device.is_cuda() && fits(placement.kind, heads, kv_heads, head_dim);
+    let fits = takes(placement.device) && fits(placement.kind, heads, kv_heads, head_dim);
     let machine = || Machine::of(placement.device, heads, kv_heads, head_dim).ok();
     fits.then(machine).flatten()
 }

@@ -11,7 +11,10 @@ pub mod swiglu;
 #[cfg(test)]
 mod testing;
 
-use crate::{cuda::CudaError, torch::autograd::recording};
+use crate::{
+    cuda::{CudaError, takes},
+    torch::autograd::recording,
+};
 use tch::Tensor;
 
 /// True if a function of these inputs needs a graph.
@@ -25,7 +28,7 @@ fn may_record(inputs: &[&Tensor]) -> bool {
 /// # Panics
 /// If the kernel cannot be launched.
 fn on_cuda<T>(inputs: &[&Tensor], kernel: impl FnOnce() -> Result<T, CudaError>) -> Option<T> {
-    if !inputs[0].device().is_cuda() || may_record(inputs) {
+    if !takes(inputs[0].device()) || may_record(inputs) {
         return None;
     }
     made(kernel())

@@ -2,7 +2,7 @@
 
 use super::{may_record, on_cuda};
 use crate::{
-    cuda::elementwise as cuda,
+    cuda::{elementwise as cuda, takes},
     device::{is_native, wide},
     kernels::elementwise::rotary::Rotary,
     torch::{
@@ -30,7 +30,7 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
         if let Some(made) = on_cuda(&[x], || cuda::rotate(x, cos, sin)) {
             return made;
         }
-        if !x.device().is_cuda() || wide(x.kind()) != Kind::Float {
+        if !takes(x.device()) || wide(x.kind()) != Kind::Float {
             return turn(x, cos, sin);
         }
     }

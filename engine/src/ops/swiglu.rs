@@ -5,7 +5,7 @@ use super::{
     may_record, on_cuda,
 };
 use crate::{
-    cuda::{elementwise as cuda, product::Output},
+    cuda::{elementwise as cuda, product::Output, takes},
     device::is_native,
     kernels::elementwise::gate::SwiGlu as Kernel,
     torch::{
@@ -25,7 +25,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
         if let Some(made) = on_cuda(&[gate, up], || cuda::swiglu(gate, up)) {
             return made;
         }
-        if !gate.device().is_cuda() || !cuda::has_gates(gate) {
+        if !takes(gate.device()) || !cuda::has_gates(gate) {
             return gate.silu() * up;
         }
     }

@@ -7,8 +7,8 @@ use super::{
 };
 use rapidhash::v3::rapidhash_v3;
 use std::{
-    cell::RefCell,
-    collections::HashMap,
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, HashMap},
     ffi::{CStr, c_char, c_void},
     path::{Path, PathBuf},
     process::Command,
@@ -23,20 +23,38 @@ pub(super) const WATCHED: &str = "#define WATCHED\n";
 
 thread_local! {
     static WATCH: RefCell<Option<Watch>> = const { RefCell::new(None) };
+    static STANDS_IN: Cell<bool> = const { Cell::new(false) };
+    static LAUNCHES: RefCell<BTreeMap<&'static str, usize>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// Whether the CPU is taken for a CUDA device as far as kernels of our own go, on this thread.
+pub(crate) fn stands_in() -> bool {
+    STANDS_IN.get()
+}
+
+/// Takes it for one from now on, or no longer.
+pub(crate) fn stand_in(so: bool) {
+    STANDS_IN.set(so);
+}
+
+/// How often this thread has launched which kernel.
+pub(crate) fn launches() -> BTreeMap<&'static str, usize> {
+    LAUNCHES.with_borrow(Clone::clone)
 }
 
 /// What is looked for races, and what was found.
 struct Watch {
-    /// Addresses and bytes of what the kernel before makes.
+    /// Addresses and bytes of what kernels before make.
     made: Vec<(usize, usize)>,
     /// What becomes of the sources.
     change: fn(String) -> String,
     found: Option<String>,
 }
 
-/// The first race of the kernels that `body` launches on this thread, if there is one, where a kernel before
-/// each makes some tensors; with their sources changed.
-pub(super) fn race<R>(
+/// The first race of the kernels that `body` launches on this thread, if there is one, with their sources
+/// changed. Each may begin before those before it have ended: what these have written, and some tensors that
+/// are made before all of them, it may read only after it has waited.
+pub(crate) fn race<R>(
     made: &[&Tensor],
     change: fn(String) -> String,
     body: impl FnOnce() -> R,
@@ -53,7 +71,7 @@ pub(super) fn race<R>(
 }
 
 /// Sources as they are.
-pub(super) fn unchanged(source: String) -> String {
+pub(crate) fn unchanged(source: String) -> String {
     source
 }
 
@@ -62,6 +80,7 @@ pub(super) fn unchanged(source: String) -> String {
 /// # Safety
 /// As `Launch::run`, with addresses of the CPU.
 pub(super) unsafe fn run<A: Argument>(launch: &Launch, argument: &A) {
+    LAUNCHES.with_borrow_mut(|launches| *launches.entry(launch.name).or_default() += 1);
     let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
     WATCH.with_borrow_mut(|watch| match watch {
         None => {
@@ -77,6 +96,8 @@ pub(super) unsafe fn run<A: Argument>(launch: &Launch, argument: &A) {
             let found =
                 unsafe { watched(library, &watch.made, || call(library, launch, argument)) };
             watch.found = watch.found.take().or(found);
+            // SAFETY: the library has races.h.
+            unsafe { add_written(library, &mut watch.made) };
         }
     });
 }
@@ -113,6 +134,20 @@ unsafe fn watched(
     // SAFETY: a string that stays until the next launch, or null.
     let found = unsafe { race().as_ref().map(|text| CStr::from_ptr(text)) };
     found.map(|text| text.to_string_lossy().into_owned())
+}
+
+/// Adds what the last launch has written, address and bytes each.
+///
+/// # Safety
+/// `library` has races.h.
+unsafe fn add_written(library: Library, made: &mut Vec<(usize, usize)>) {
+    type Made = Vec<(usize, usize)>;
+    unsafe extern "C" fn take(made: &mut Made, from: usize, bytes: usize) {
+        made.push((from, bytes));
+    }
+    type Each = unsafe extern "C" fn(unsafe extern "C" fn(&mut Made, usize, usize), &mut Made);
+    // SAFETY: races.h gives it this signature, but for what pointers point to.
+    unsafe { library.function::<Each>("each_written").unwrap()(take, made) };
 }
 
 /// A shared object of C++, compiled unless it lies beside the tests already.

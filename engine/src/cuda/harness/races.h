@@ -178,8 +178,22 @@ void begin_cluster() {
 
 extern "C" {
 
-// What the kernel before the next one makes.
+// What kernels before the next one make.
 void made_before(const void *from, size_t bytes) { machine::made.push_back({from, bytes}); }
+
+// What the last launch has written to global memory, a range at a time.
+void each_written(void (*take)(void *, const void *, size_t), void *to) {
+  for (const auto &[number, page] : machine::pages) {
+    const char *begin = (const char *)(number * 4096);
+    for (size_t i = 0, end; i < page->size(); i = end + 1) {
+      const auto written = [&](size_t at) {
+        return at < page->size() && (*page)[at].writer.thread > machine::BEFORE && !machine::is_shared(begin + at);
+      };
+      for (end = i; written(end);) ++end;
+      if (end > i) take(to, begin + i, end - i);
+    }
+  }
+}
 
 // The first race that was found in the last launch, or null.
 const char *race() { return machine::found.empty() ? nullptr : machine::found.c_str(); }

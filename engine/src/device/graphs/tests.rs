@@ -36,7 +36,7 @@ fn model() -> (ModelConfig, Decoder) {
 }
 
 /// The next row of sequences that have so many tokens; sequence `i` has the blocks from `10 i` on.
-fn rows<'a>(lengths: &[usize], blocks: &'a [Vec<u32>]) -> StepRows<'a> {
+pub(crate) fn rows<'a>(lengths: &[usize], blocks: &'a [Vec<u32>]) -> StepRows<'a> {
     let mut rows = StepRows::default();
     for (row, (&len, blocks)) in lengths.iter().zip(blocks).enumerate() {
         rows.tokens.push((7 * row + len) as i64 % 50);
