@@ -37,7 +37,7 @@ pub use self::source::Element;
 
 use self::{driver::Driver, library::Library};
 use crate::torch::TorchError;
-use std::sync::OnceLock;
+use std::{cell::Cell, sync::OnceLock};
 use tch::Device;
 
 /// What can go wrong with a GPU.
@@ -110,9 +110,38 @@ fn open() -> Result<(), CudaError> {
     })
 }
 
-/// Whether kernels of our own take tensors of `device`: of a CUDA device; in tests the harness can stand in
-/// for one.
+thread_local! {
+    static SET_ASIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Does without kernels of our own on this thread from now on, but for those that are called for by name.
+pub fn set_aside() {
+    SET_ASIDE.set(true);
+}
+
+/// Whether that is so.
+pub fn are_set_aside() -> bool {
+    SET_ASIDE.get()
+}
+
+/// Runs `body` without kernels of our own.
+pub fn without<R>(body: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            SET_ASIDE.set(self.0);
+        }
+    }
+    let _restore = Restore(SET_ASIDE.replace(true));
+    body()
+}
+
+/// Whether kernels of our own take tensors of `device`: of a CUDA device, unless they are set aside; in tests
+/// the harness can stand in for one.
 pub fn takes(device: Device) -> bool {
+    if are_set_aside() {
+        return false;
+    }
     #[cfg(test)]
     if harness::stands_in() {
         return true;

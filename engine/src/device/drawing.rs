@@ -1,6 +1,6 @@
 //! Tokens that are being drawn: a device has them before the host does, and can go on with them.
 
-use super::sampling;
+use super::{sampling, upload};
 use crate::{
     cuda::{CudaError, sampling as kernel, takes},
     sampler::{Draw, Drawn},
@@ -38,7 +38,7 @@ impl Drawing {
             // A row without a token ends its sample, whatever follows.
             let id = |drawn: &Result<Drawn, String>| drawn.as_ref().map_or(0, |d| i64::from(d.id));
             let ids: Vec<i64> = drawn.iter().map(id).collect();
-            return Self { tokens: Some(Tensor::from_slice(&ids)), ..Self::known(drawn) };
+            return Self { tokens: Some(upload(&ids, logits.device())), ..Self::known(drawn) };
         }
         match Self::by_kernels(logits, draws) {
             Ok(Some(drawing)) => drawing,

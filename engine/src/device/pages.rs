@@ -46,6 +46,19 @@ impl DevicePages {
         Ok(Self { shape, placement, pool: Some(Pool::new(shape, placement)?) })
     }
 
+    /// Blocks of the pool.
+    pub fn num_blocks(&self) -> usize {
+        self.shape[1] as usize
+    }
+
+    /// Makes everything that is in them zero.
+    ///
+    /// # Panics
+    /// If their memory is given back.
+    pub fn clear(&self) {
+        let _ = self.pool().whole.shallow_clone().zero_();
+    }
+
     /// K and V pages of one layer, `[num_blocks, kv_heads, BLOCK_SIZE, head_dim]` each.
     ///
     /// # Panics

@@ -1,16 +1,17 @@
 //! A whole engine over the kernels of a GPU, in their harness on the CPU, against the same model in f64 by
 //! libtorch's operations.
 
-use super::{EngineConfig, EngineHandle, Model};
+use super::{EngineConfig, EngineHandle, Model, runner::Runner};
 use crate::{
     collect::collect,
     cuda::{
-        harness::{self, race, unchanged},
+        harness::{self, Change, race, unchanged},
         plan::Machine,
         product::{
             COLUMNS,
             choice::{Case, choose, ways},
         },
+        takes,
     },
     device::{Placement, graphs::tests::rows, pages::DevicePages, plan::StepPlan, stats},
     model::{
@@ -20,7 +21,7 @@ use crate::{
         joined::join,
     },
     torch::random,
-    weights::Weights,
+    weights::{ServeDtype, Weights},
 };
 use onpolicy_plugin_api::{Engine, Memory, Request, SamplingParams, Sleep};
 use serde_json::{Value, json};
@@ -277,4 +278,39 @@ fn a_step_reads_nothing_before_it_is_there() {
     let found = race(&[], hasty, logits).expect("attention that does not wait for q, k and v");
     harness::stand_in(false);
     assert!(found.contains("reads what the kernel before has written"), "{found}");
+}
+
+/// An engine that starts finds out which kernels are off, and does without.
+#[test]
+fn kernels_that_are_off_are_set_aside() {
+    let config = config(json!({
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128,
+        "intermediate_size": 72, "num_attention_heads": 2, "num_key_value_heads": 1,
+    }));
+    let placement = Placement { device: Device::Cpu, kind: Kind::BFloat16 };
+    random::seed(5);
+    let weights = random_weights(&config, placement.kind);
+    let changes: [Change; 6] = [
+        unchanged,
+        |source| source.replace("strip.weigh(s, a.scale)", "strip.weigh(s, 2.0f * a.scale)"),
+        // Of decode steps alone: a token's own K and V.
+        |source| source.replace("fresh.lay(stage, row);", "fresh.lay(stage, 0);"),
+        |source| source.replace("number(up.at[j]));", "-number(up.at[j]));"),
+        // Of statistics alone.
+        |source| source.replace("c += e * e * d;", "c += e * d;"),
+        |source| source + "#error no such device",
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        let (config, weights) = (config.clone(), weights.share());
+        let start = move || {
+            harness::stand_in(true);
+            let pages = DevicePages::new(&config, 30, placement).unwrap();
+            let sizes = (Some(pages), 30);
+            let served = (&weights, ServeDtype::F32);
+            let runner = harness::changed(change, || Runner::new(&config, served, sizes, 64));
+            (runner.by_kernels(), takes(Device::Cpu))
+        };
+        let right = number == 0;
+        assert_eq!(std::thread::spawn(start).join().unwrap(), (right, right), "{number}");
+    }
 }

@@ -2,9 +2,9 @@
 
 use crate::{
     block_manager::BLOCK_SIZE,
-    cuda::{attention::fits, plan::Machine, takes},
+    cuda::{self, attention::fits, plan::Machine, takes},
     device::{
-        self, Placement, download,
+        self, Placement, agreement, download,
         drawing::Drawing,
         graphs::DecodeGraphs,
         pages::DevicePages,
@@ -85,12 +85,18 @@ impl Runner {
     ) -> Self {
         let mut decoder = Decoder::serving(config, weights, dtype);
         let device = decoder.placement().device;
-        let machine = machine(config, decoder.placement());
+        let mut machine = machine(config, decoder.placement());
         let blocks = recorded.div_ceil(BLOCK_SIZE).min(num_blocks);
-        let graphs = machine.filter(|_| blocks > 0);
-        if let (Some(_), Device::Cuda(index)) = (graphs, device) {
+        if let (Some(_), Device::Cuda(index)) = (machine.filter(|_| blocks > 0), device) {
             tch::no_grad(|| tune(index, &decoder.products()));
         }
+        if let Some(pages) = pages.as_ref().filter(|_| takes(device))
+            && let Err(why) = agreement::check(&decoder, pages, machine)
+        {
+            do_without_kernels(&why, pages);
+            machine = None;
+        }
+        let graphs = machine.filter(|_| blocks > 0);
         let storages = || Storages::of(weights.iter().map(|(_, tensor)| tensor));
         Self {
             copied_bytes: decoder.copied_bytes(),
@@ -125,6 +131,12 @@ impl Runner {
             Device::Cuda(index) => synchronize(index).map_err(|error| error.to_string()),
             _ => Ok(()),
         }
+    }
+
+    /// Whether attention and decode steps are by kernels of our own.
+    #[cfg(test)]
+    pub fn by_kernels(&self) -> bool {
+        self.machine.is_some() && self.graphs.is_some()
     }
 
     /// Decode steps that ran as a recorded graph.
@@ -371,6 +383,18 @@ fn machine(config: &ModelConfig, placement: Placement) -> Option<Machine> {
     let fits = takes(placement.device) && fits(placement.kind, heads, kv_heads, head_dim);
     let machine = || Machine::of(placement.device, heads, kv_heads, head_dim).ok();
     fits.then(machine).flatten()
+}
+
+/// libtorch's operations do for kernels of our own on this thread.
+fn do_without_kernels(why: &str, pages: &DevicePages) {
+    tracing::warn!(
+        why,
+        "the engine's kernels give other numbers than libtorch on this device; going on with libtorch's \
+         operations, which are slower. Please report what 'onpolicy bench check --device cuda' says"
+    );
+    cuda::set_aside();
+    // They may have left what is no number.
+    pages.clear();
 }
 
 /// The prompt tokens that the rows of `chunk` predict, and the position of the first of them.

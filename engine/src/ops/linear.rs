@@ -3,7 +3,10 @@
 
 use super::{made, may_record};
 use crate::{
-    cuda::product::{Output, choice},
+    cuda::{
+        are_set_aside,
+        product::{Output, choice},
+    },
     device::{is_native, wide},
     kernels::matmul::{self, Layer, narrow::Narrow},
     torch::{
@@ -40,7 +43,7 @@ pub(super) fn chosen(
     if may_record(&[x, weight]) || bias.is_some_and(|bias| may_record(&[bias])) {
         return None;
     }
-    let way = choice::chosen(x, weight, output)?;
+    let way = choice::chosen(x, weight, output).filter(|_| !are_set_aside())?;
     made(choice::product_by((&x.contiguous(), weight, bias), output, way))
 }
 

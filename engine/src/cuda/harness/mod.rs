@@ -3,7 +3,6 @@
 use super::{
     launch::{Argument, Launch},
     library::Library,
-    source::Program,
 };
 use rapidhash::v3::rapidhash_v3;
 use std::{
@@ -16,13 +15,18 @@ use std::{
 };
 use tch::Tensor;
 
-static LIBRARIES: LazyLock<Mutex<HashMap<Program, Library>>> = LazyLock::new(Mutex::default);
+/// By a hash of their sources.
+static LIBRARIES: LazyLock<Mutex<HashMap<u64, Library>>> = LazyLock::new(Mutex::default);
+
+/// What becomes of the sources.
+pub(crate) type Change = fn(String) -> String;
 
 /// What sources that look for races begin with.
 pub(super) const WATCHED: &str = "#define WATCHED\n";
 
 thread_local! {
     static WATCH: RefCell<Option<Watch>> = const { RefCell::new(None) };
+    static CHANGE: Cell<Change> = const { Cell::new(unchanged) };
     static STANDS_IN: Cell<bool> = const { Cell::new(false) };
     static LAUNCHES: RefCell<BTreeMap<&'static str, usize>> = const { RefCell::new(BTreeMap::new()) };
 }
@@ -46,8 +50,6 @@ pub(crate) fn launches() -> BTreeMap<&'static str, usize> {
 struct Watch {
     /// Addresses and bytes of what kernels before make.
     made: Vec<(usize, usize)>,
-    /// What becomes of the sources.
-    change: fn(String) -> String,
     found: Option<String>,
 }
 
@@ -56,7 +58,7 @@ struct Watch {
 /// are made before all of them, it may read only after it has waited.
 pub(crate) fn race<R>(
     made: &[&Tensor],
-    change: fn(String) -> String,
+    change: Change,
     body: impl FnOnce() -> R,
 ) -> Option<String> {
     let place = |tensor: &&Tensor| {
@@ -65,9 +67,17 @@ pub(crate) fn race<R>(
         (tensor.data_ptr() as usize, numbers * tensor.kind().elt_size_in_bytes())
     };
     let made = made.iter().map(place).collect();
-    WATCH.set(Some(Watch { made, change, found: None }));
-    drop(body());
+    WATCH.set(Some(Watch { made, found: None }));
+    drop(changed(change, body));
     WATCH.take().and_then(|watch| watch.found)
+}
+
+/// Runs `body`, whose kernels on this thread have changed sources.
+pub(crate) fn changed<R>(change: Change, body: impl FnOnce() -> R) -> R {
+    let before = CHANGE.replace(change);
+    let made = body();
+    CHANGE.set(before);
+    made
 }
 
 /// Sources as they are.
@@ -84,13 +94,15 @@ pub(super) unsafe fn run<A: Argument>(launch: &Launch, argument: &A) {
     let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
     WATCH.with_borrow_mut(|watch| match watch {
         None => {
-            let build = || Library::open(&[compiled(&launch.program.harness_source(false))]);
-            let library = *libraries.entry(launch.program).or_insert_with(|| build().unwrap());
+            let source = CHANGE.get()(launch.program.harness_source(false));
+            let library = libraries.entry(rapidhash_v3(source.as_bytes()));
+            let open = || Library::open(&[compiled(&source)]).unwrap();
+            let library = *library.or_insert_with(open);
             // SAFETY: as the caller says.
             unsafe { call(library, launch, argument) };
         }
         Some(watch) => {
-            let source = (watch.change)(launch.program.harness_source(true));
+            let source = CHANGE.get()(launch.program.harness_source(true));
             let library = Library::open(&[compiled(&source)]).unwrap();
             // SAFETY: as the caller says.
             let found =
