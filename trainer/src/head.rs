@@ -3,7 +3,7 @@
 //! are f32 where the weights are narrower.
 
 use onpolicy_engine::{
-    cuda::sampling as kernel,
+    cuda::{sampling as kernel, takes},
     device::{download, is_native, stats, upload},
     logits,
     model::decoder::Decoder,
@@ -42,7 +42,7 @@ impl Head {
             return (Logits { rows, sums: None }, stats);
         }
         let ids = ids(targets, rows.device());
-        if rows.device().is_cuda() {
+        if takes(rows.device()) {
             let looked = kernel::stats(&rows, &ids, temperature);
             let looked = looked.unwrap_or_else(|error| panic!("{error}"));
             let stats = numbers(&looked.numbers.narrow(1, 1, 3));

@@ -9,7 +9,8 @@ use crate::{
     loss::head_rows,
 };
 use onpolicy_engine::{
-    block_manager::BLOCK_SIZE, device::Placement, kv_cache::KvCache, model::config::ModelConfig,
+    block_manager::BLOCK_SIZE, cuda::takes, device::Placement, kv_cache::KvCache,
+    model::config::ModelConfig,
 };
 use serde::Serialize;
 use std::fmt;
@@ -197,7 +198,7 @@ impl Subject<'_> {
     /// made at the same time.
     fn logits(&self) -> usize {
         let Config { rollout, engine, train, .. } = self.config;
-        let wide = if self.placement.device.is_cuda() { KERNELS_LOGITS } else { WIDE_LOGITS };
+        let wide = if takes(self.placement.device) { KERNELS_LOGITS } else { WIDE_LOGITS };
         let of = |rows: usize| rows * self.model.vocab_size * size_of::<f32>() * wide;
         let drawn = (self.prompts.len() * rollout.group_size).min(engine.max_num_seqs);
         match train.mode {

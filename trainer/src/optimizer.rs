@@ -3,7 +3,10 @@
 
 use crate::config::Train;
 use onpolicy_engine::{
-    cuda::adamw::{FusedAdamW, Parameter},
+    cuda::{
+        adamw::{FusedAdamW, Parameter},
+        takes,
+    },
     device::wide,
     torch::{
         TorchError,
@@ -115,7 +118,7 @@ impl Optimizer {
         self.taken += 1;
         let settings = self.adamw(lr, grad_norm);
         match self.params.first() {
-            Some(param) if param.device().is_cuda() => self.step_fused(&settings),
+            Some(param) if takes(param.device()) => self.step_fused(&settings),
             _ => self.step_of_libtorch(settings),
         }
     }

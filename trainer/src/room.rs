@@ -4,7 +4,7 @@
 use crate::error::TrainError;
 use onpolicy_engine::{
     panic::message,
-    torch::{TorchError, memory::trim, storage::empty_cache},
+    torch::{TorchError, is_out_of_memory, memory::trim, storage::empty_cache},
 };
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use tch::Device;
@@ -92,15 +92,6 @@ fn attempt<T>(work: impl FnOnce() -> Result<T, TorchError>) -> Result<T, TorchEr
         Some(text) if is_out_of_memory(text) => Err(TorchError(text.to_string())),
         _ => resume_unwind(panic),
     })
-}
-
-/// Whether this is how an allocation fails: in libtorch's allocators (CPU, CUDA), in libraries that
-/// it calls, or in the driver.
-fn is_out_of_memory(text: &str) -> bool {
-    let text = text.to_ascii_lowercase().replace('_', " ");
-    ["out of memory", "can't allocate memory", "alloc failed"]
-        .iter()
-        .any(|sign| text.contains(sign))
 }
 
 #[cfg(test)]

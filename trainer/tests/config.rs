@@ -224,6 +224,8 @@ fn devices_and_types_are_named() {
         assert!(error.starts_with("engine.serve_dtype = \"f16\""), "{error}");
     }
     assert!(flags(&["engine.serve_dtype=f16", "model.dtype=f32"]).is_ok());
+    assert!(refusal("model.kernels=false").contains("about a CUDA device"));
+    assert!(!flags(&["model.kernels=false", "model.device=auto"]).unwrap().model.kernels);
 }
 
 #[test]

@@ -36,8 +36,14 @@ pub mod source;
 pub use self::source::Element;
 
 use self::{driver::Driver, library::Library};
-use crate::torch::TorchError;
-use std::{cell::Cell, sync::OnceLock};
+use crate::torch::{TorchError, without_cudnn_attention};
+use std::{
+    cell::Cell,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 use tch::Device;
 
 /// What can go wrong with a GPU.
@@ -100,6 +106,9 @@ fn open() -> Result<(), CudaError> {
         advice: "install torch 2.11.0 for CUDA and put its torch/lib first in LD_LIBRARY_PATH, or \
                  take device = \"cpu\"",
     })?;
+    // Its plans are made anew for every length, and some of its kernels have been wrong for single rows
+    // (pytorch/pytorch#193893).
+    without_cudnn_attention()?;
     if tch::Cuda::device_count() > 0 {
         return Ok(());
     }
@@ -110,30 +119,36 @@ fn open() -> Result<(), CudaError> {
     })
 }
 
+static SET_ASIDE: AtomicBool = AtomicBool::new(false);
+
 thread_local! {
-    static SET_ASIDE: Cell<bool> = const { Cell::new(false) };
+    static WITHOUT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Does without kernels of our own on this thread from now on, but for those that are called for by name.
+/// Does without kernels of our own from now on, in engine and trainer, but for those that are called for by
+/// name. In tests on this thread, whose harness no longer stands in for a device.
 pub fn set_aside() {
-    SET_ASIDE.set(true);
+    #[cfg(test)]
+    return harness::stand_in(false);
+    #[cfg(not(test))]
+    SET_ASIDE.store(true, Ordering::Relaxed);
 }
 
-/// Whether that is so.
-pub fn are_set_aside() -> bool {
-    SET_ASIDE.get()
-}
-
-/// Runs `body` without kernels of our own.
+/// Runs `body` without kernels of our own on this thread.
 pub fn without<R>(body: impl FnOnce() -> R) -> R {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
-            SET_ASIDE.set(self.0);
+            WITHOUT.set(self.0);
         }
     }
-    let _restore = Restore(SET_ASIDE.replace(true));
+    let _restore = Restore(WITHOUT.replace(true));
     body()
+}
+
+/// Whether this thread does without kernels of our own now.
+pub fn are_set_aside() -> bool {
+    WITHOUT.get() || SET_ASIDE.load(Ordering::Relaxed)
 }
 
 /// Whether kernels of our own take tensors of `device`: of a CUDA device, unless they are set aside; in tests

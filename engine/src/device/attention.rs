@@ -128,22 +128,44 @@ fn attend_span(paged: &Paged<'_, PagedPlan>, index: usize, span: &SpanShape) -> 
     causal([&q, &k, &v], paged.window, Some(paged.scale))
 }
 
+/// Tokens whose K and V are in memory at a time, where every sequence has one row.
+const GATHERED: usize = if cfg!(test) { 200 } else { 1 << 16 };
+
 /// One row of each sequence, `[N, heads, 1, head_dim]`.
 fn attend_single_rows(paged: &Paged<'_, PagedPlan>) -> Tensor {
-    let (plan, tokens) = (paged.plan, paged.plan.longest());
-    let [k, v] =
-        [paged.k_pages, paged.v_pages].map(|pages| gather(pages, &plan.block_table, tokens));
+    let spans = &paged.plan.spans;
+    let (mut parts, mut start) = (Vec::new(), 0);
+    while start < spans.len() {
+        let mut longest = 0;
+        let fits = |(index, span): &(usize, &SpanShape)| {
+            longest = longest.max(span.context);
+            *index == 0 || (index + 1) * longest <= GATHERED
+        };
+        let count = spans[start..].iter().enumerate().take_while(fits).count();
+        parts.push(attend_rows(paged, start..start + count));
+        start += count;
+    }
+    Tensor::cat(&parts, 0)
+}
+
+/// Some of them.
+fn attend_rows(paged: &Paged<'_, PagedPlan>, rows: Range<usize>) -> Tensor {
+    let tokens = paged.plan.spans[rows.clone()].iter().map(|span| span.context).max().unwrap_or(0);
+    let some = |tensor: &Tensor| tensor.narrow(0, rows.start as i64, rows.len() as i64);
+    let width = tokens.div_ceil(BLOCK_SIZE) as i64;
+    let blocks = some(&paged.plan.block_table).narrow(1, 0, width);
+    let [k, v] = [paged.k_pages, paged.v_pages].map(|pages| gather(pages, &blocks, tokens));
     let token = Tensor::arange(tokens as i64, (Kind::Int, paged.q.device())).unsqueeze(0);
-    let position = plan.row_position.unsqueeze(1);
+    let position = some(&paged.plan.row_position).unsqueeze(1);
     let mut hidden = token.gt_tensor(&position);
     if let Some(window) = paged.window {
         hidden = hidden.logical_or(&token.le_tensor(&(position - window as i64)));
     }
     // What lies behind the end of a sequence may be anything, and no number stays none.
     let unread = hidden.view([-1, 1, tokens as i64, 1]);
-    let [k, v] = [k, v].map(|x| x.masked_fill(&unread, 0.0));
+    let [k, v] = [k, v].map(|mut x| x.masked_fill_(&unread, 0.0));
     let seen = hidden.logical_not().view([-1, 1, 1, tokens as i64]);
-    let q = paged.q.unsqueeze(2);
+    let q = some(paged.q).unsqueeze(2);
     let scale = Some(paged.scale);
     Tensor::scaled_dot_product_attention(&q, &k, &v, Some(seen), 0.0, false, scale, true)
 }

@@ -53,10 +53,13 @@ impl DevicePages {
 
     /// Makes everything that is in them zero.
     ///
+    /// # Errors
+    /// What the device says.
+    ///
     /// # Panics
     /// If their memory is given back.
-    pub fn clear(&self) {
-        let _ = self.pool().whole.shallow_clone().zero_();
+    pub fn clear(&self) -> Result<(), TorchError> {
+        self.pool().whole.shallow_clone().f_zero_().map(drop).map_err(TorchError::from)
     }
 
     /// K and V pages of one layer, `[num_blocks, kv_heads, BLOCK_SIZE, head_dim]` each.

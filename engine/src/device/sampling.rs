@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 const BLOCK: i64 = 512;
 
 /// Draws whose weights are in memory at a time.
-const ROWS: i64 = 128;
+const ROWS: i64 = 32;
 
 /// As [`sampler::sample`](crate::sampler::sample), from `logits` (`[rows, vocab]`, f32 or f64) on any
 /// device, by kernels of our own on a CUDA one: what comes back for most draws is four numbers each, all in one copy. Rows whose draws

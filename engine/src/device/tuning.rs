@@ -23,7 +23,7 @@ use crate::{
         swiglu::gated,
     },
     profile::untimed,
-    torch::{TorchError, graph::Graph, random, storage::empty_cache, stream::synchronize},
+    torch::{TorchError, graph::Graph, random, stream::synchronize},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -273,9 +273,6 @@ pub fn tune(index: usize, products: &[Products<'_>]) {
             tracing::info!(all, own, new, seconds, "products of few rows by the fastest kernels");
         }
         Err(error) => tracing::warn!(%error, "products cannot be tuned; they are libtorch's"),
-    }
-    if let Err(error) = empty_cache(Device::Cuda(index)) {
-        tracing::warn!(%error, "what was tried may still hold memory");
     }
     if let Some(file) = file.filter(|_| known.len() > before) {
         let text = serde_json::to_vec_pretty(&known).expect("numbers by names");

@@ -21,7 +21,7 @@ use crate::{
         config::ModelConfig,
         decoder::Decoder,
     },
-    profile::{Phase, timed},
+    profile::{Phase, timed, untimed},
     sampler::{Draw, place, sample},
     scheduler::{Chunk, Scheduler, Step},
     torch::{
@@ -85,17 +85,11 @@ impl Runner {
     ) -> Self {
         let mut decoder = Decoder::serving(config, weights, dtype);
         let device = decoder.placement().device;
-        let mut machine = machine(config, decoder.placement());
         let blocks = recorded.div_ceil(BLOCK_SIZE).min(num_blocks);
-        if let (Some(_), Device::Cuda(index)) = (machine.filter(|_| blocks > 0), device) {
-            tch::no_grad(|| tune(index, &decoder.products()));
-        }
-        if let Some(pages) = pages.as_ref().filter(|_| takes(device))
-            && let Err(why) = agreement::check(&decoder, pages, machine)
-        {
-            do_without_kernels(&why, pages);
-            machine = None;
-        }
+        let machine = pages.as_ref().filter(|_| takes(device)).and_then(|pages| {
+            let machine = machine(config, decoder.placement());
+            untimed(|| prepare(&decoder, pages, (machine, blocks > 0)))
+        });
         let graphs = machine.filter(|_| blocks > 0);
         let storages = || Storages::of(weights.iter().map(|(_, tensor)| tensor));
         Self {
@@ -380,21 +374,39 @@ fn gather<'a>(step: &Step, scheduler: &'a Scheduler) -> StepRows<'a> {
 /// the model's heads.
 fn machine(config: &ModelConfig, placement: Placement) -> Option<Machine> {
     let (heads, kv_heads, head_dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
-    let fits = takes(placement.device) && fits(placement.kind, heads, kv_heads, head_dim);
+    let fits = fits(placement.kind, heads, kv_heads, head_dim);
     let machine = || Machine::of(placement.device, heads, kv_heads, head_dim).ok();
     fits.then(machine).flatten()
 }
 
-/// libtorch's operations do for kernels of our own on this thread.
-fn do_without_kernels(why: &str, pages: &DevicePages) {
+/// Looks whether the kernels agree with libtorch's operations, which do for them from now on if not; has the
+/// fastest of them make the products of steps that are recorded. Gives what kernels of attention have to know,
+/// if they can be used.
+fn prepare(
+    decoder: &Decoder,
+    pages: &DevicePages,
+    (machine, records): (Option<Machine>, bool),
+) -> Option<Machine> {
+    let device = decoder.placement().device;
+    let agreed = agreement::check(decoder, pages, machine);
+    if let (Ok(()), Some(_), true, Device::Cuda(index)) = (&agreed, machine, records, device) {
+        tch::no_grad(|| tune(index, &decoder.products()));
+    }
+    if let Err(error) = empty_cache(device) {
+        tracing::warn!(%error, "what was tried may still hold memory");
+    }
+    let Err(why) = agreed else { return machine };
     tracing::warn!(
         why,
-        "the engine's kernels give other numbers than libtorch on this device; going on with libtorch's \
-         operations, which are slower. Please report what 'onpolicy bench check --device cuda' says"
+        "the engine's kernels are set aside on this device, and libtorch's operations do, which are \
+         slower; please report what 'onpolicy bench check --device cuda' says"
     );
     cuda::set_aside();
     // They may have left what is no number.
-    pages.clear();
+    if let Err(error) = pages.clear() {
+        tracing::error!(%error, "the device has failed; start again with model.kernels = false");
+    }
+    None
 }
 
 /// The prompt tokens that the rows of `chunk` predict, and the position of the first of them.

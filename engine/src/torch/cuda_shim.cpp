@@ -4,6 +4,7 @@
 // with nm). Every function returns nullptr, or an error message that the caller frees with op_free.
 #include "guarded.h"
 
+#include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -67,6 +68,11 @@ using Pool = c10::MempoolId_t;
 } // namespace
 
 extern "C" {
+
+// `scaled_dot_product_attention` takes no kernels of cuDNN from now on.
+char *op_without_cudnn_attention() {
+  return guarded([] { at::globalContext().setSDPUseCuDNN(false); });
+}
 
 // The native handle of the stream that this thread uses on a device.
 char *op_stream(int64_t index, void **handle) {

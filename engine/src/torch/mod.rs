@@ -38,6 +38,21 @@ pub fn without_trace(text: &str) -> &str {
     &text[..ends.min().unwrap_or(text.len())]
 }
 
+/// Whether this is how an allocation fails: in libtorch's allocators (CPU, CUDA), in libraries that
+/// it calls, or in the driver.
+pub fn is_out_of_memory(text: &str) -> bool {
+    let text = text.to_ascii_lowercase().replace('_', " ");
+    ["out of memory", "can't allocate memory", "alloc failed"]
+        .iter()
+        .any(|sign| text.contains(sign))
+}
+
+/// Keeps cuDNN out of libtorch's `scaled_dot_product_attention` from now on.
+pub(crate) fn without_cudnn_attention() -> Result<(), TorchError> {
+    // SAFETY: sets a flag of libtorch's.
+    check(unsafe { op_without_cudnn_attention() })
+}
+
 /// A pointer to a C++ `at::Tensor`, as tch holds it.
 type RawTensor = *const torch_sys::C_tensor;
 
@@ -89,6 +104,7 @@ unsafe extern "C" {
 
 // CUDA, see cuda_shim.cpp.
 unsafe extern "C" {
+    fn op_without_cudnn_attention() -> *mut c_char;
     fn op_stream(index: i64, handle: *mut *mut c_void) -> *mut c_char;
     fn op_own_stream(index: i64) -> *mut c_char;
     fn op_side_stream(index: i64, before: *mut i64) -> *mut c_char;

@@ -2,7 +2,6 @@
 
 use crate::advantage::Advantage;
 pub use crate::correction::Correction;
-use onpolicy_engine::device::{Placement, PlacementError};
 pub use onpolicy_engine::{
     chat::ToolFormat,
     device::{DeviceName, Dtype},
@@ -10,6 +9,10 @@ pub use onpolicy_engine::{
     http::access::Key,
     remote::RemoteOptions,
     weights::ServeDtype,
+};
+use onpolicy_engine::{
+    cuda,
+    device::{Placement, PlacementError},
 };
 use onpolicy_plugin_api::Options;
 use serde::{Deserialize, Serialize};
@@ -30,14 +33,25 @@ pub struct Model {
     pub device: DeviceName,
     /// Type of the weights; f32 on the CPU and bf16 on a CUDA device if not given.
     pub dtype: Option<Dtype>,
+    /// On a CUDA device: kernels of onpolicy's own; libtorch's operations alone if not.
+    #[serde(default = "yes")]
+    pub kernels: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Model {
-    /// Where the tensors live on this machine, and in which type.
+    /// Where the tensors live on this machine, and in which type. Opens what is needed for a device, and sets
+    /// kernels aside if they are not wanted.
     ///
     /// # Errors
     /// There is no such device; the message says what to do.
     pub fn placement(&self) -> Result<Placement, PlacementError> {
+        if !self.kernels {
+            cuda::set_aside();
+        }
         Placement::resolve(self.device, self.dtype)
     }
 }

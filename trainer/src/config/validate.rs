@@ -96,6 +96,10 @@ impl Config {
 impl Model {
     fn validate(&self) -> Checked {
         not_empty("model.path", &self.path)?;
+        let of_use = self.kernels || self.device != DeviceName::Cpu;
+        rule("model.kernels", false, of_use, || {
+            "is about a CUDA device and has no effect on the CPU; leave it out".into()
+        })?;
         self.name.as_deref().map_or(Ok(()), |name| not_empty("model.name", name))
     }
 }

@@ -3,6 +3,7 @@
 use crate::config::{Config, Rollout};
 use onpolicy_engine::{
     block_manager::{BLOCK_SIZE, blocks_for},
+    cuda::takes,
     device::Placement,
     model::config::ModelConfig,
 };
@@ -49,7 +50,7 @@ pub(super) fn layer_bytes(model: &ModelConfig, placement: Placement) -> (usize, 
     let element = placement.element_bytes();
     // As in `layer_floats`; K and V are counted by key, and without a kernel of our own the gate's
     // exponential is kept too.
-    let gates = if placement.device.is_cuda() { 3 } else { 4 };
+    let gates = if takes(placement.device) { 3 } else { 4 };
     let numbers =
         4 * model.hidden_size + normed_heads(model) + 2 * q + gates * model.intermediate_size;
     (element * numbers + size_of::<f32>() * model.num_heads, element * 2 * kv)

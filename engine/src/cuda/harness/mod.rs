@@ -74,10 +74,14 @@ pub(crate) fn race<R>(
 
 /// Runs `body`, whose kernels on this thread have changed sources.
 pub(crate) fn changed<R>(change: Change, body: impl FnOnce() -> R) -> R {
-    let before = CHANGE.replace(change);
-    let made = body();
-    CHANGE.set(before);
-    made
+    struct Restore(Change);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            CHANGE.set(self.0);
+        }
+    }
+    let _restore = Restore(CHANGE.replace(change));
+    body()
 }
 
 /// Sources as they are.
