@@ -128,8 +128,9 @@ fn attend_span(paged: &Paged<'_, PagedPlan>, index: usize, span: &SpanShape) -> 
     causal([&q, &k, &v], paged.window, Some(paged.scale))
 }
 
-/// Tokens whose K and V are in memory at a time, where every sequence has one row.
-const GATHERED: usize = if cfg!(test) { 200 } else { 1 << 16 };
+/// Tokens whose K and V are in memory at a time, where every sequence has one row: libtorch may widen them, and
+/// repeat them for every head.
+const GATHERED: usize = if cfg!(test) { 200 } else { 1 << 14 };
 
 /// One row of each sequence, `[N, heads, 1, head_dim]`.
 fn attend_single_rows(paged: &Paged<'_, PagedPlan>) -> Tensor {
