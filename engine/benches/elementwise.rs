@@ -12,7 +12,7 @@ use onpolicy_engine::{
         random::normal,
     },
 };
-use tch::{Tensor, no_grad};
+use tch::Tensor;
 
 /// Seconds for one line.
 const SECONDS: f64 = 1.5;
@@ -87,7 +87,7 @@ fn race(name: &str, shapes: &[&[i64]], operations: [Operation<'_>; 2], finish: &
         if name.ends_with("backward") {
             finish(operation(set));
         } else {
-            no_grad(|| finish(operation(set)));
+            onpolicy_engine::torch::no_grad(|| finish(operation(set)));
         }
         started.elapsed().as_secs_f64() * 1e6
     };

@@ -188,7 +188,7 @@ mod tests {
         let policy = Weights::new(vec![("w".into(), Tensor::from_slice(&[1f32, 2.0]))]);
         let (served, trained) = (policy.share(), policy.share_trainable());
         let trained = trained.get("w").unwrap();
-        tch::no_grad(|| {
+        crate::torch::no_grad(|| {
             let mut handle = trained.shallow_clone();
             let _ = handle.g_add_scalar_(1.0);
         });

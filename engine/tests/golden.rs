@@ -129,7 +129,7 @@ fn the_pages_meet_the_reference_at_every_chunk_size() {
         let decoder = decoder(&checkpoint);
         let reference = json(&golden(&format!("tiny/{name}/reference.json")));
         let rows: Vec<Vec<u32>> = (0..2).map(|row| ids(&reference["input_ids"][row])).collect();
-        tch::no_grad(|| {
+        onpolicy_engine::torch::no_grad(|| {
             for chunk in (1..=40).chain([64]) {
                 for batch in [1, 8] {
                     let sequences: Vec<Vec<u32>> =

@@ -55,7 +55,7 @@ fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<Vec<f32>> {
     let decoder = Decoder::new(&checkpoint.config, &Weights::new(weights.collect()));
     let mut pack = Pack::default();
     pack.push(&tokens[..1], &[&tokens[1..]]);
-    let logits = tch::no_grad(|| {
+    let logits = onpolicy_engine::torch::no_grad(|| {
         let mut attention = Attention::Causal(&pack);
         decoder.logits(&decoder.hidden(&pack.tokens(), &pack.positions(), &mut attention))
     });

@@ -51,7 +51,7 @@ fn measure(common: &Common) -> Result<Report, anyhow::Error> {
     let mut runs: Vec<Vec<(&str, Case, Trial)>> = Vec::new();
     for round in session.rounds() {
         let mut known = BTreeMap::new();
-        let tried = tch::no_grad(|| choose_fastest(&products, &mut known))?;
+        let tried = onpolicy_engine::torch::no_grad(|| choose_fastest(&products, &mut known))?;
         if round.counts {
             runs.push(tried.into_iter().map(|one| (one.name, one.case, one.trial)).collect());
         }

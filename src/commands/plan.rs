@@ -48,6 +48,7 @@ pub fn run(arguments: &cli::Plan) -> Result<(), anyhow::Error> {
 /// Where the tensors would live. Where the memory is given there need be no device.
 fn placement(config: &Config, given: bool) -> Result<Placement, anyhow::Error> {
     if given && config.model.device == DeviceName::Cuda {
+        config.model.set_kernels_aside();
         let kind = config.model.dtype.unwrap_or(Dtype::Bf16).kind();
         return Ok(Placement { device: Device::Cuda(0), kind });
     }

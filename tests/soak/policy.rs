@@ -44,7 +44,9 @@ impl Owner {
         let next = (self.engine.weight_version() + 1) % 2;
         let (mut served, set) = (handles(&self.served), handles(&self.sets[next as usize]));
         let write = move || {
-            tch::no_grad(|| served.iter_mut().zip(&set).for_each(|(to, from)| to.copy_(from)));
+            onpolicy_engine::torch::no_grad(|| {
+                served.iter_mut().zip(&set).for_each(|(to, from)| to.copy_(from))
+            });
             Ok(())
         };
         let ((), version) = self.engine.update(write).expect("the update is applied");

@@ -12,6 +12,7 @@ use crate::{
     room::Room,
 };
 use onpolicy_engine::{
+    device::agreement::settle_early,
     model::{config::ModelConfig, decoder::Decoder, loading::Checkpoint},
     torch::{
         device_memory::{DeviceMemory, reset_peak},
@@ -20,6 +21,21 @@ use onpolicy_engine::{
     weights::Weights,
 };
 use tch::Device;
+
+/// Looks whether kernels can be relied upon on the device that the weights lie on, before its memory is measured
+/// with them or without.
+///
+/// # Errors
+/// The device has no memory left.
+pub fn settle_kernels(checkpoint: &Checkpoint) -> Result<(), TrainError> {
+    Ok(settle_early(&checkpoint.config, &handles(checkpoint))?)
+}
+
+/// Handles to the weights.
+fn handles(checkpoint: &Checkpoint) -> Weights {
+    let handles = checkpoint.tensors.iter().map(|(name, t)| (name.clone(), t.shallow_clone()));
+    Weights::new(handles.collect())
+}
 
 /// `config` with `engine.kv_memory_mb` and `train.micro_batch_tokens` as the device allows that the
 /// weights lie on, where the former is not given.
@@ -33,8 +49,7 @@ pub fn fit(
 ) -> Result<Config, TrainError> {
     let mut config = config.clone();
     let Some(index) = to_be_sized(&config, checkpoint) else { return Ok(config) };
-    let handles = checkpoint.tensors.iter().map(|(name, t)| (name.clone(), t.shallow_clone()));
-    let policy = Weights::new(handles.collect());
+    let policy = handles(checkpoint);
     empty_cache(Device::Cuda(index))?;
     let before = DeviceMemory::of(index)?;
     reset_peak(index)?;

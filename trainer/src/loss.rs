@@ -7,6 +7,7 @@ use crate::{
     head::Head,
 };
 use onpolicy_engine::{
+    cuda::takes,
     model::{attention::Attention, checkpointing::Checkpoints, decoder::Decoder},
     ops::embedding::accumulate_embedding_gradient,
     torch::{TorchError, autograd::backward},
@@ -14,10 +15,10 @@ use onpolicy_engine::{
 use onpolicy_plugin_api::TokenStats;
 use tch::{Device, Tensor};
 
-/// Rows of the head that exist at a time; `[rows, vocabulary]` is the largest tensor made. A GPU takes
+/// Rows of the head that exist at a time; `[rows, vocabulary]` is the largest tensor made. Kernels of a GPU take
 /// more of them, because every chunk adds to the whole of the head's gradient.
 pub fn head_rows(device: Device) -> usize {
-    if device.is_cuda() { 1024 } else { 256 }
+    if takes(device) { 1024 } else { 256 }
 }
 
 /// The clipped objective of PPO (arXiv 1707.06347) with dual clip (arXiv 1912.09729).
@@ -166,7 +167,7 @@ pub fn accumulate_gradient_with(
     activations: Activations,
 ) -> Result<LossSums, TorchError> {
     let tokens = micro.pack.tokens();
-    let embedded = tch::no_grad(|| decoder.embed(&tokens));
+    let embedded = onpolicy_engine::torch::no_grad(|| decoder.embed(&tokens));
     let mut sums = LossSums::default();
     let gradient = match activations {
         Activations::Kept => {
@@ -204,7 +205,7 @@ fn head_gradient(
         let targets = &micro.targets[start..start + len];
         let [chunk, mut gradient] =
             [&hidden, &by_hidden].map(|all| all.narrow(0, start as i64, len as i64));
-        tch::no_grad(|| {
+        onpolicy_engine::torch::no_grad(|| {
             let (logits, stats) = head.forward(&chunk, targets);
             let slopes = token_slopes(micro, start, &stats, settings, sums);
             gradient.copy_(&head.backward(logits, (targets, &slopes), &chunk));
@@ -215,7 +216,7 @@ fn head_gradient(
 
 /// Statistics of every response token of `micro` under the weights as they are now.
 pub fn token_stats(decoder: &Decoder, micro: &MicroBatch, temperature: f32) -> Vec<TokenStats> {
-    tch::no_grad(|| {
+    onpolicy_engine::torch::no_grad(|| {
         let tokens = micro.pack.tokens();
         let hidden = predicting_rows(decoder, micro, decoder.embed(&tokens));
         let head = Head::new(decoder, temperature);

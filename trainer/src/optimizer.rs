@@ -146,9 +146,13 @@ impl Optimizer {
         };
         let (params, steps) = (pick(&self.masters), pick(&self.steps));
         let grads: Vec<Tensor> = updated.iter().map(|&index| self.params[index].grad()).collect();
-        tch::no_grad(|| {
-            for step in &steps {
-                let _ = step.shallow_clone().g_add_scalar_(1.0);
+        onpolicy_engine::torch::no_grad(|| {
+            for mut step in steps.iter().map(Tensor::shallow_clone) {
+                // Our kernel has counted none.
+                let _ = match step.device().is_cuda() {
+                    true => step.fill_(self.taken as f64),
+                    false => step.g_add_scalar_(1.0),
+                };
             }
             let (first, second) = (pick(&self.first), pick(&self.second));
             let (params, first) = (&params[..], &first[..]);

@@ -116,6 +116,7 @@ impl Run {
         let step = resumed.as_ref().map_or(0, |(_, state)| state.step);
         let prompts = prompt_lengths(&config, &parts, &checkpoint.tokenizer, step)?;
         let as_given = config.to_toml();
+        device_room::settle_kernels(&checkpoint)?;
         let config = device_room::fit(&config, &checkpoint, &prompts)?;
         let served = Served::over(checkpoint, &config, parts.engine.clone())?;
         if let Some(native) = served.native() {

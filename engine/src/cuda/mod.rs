@@ -125,8 +125,8 @@ thread_local! {
     static WITHOUT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Does without kernels of our own from now on, in engine and trainer, but for those that are called for by
-/// name. In tests on this thread, whose harness no longer stands in for a device.
+/// Does without kernels of our own from now on, in the trainer and in engines that are started then, but for
+/// kernels that are called for by name. In tests on this thread, whose harness no longer stands in for a device.
 pub fn set_aside() {
     #[cfg(test)]
     return harness::stand_in(false);

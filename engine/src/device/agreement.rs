@@ -4,21 +4,24 @@
 //! takes a request it computes some steps both ways, and does without kernels that are off.
 
 use super::{
+    Placement,
     pages::DevicePages,
     plan::{StepPlan, StepRows},
     sampling::sample,
 };
 use crate::{
     block_manager::BLOCK_SIZE,
-    cuda::{self, plan::Machine},
+    cuda::{self, attention::fits, plan::Machine, takes},
     kernels::attention::Span,
     model::{
         attention::{Attention, DeviceBatch},
+        config::ModelConfig,
         decoder::Decoder,
     },
     panic::message,
     sampler::{Draw, Drawn},
-    torch::is_out_of_memory,
+    torch::{TorchError, is_out_of_memory, no_grad},
+    weights::Weights,
 };
 use onpolicy_plugin_api::{SamplingParams, TokenStats};
 use std::{
@@ -50,18 +53,50 @@ const STEPS: [&[(usize, Range<usize>)]; 3] = [
     &[(0, PREFIX + 1..PREFIX + 2), (1, PREFIX + 8..PREFIX + 9), (2, 37..38)],
 ];
 
-/// Computes some steps with kernels and without, and compares what comes of them; `machine` is what kernels of
-/// attention have to know. `pages` are not in use: what is in them afterwards is nobody's. Nothing is said of
-/// kernels where the pool has fewer than 22 blocks, the model gives no numbers, or memory does not suffice.
+/// What kernels of attention have to know of a device; none where they are not for a model's heads.
+pub fn machine(config: &ModelConfig, placement: Placement) -> Option<Machine> {
+    let (heads, kv_heads, head_dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
+    let machine = || Machine::of(placement.device, heads, kv_heads, head_dim).ok();
+    fits(placement.kind, heads, kv_heads, head_dim).then(machine).flatten()
+}
+
+/// As [`settle`], of weights that nobody works with yet, before anything is measured on their device.
 ///
 /// # Errors
-/// Why the kernels cannot be used.
-pub fn check(
-    decoder: &Decoder,
-    pages: &DevicePages,
-    machine: Option<Machine>,
-) -> Result<(), String> {
+/// The device has no memory for some pages.
+pub fn settle_early(config: &ModelConfig, weights: &Weights) -> Result<(), TorchError> {
+    let placement = weights.placement();
+    if takes(placement.device) {
+        let decoder = Decoder::new(config, weights);
+        let pages = DevicePages::new(config, BLOCKS as usize, placement)?;
+        settle(&decoder, &pages, machine(config, placement));
+    }
+    Ok(())
+}
+
+/// Computes some steps with kernels and without, and compares what comes of them; where that differs, or a
+/// kernel fails, libtorch's operations do for kernels in all of the process, and this is false. `machine` is
+/// what kernels of attention have to know. `pages` are not in use: what is in them afterwards is nobody's.
+/// Nothing is said of kernels where the pool has fewer than 22 blocks, the model gives no numbers, or memory does
+/// not suffice.
+pub fn settle(decoder: &Decoder, pages: &DevicePages, machine: Option<Machine>) -> bool {
+    let Err(why) = check(decoder, pages, machine) else { return true };
+    tracing::warn!(
+        why,
+        "kernels are set aside on this device, and libtorch's operations do, which are slower; please \
+         report what 'onpolicy bench check --device cuda' says"
+    );
+    cuda::set_aside();
+    // They may have left what is no number.
+    if let Err(error) = pages.clear() {
+        tracing::error!(%error, "the device has failed; start again with model.kernels = false");
+    }
+    false
+}
+
+fn check(decoder: &Decoder, pages: &DevicePages, machine: Option<Machine>) -> Result<(), String> {
     if pages.num_blocks() < BLOCKS as usize {
+        tracing::info!("too few pages to compare kernels with libtorch's operations");
         return Ok(());
     }
     let unknown = |why: String| {
@@ -97,7 +132,7 @@ fn wanted(decoder: &Decoder, pages: &DevicePages) -> Result<Option<(Outcome, Vec
 
 /// What `work` makes, or what its panic said.
 fn attempt<T>(work: impl FnOnce() -> T) -> Result<T, String> {
-    let made = catch_unwind(AssertUnwindSafe(|| tch::no_grad(work)));
+    let made = catch_unwind(AssertUnwindSafe(|| no_grad(work)));
     made.map_err(|panic| message(panic.as_ref()).unwrap_or("a panic without a text").into())
 }
 
@@ -120,8 +155,14 @@ fn compare(
     if others.len() > 1 {
         return Err(format!("{} of {} tokens are drawn otherwise", others.len(), drawn.len()));
     }
-    let farthest = same.iter().map(|(got, wanted)| farthest_statistic(&got.stats, &wanted.stats));
-    within("statistics of logits", farthest.fold(0.0, f64::max), SAME_STATISTICS)
+    for (got, wanted) in same {
+        let statistics = numbers(&got.stats).into_iter().zip(numbers(&wanted.stats));
+        for (got, wanted) in statistics {
+            let distance = (got - wanted).abs() / wanted.abs().max(1.0);
+            within("statistics of logits", distance, SAME_STATISTICS)?;
+        }
+    }
+    Ok(())
 }
 
 /// Tokens of each row: the likeliest, and some at random.
@@ -138,12 +179,8 @@ fn draw(logits: &Tensor) -> Vec<Drawn> {
     drawn.into_iter().map(|drawn| drawn.unwrap_or_else(|why| panic!("{why}"))).collect()
 }
 
-fn farthest_statistic(got: &TokenStats, wanted: &TokenStats) -> f64 {
-    let numbers =
-        |stats: &TokenStats| [stats.logprob, stats.entropy, stats.baseline].map(f64::from);
-    let pairs = numbers(got).into_iter().zip(numbers(wanted));
-    let distances = pairs.map(|(got, wanted)| (got - wanted).abs() / wanted.abs().max(1.0));
-    distances.fold(0.0, |most, d| if d <= most { most } else { d })
+fn numbers(stats: &TokenStats) -> [f64; 3] {
+    [stats.logprob, stats.entropy, stats.baseline].map(f64::from)
 }
 
 /// What the roundings of a model's layers add up to, as a part of its numbers: each is off by the type's

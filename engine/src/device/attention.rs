@@ -118,6 +118,9 @@ fn gather(pages: &Tensor, blocks: &Tensor, tokens: usize) -> Tensor {
     gathered.reshape([spans, kv_heads, width * BLOCK, head_dim]).narrow(2, 0, tokens as i64)
 }
 
+/// Scores that are in memory at a time, where libtorch writes them.
+const SCORES: i64 = if cfg!(test) { 600 } else { 1 << 27 };
+
 /// Several rows of one sequence, `[n, heads, head_dim]`.
 fn attend_span(paged: &Paged<'_, PagedPlan>, index: usize, span: &SpanShape) -> Tensor {
     let q = paged.q.narrow(0, span.rows.start as i64, span.rows.len() as i64);
@@ -125,7 +128,15 @@ fn attend_span(paged: &Paged<'_, PagedPlan>, index: usize, span: &SpanShape) -> 
     let blocks = paged.plan.block_table.narrow(0, index as i64, 1).narrow(1, 0, width);
     let [k, v] = [paged.k_pages, paged.v_pages]
         .map(|pages| gather(pages, &blocks, span.context).squeeze_dim(0).transpose(0, 1));
-    causal([&q, &k, &v], paged.window, Some(paged.scale))
+    let (rows, heads, _) = q.size3().expect("q has three axes");
+    let before = span.context as i64 - rows;
+    let most = (SCORES / (heads * span.context as i64)).max(1);
+    let parts = (0..rows).step_by(most as usize).map(|first| {
+        let count = most.min(rows - first);
+        let [k, v] = [&k, &v].map(|x| x.narrow(0, 0, before + first + count));
+        causal([&q.narrow(0, first, count), &k, &v], paged.window, Some(paged.scale))
+    });
+    Tensor::cat(&parts.collect::<Vec<_>>(), 0)
 }
 
 /// Tokens whose K and V are in memory at a time, where every sequence has one row: libtorch may widen them, and

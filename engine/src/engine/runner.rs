@@ -2,9 +2,9 @@
 
 use crate::{
     block_manager::BLOCK_SIZE,
-    cuda::{self, attention::fits, plan::Machine, takes},
+    cuda::{plan::Machine, takes},
     device::{
-        self, Placement, agreement, download,
+        self, agreement, download,
         drawing::Drawing,
         graphs::DecodeGraphs,
         pages::DevicePages,
@@ -27,6 +27,7 @@ use crate::{
     torch::{
         TorchError,
         memory::give_back,
+        no_grad,
         slices::{bytes, floats, floats_mut},
         storage::{Storages, empty_cache},
         stream::synchronize,
@@ -87,7 +88,7 @@ impl Runner {
         let device = decoder.placement().device;
         let blocks = recorded.div_ceil(BLOCK_SIZE).min(num_blocks);
         let machine = pages.as_ref().filter(|_| takes(device)).and_then(|pages| {
-            let machine = machine(config, decoder.placement());
+            let machine = agreement::machine(config, decoder.placement());
             untimed(|| prepare(&decoder, pages, (machine, blocks > 0)))
         });
         let graphs = machine.filter(|_| blocks > 0);
@@ -370,43 +371,23 @@ fn gather<'a>(step: &Step, scheduler: &'a Scheduler) -> StepRows<'a> {
     rows
 }
 
-/// What kernels of our own have to know of a CUDA device; none where they are not for it, or not for
-/// the model's heads.
-fn machine(config: &ModelConfig, placement: Placement) -> Option<Machine> {
-    let (heads, kv_heads, head_dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
-    let fits = fits(placement.kind, heads, kv_heads, head_dim);
-    let machine = || Machine::of(placement.device, heads, kv_heads, head_dim).ok();
-    fits.then(machine).flatten()
-}
-
-/// Looks whether the kernels agree with libtorch's operations, which do for them from now on if not; has the
-/// fastest of them make the products of steps that are recorded. Gives what kernels of attention have to know,
-/// if they can be used.
+/// Looks whether the kernels can be relied upon, and has the fastest of them make the products of steps that are
+/// recorded. Gives what kernels of attention have to know, if they can be used.
 fn prepare(
     decoder: &Decoder,
     pages: &DevicePages,
     (machine, records): (Option<Machine>, bool),
 ) -> Option<Machine> {
     let device = decoder.placement().device;
-    let agreed = agreement::check(decoder, pages, machine);
-    if let (Ok(()), Some(_), true, Device::Cuda(index)) = (&agreed, machine, records, device) {
-        tch::no_grad(|| tune(index, &decoder.products()));
+    let agreed = agreement::settle(decoder, pages, machine);
+    let machine = machine.filter(|_| agreed);
+    if let (Some(_), true, Device::Cuda(index)) = (machine, records, device) {
+        no_grad(|| tune(index, &decoder.products()));
     }
     if let Err(error) = empty_cache(device) {
         tracing::warn!(%error, "what was tried may still hold memory");
     }
-    let Err(why) = agreed else { return machine };
-    tracing::warn!(
-        why,
-        "the engine's kernels are set aside on this device, and libtorch's operations do, which are \
-         slower; please report what 'onpolicy bench check --device cuda' says"
-    );
-    cuda::set_aside();
-    // They may have left what is no number.
-    if let Err(error) = pages.clear() {
-        tracing::error!(%error, "the device has failed; start again with model.kernels = false");
-    }
-    None
+    machine
 }
 
 /// The prompt tokens that the rows of `chunk` predict, and the position of the first of them.

@@ -124,7 +124,7 @@ impl Worker {
 
     /// Does a part of a step; if it panics, all requests fail.
     pub(super) fn guarded(&mut self, part: impl FnOnce(&mut Self)) {
-        let done = catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| part(self))));
+        let done = catch_unwind(AssertUnwindSafe(|| crate::torch::no_grad(|| part(self))));
         if let Err(panic) = done {
             self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
         }

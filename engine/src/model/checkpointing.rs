@@ -25,7 +25,7 @@ impl<'a> Checkpoints<'a> {
     pub fn run(decoder: &'a Decoder, x: Tensor, pack: &'a Pack) -> Self {
         let rotation = decoder.rotation(&pack.positions());
         let (mut inputs, mut x) = (Vec::with_capacity(decoder.num_layers()), x.detach());
-        tch::no_grad(|| {
+        crate::torch::no_grad(|| {
             for layer in 0..decoder.num_layers() {
                 let y = decoder.layer(layer, &x, &rotation, &mut Attention::Causal(pack));
                 inputs.push(std::mem::replace(&mut x, y));

@@ -19,7 +19,7 @@ const SAME_INPUT: [&[&str]; 2] = [
 pub fn join(tensors: &mut [(String, Tensor)]) -> Result<(), tch::TchError> {
     for group in groups(tensors) {
         let parts: Vec<&Tensor> = group.iter().map(|&index| &tensors[index].1).collect();
-        let whole = tch::no_grad(|| Tensor::f_cat(&parts, 0))?;
+        let whole = crate::torch::no_grad(|| Tensor::f_cat(&parts, 0))?;
         let mut end = 0;
         for index in group {
             let rows = tensors[index].1.size()[0];

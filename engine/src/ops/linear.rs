@@ -87,7 +87,7 @@ pub fn logits(hidden: &Tensor, weight: &Tensor) -> Tensor {
     if is_native(weight) || wide(kind) == kind {
         return linear(hidden, weight, None);
     }
-    tch::no_grad(|| {
+    crate::torch::no_grad(|| {
         if let Some(logits) = chosen((hidden, weight, None), Output::Wide) {
             return logits;
         }
@@ -138,10 +138,10 @@ pub fn accumulate_weight_gradient(weight: &Tensor, gradient: &Tensor, x: &Tensor
 
 fn add_gradient(weight: &Tensor, gradient: &Tensor, x: &Tensor) {
     let kind = weight.kind();
-    let added = tch::no_grad(|| gradient.to_kind(kind).tr().matmul(&x.to_kind(kind)));
+    let added = crate::torch::no_grad(|| gradient.to_kind(kind).tr().matmul(&x.to_kind(kind)));
     let mut sum = weight.grad();
     if sum.defined() {
-        let _ = tch::no_grad(|| sum.g_add_(&added));
+        let _ = crate::torch::no_grad(|| sum.g_add_(&added));
     } else {
         set_grad(weight, &added).unwrap_or_else(|error| panic!("a weight's gradient: {error}"));
     }
@@ -153,7 +153,7 @@ fn add_gradient(weight: &Tensor, gradient: &Tensor, x: &Tensor) {
 /// As [`linear`].
 pub fn input_gradient(gradient: &Tensor, weight: &Tensor) -> Tensor {
     if !is_native(weight) {
-        return tch::no_grad(|| gradient.to_kind(weight.kind()).matmul(weight));
+        return crate::torch::no_grad(|| gradient.to_kind(weight.kind()).matmul(weight));
     }
     let (n, k) = weight.size2().expect("a weight has two axes");
     let m = gradient.size()[0];
@@ -284,11 +284,11 @@ mod tests {
             for (ours, theirs) in ours.iter().zip(&theirs) {
                 assert_same(&ours.grad(), &theirs.grad(), "gradient");
             }
-            let plain = tch::no_grad(|| linear(&x, &w, None));
+            let plain = crate::torch::no_grad(|| linear(&x, &w, None));
             assert_same(&plain, &x.linear(&w, None::<&Tensor>), "output without a graph");
             assert!(!plain.requires_grad());
             for [y, z] in [
-                tch::no_grad(|| linear_each(&x, [(&w, None), (&w, Some(&b.view([n])))])),
+                crate::torch::no_grad(|| linear_each(&x, [(&w, None), (&w, Some(&b.view([n])))])),
                 linear_each(&ours[0], [(&ours[1], None), (&ours[1], Some(&ours[2]))]),
             ] {
                 assert!(y.equal(&plain) && z.equal(&linear(&x, &w, Some(&b.view([n])))));

@@ -127,7 +127,7 @@ mod tests {
         for shape in [[1, 576], [64, 70], [300, 576]] {
             let [x, y] = [normal(&shape), normal(&shape)];
             let weight = normal(&shape[1..]);
-            let (sum, normed) = tch::no_grad(|| add_rms_norm(&x, &y, &weight, 1e-5));
+            let (sum, normed) = crate::torch::no_grad(|| add_rms_norm(&x, &y, &weight, 1e-5));
             assert!(sum.equal(&(&x + &y)) && normed.equal(&rms_norm(&sum, &weight, 1e-5)));
             let x = x.set_requires_grad(true);
             let (recorded, normed_too) = add_rms_norm(&x, &y, &weight, 1e-5);

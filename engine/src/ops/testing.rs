@@ -22,7 +22,7 @@ pub(super) fn check(inputs: &[Tensor], ours: Operation<'_>, theirs: Operation<'_
     for (got, want) in our_leaves.iter().zip(&their_leaves) {
         assert_same(&got.grad(), &want.grad(), "gradient");
     }
-    let plain = tch::no_grad(|| ours(&our_leaves));
+    let plain = crate::torch::no_grad(|| ours(&our_leaves));
     assert!(!plain.requires_grad() && plain.equal(&ours(&our_leaves)));
 }
 

@@ -3,7 +3,14 @@
 use super::{TorchError, check, op_backward, op_recording, op_set_grad, pointers};
 use tch::Tensor;
 
-/// Whether operations on this thread are recorded for a backward pass: not inside `tch::no_grad`.
+/// Runs `body`, none of whose operations is recorded for a backward pass; whether others are is as before
+/// afterwards, after a panic, too.
+pub fn no_grad<T>(body: impl FnOnce() -> T) -> T {
+    let _guard = tch::no_grad_guard();
+    body()
+}
+
+/// Whether operations on this thread are recorded for a backward pass: not inside [`no_grad`].
 pub fn recording() -> bool {
     // SAFETY: reads a flag of the thread.
     unsafe { op_recording() }
@@ -46,8 +53,10 @@ mod tests {
     #[test]
     fn nothing_is_recorded_inside_no_grad() {
         assert!(recording());
-        assert!(!tch::no_grad(recording));
+        assert!(!no_grad(recording));
         assert!(recording());
+        let failed = std::panic::catch_unwind(|| no_grad(|| panic!("no memory")));
+        assert!(failed.is_err() && recording(), "a panic leaves it as it was");
     }
 
     #[test]

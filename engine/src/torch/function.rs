@@ -131,8 +131,9 @@ unsafe extern "C" fn backward<F: Function>(
             std::slice::from_raw_parts_mut(gradients, count as usize),
         )
     };
-    let answer =
-        catch_unwind(AssertUnwindSafe(|| tch::no_grad(|| function.backward(&inputs, &gradient))));
+    let answer = catch_unwind(AssertUnwindSafe(|| {
+        crate::torch::no_grad(|| function.backward(&inputs, &gradient))
+    }));
     let answer = match answer {
         Ok(answer) => answer,
         Err(panic) => {
@@ -205,7 +206,7 @@ mod tests {
     fn without_a_graph_nothing_is_kept() {
         let alive = Arc::default();
         let a = Tensor::from_slice(&[2f32]).set_requires_grad(true);
-        let y = tch::no_grad(|| apply(SquareTimes::new(&alive), &[&a, &a]).unwrap());
+        let y = crate::torch::no_grad(|| apply(SquareTimes::new(&alive), &[&a, &a]).unwrap());
         assert!(!y.requires_grad());
         assert_eq!(alive.load(Ordering::Relaxed), 0);
     }

@@ -38,6 +38,8 @@ pub fn without_trace(text: &str) -> &str {
     &text[..ends.min().unwrap_or(text.len())]
 }
 
+pub use autograd::no_grad;
+
 /// Whether this is how an allocation fails: in libtorch's allocators (CPU, CUDA), in libraries that
 /// it calls, or in the driver.
 pub fn is_out_of_memory(text: &str) -> bool {

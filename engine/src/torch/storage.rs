@@ -44,7 +44,7 @@ impl Storages {
         for tensor in &self.tensors {
             // SAFETY: a valid tensor.
             check(unsafe { op_take(tensor.as_ptr()) })?;
-            let _ = tch::no_grad(|| tensor.shallow_clone().zero_());
+            let _ = crate::torch::no_grad(|| tensor.shallow_clone().zero_());
         }
         self.there = true;
         Ok(())

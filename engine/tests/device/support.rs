@@ -42,7 +42,7 @@ pub fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Tensor {
     let decoder = Decoder::new(&checkpoint.config, &weights(checkpoint));
     let mut pack = Pack::default();
     pack.push(&tokens[..1], &[&tokens[1..]]);
-    tch::no_grad(|| {
+    onpolicy_engine::torch::no_grad(|| {
         let mut attention = Attention::Causal(&pack);
         decoder.logits(&decoder.hidden(&pack.tokens(), &pack.positions(), &mut attention))
     })

@@ -100,7 +100,7 @@ fn recompute(kind: Kind, config: EngineConfig) {
 fn write(engine: &EngineHandle, weight: &Tensor, value: &Tensor) {
     let (mut weight, value) = (weight.shallow_clone(), value.shallow_clone());
     let write = move || {
-        tch::no_grad(|| weight.copy_(&value));
+        onpolicy_engine::torch::no_grad(|| weight.copy_(&value));
         Ok(())
     };
     engine.update(write).expect("applied");

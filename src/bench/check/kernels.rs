@@ -193,7 +193,7 @@ impl Case {
         let there = |weight: &Tensor| weight.to_device(like.device()).to_kind(like.kind());
         let weights = self.norms.each_ref().map(there);
         let norms = Some(HeadNorms { weights: weights.each_ref(), eps: 1e-6 });
-        tch::no_grad(|| with(&Turn { norms, rotation }))
+        onpolicy_engine::torch::no_grad(|| with(&Turn { norms, rotation }))
     }
 
     fn operations(&self, kind: Kind, device: Device, window: Option<usize>) -> Tensor {
@@ -278,7 +278,7 @@ fn elementwise(place: &Place, kind: Kind) -> f64 {
         let [x, y, weight, heads, gate, up] = inputs.each_ref().map(there);
         let turn = |x: Tensor| x.to_device(device).to_kind(wide(kind));
         let [cos, sin] = [angles.cos(), angles.sin()].map(turn);
-        tch::no_grad(|| {
+        onpolicy_engine::torch::no_grad(|| {
             // The sum is rounded before its norm is taken.
             let normed = add_rms_norm(&x, &y, &weight, 1e-6).1;
             [normed, rotate(&heads, &cos, &sin), swiglu(&gate, &up)]

@@ -143,7 +143,7 @@ pub fn decoding(place: &Place, path: &Path) -> Result<Vec<Check>, anyhow::Error>
             "updated" => {
                 let weights = served.weights.share();
                 engine.update(move || {
-                    tch::no_grad(|| {
+                    onpolicy_engine::torch::no_grad(|| {
                         for (_, tensor) in weights.iter() {
                             let _ = tensor.shallow_clone().g_mul_scalar_(1.5);
                         }

@@ -49,10 +49,15 @@ impl Model {
     /// # Errors
     /// There is no such device; the message says what to do.
     pub fn placement(&self) -> Result<Placement, PlacementError> {
+        self.set_kernels_aside();
+        Placement::resolve(self.device, self.dtype)
+    }
+
+    /// Does without kernels from now on, if they are not wanted.
+    pub fn set_kernels_aside(&self) {
         if !self.kernels {
             cuda::set_aside();
         }
-        Placement::resolve(self.device, self.dtype)
     }
 }
 

@@ -68,9 +68,9 @@ fn recorded_steps_are_those_that_are_not_recorded() {
         [&[3, 40, 100], &[4, 41, 101], &[159, 1, 16, 15], &[5, 42, 102], &[6], &[103, 7, 9]];
     for lengths in batches {
         let step = rows(lengths, &blocks);
-        let got = tch::no_grad(|| graphs.hidden(&step, &decoder, &own)).unwrap();
+        let got = crate::torch::no_grad(|| graphs.hidden(&step, &decoder, &own)).unwrap();
         let plan = StepPlan::new(&step, Device::Cpu, Some(machine));
-        let want = tch::no_grad(|| Recorded::forward(&plan, &decoder, &other));
+        let want = crate::torch::no_grad(|| Recorded::forward(&plan, &decoder, &other));
         let error = (got.to_kind(Kind::Float) - want.to_kind(Kind::Float)).abs().max();
         // A product of more rows may be summed in another order.
         assert!(error.double_value(&[]) < 0.05, "{lengths:?}: {error:?}");
@@ -95,7 +95,7 @@ fn tokens_that_only_the_device_knows_are_filled_in() {
     let lengths = [3, 40, 100];
     let run = |graphs: Option<&mut DecodeGraphs>, step: &StepRows<'_>| {
         let pages = DevicePages::new(&config, BLOCKS, PLACEMENT).unwrap();
-        let hidden = tch::no_grad(|| match graphs {
+        let hidden = crate::torch::no_grad(|| match graphs {
             Some(graphs) => graphs.hidden(step, &decoder, &pages).unwrap(),
             None => {
                 let plan = StepPlan::new(step, Device::Cpu, None);

@@ -68,7 +68,7 @@ fn logits_of(config: &ModelConfig, decoder: &Decoder) -> Tensor {
 
 #[test]
 fn a_model_runs_by_the_kernels_that_were_chosen() {
-    tch::no_grad(|| {
+    crate::torch::no_grad(|| {
         let (config, decoder) = model();
         let products = decoder.products();
         let names: Vec<&str> = products.iter().map(|products| products.name).collect();

@@ -89,9 +89,9 @@ impl Worker {
 
     /// Steps until the sample has ended, with a step for it still under way.
     fn end_short(&mut self, inbox: &Receiver<Event>) {
-        tch::no_grad(|| self.step());
+        crate::torch::no_grad(|| self.step());
         assert!(self.flight.is_some() && inbox.try_recv().is_err(), "no token is known");
-        tch::no_grad(|| self.step());
+        crate::torch::no_grad(|| self.step());
         let ended = matches!(inbox.try_iter().last(), Some(Event::Finished { .. }));
         assert!(ended && self.scheduler.is_idle(), "the first token ends it");
         assert!(self.flight.is_some() && self.steps_ahead == 1, "one was planned before");
@@ -108,7 +108,7 @@ fn a_pause_that_waits_is_answered_when_nothing_is_computed() {
     worker.end_short(&inbox);
     worker.answer_pauses();
     assert!(answer.try_recv().is_err(), "a step is under way");
-    tch::no_grad(|| worker.step());
+    crate::torch::no_grad(|| worker.step());
     worker.answer_pauses();
     assert_eq!(answer.try_recv(), Ok(Ok(())));
     assert!(worker.flight.is_none() && inbox.try_recv().is_err(), "nothing came after the end");
@@ -124,7 +124,7 @@ fn an_update_that_drains_is_applied_when_nothing_is_computed() {
     worker.end_short(&inbox);
     worker.apply_updates();
     assert!(answer.try_recv().is_err(), "a step is under way");
-    tch::no_grad(|| worker.step());
+    crate::torch::no_grad(|| worker.step());
     worker.apply_updates();
     assert_eq!(answer.try_recv(), Ok(Ok(1)));
 }
@@ -134,7 +134,7 @@ fn an_update_that_drains_is_applied_when_nothing_is_computed() {
 fn a_panic_with_a_step_under_way_fails_what_runs() {
     let mut worker = worker(OnUpdate::Keep);
     let inbox = worker.begin_short();
-    tch::no_grad(|| worker.step());
+    crate::torch::no_grad(|| worker.step());
     worker.guarded(|_| panic!("a bug"));
     let failed = EngineError::Internal("a bug".into());
     assert_eq!(inbox.try_iter().last(), Some(Event::Failed { error: failed }));
