@@ -15,6 +15,11 @@ pub fn message(panic: &(dyn Any + Send)) -> Option<&str> {
     Some(without_trace(text))
 }
 
+/// What a panic said, or that it said nothing.
+pub fn text(panic: &(dyn Any + Send)) -> String {
+    message(panic).unwrap_or("a panic without a message").to_string()
+}
+
 /// Lets panics say in one line what they have to say: where libtorch's errors happened in its sources, too,
 /// is told only where `RUST_BACKTRACE` asks for more.
 pub fn speak_briefly() {

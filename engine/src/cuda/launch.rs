@@ -3,7 +3,7 @@
 use super::{
     CudaError,
     driver::{Driver, Extent},
-    modules,
+    modules, scoped,
     source::Program,
 };
 use crate::torch::stream;
@@ -19,14 +19,7 @@ thread_local! {
 /// write (see kernels/device.cuh). Weights they may read ahead of that; so this is for recording
 /// operations, among which none writes weights.
 pub fn overlapping<R>(body: impl FnOnce() -> R) -> R {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            OVERLAPPING.set(self.0);
-        }
-    }
-    let _restore = Restore(OVERLAPPING.replace(true));
-    body()
+    scoped::with(&OVERLAPPING, true, body)
 }
 
 /// The first compute capability whose kernels can overlap.

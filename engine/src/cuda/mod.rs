@@ -12,7 +12,7 @@
 //! - [`elementwise`]: norm, rotary embedding, gate. [`adamw`]: the optimizer's step.
 //! - [`source`]: the programs. [`nvrtc`]: compiles them. `modules`: keeps them. [`launch`]: runs them.
 //! - [`cache`]: what is found out about a device, on disk. [`processors`]: how much it runs at once.
-//! - [`library`], [`driver`]: shared objects and what is called in them.
+//! - [`library`], [`driver`]: shared objects and what is called in them. `scoped`: settings of a thread.
 
 pub mod adamw;
 pub mod attention;
@@ -31,6 +31,7 @@ pub mod plan;
 pub mod processors;
 pub mod product;
 pub mod sampling;
+mod scoped;
 pub mod source;
 
 pub use self::source::Element;
@@ -136,14 +137,7 @@ pub fn set_aside() {
 
 /// Runs `body` without kernels of our own on this thread.
 pub fn without<R>(body: impl FnOnce() -> R) -> R {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            WITHOUT.set(self.0);
-        }
-    }
-    let _restore = Restore(WITHOUT.replace(true));
-    body()
+    scoped::with(&WITHOUT, true, body)
 }
 
 /// Whether this thread does without kernels of our own now.

@@ -12,13 +12,12 @@ use super::{
 use crate::{
     block_manager::BLOCK_SIZE,
     cuda::{self, attention::fits, plan::Machine, takes},
-    kernels::attention::Span,
     model::{
         attention::{Attention, DeviceBatch},
         config::ModelConfig,
         decoder::Decoder,
     },
-    panic::message,
+    panic::text,
     sampler::{Draw, Drawn},
     torch::{TorchError, is_out_of_memory, no_grad},
     weights::Weights,
@@ -108,7 +107,8 @@ fn check(decoder: &Decoder, pages: &DevicePages, machine: Option<Machine>) -> Re
         Ok(None) => return Ok(()),
         Err(why) => return unknown(why),
     };
-    match attempt(|| compare(&Outcome::of(decoder, pages, machine), &wanted, noise(decoder))) {
+    let noise = noise(decoder.placement().kind, decoder.num_layers());
+    match attempt(|| compare(&Outcome::of(decoder, pages, machine), &wanted, noise)) {
         Err(why) if is_out_of_memory(&why) => unknown(why),
         compared => compared.flatten(),
     }
@@ -133,7 +133,7 @@ fn wanted(decoder: &Decoder, pages: &DevicePages) -> Result<Option<(Outcome, Vec
 /// What `work` makes, or what its panic said.
 fn attempt<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let made = catch_unwind(AssertUnwindSafe(|| no_grad(work)));
-    made.map_err(|panic| message(panic.as_ref()).unwrap_or("a panic without a text").into())
+    made.map_err(|panic| text(panic.as_ref()))
 }
 
 fn compare(
@@ -183,16 +183,16 @@ fn numbers(stats: &TokenStats) -> [f64; 3] {
     [stats.logprob, stats.entropy, stats.baseline].map(f64::from)
 }
 
-/// What the roundings of a model's layers add up to, as a part of its numbers: each is off by the type's
+/// What the roundings of so many layers add up to, as a part of a model's numbers: each is off by the type's
 /// precision at most, by that over the root of three on average.
-fn noise(decoder: &Decoder) -> f64 {
-    let precision = match decoder.placement().kind {
+pub(crate) fn noise(kind: Kind, layers: usize) -> f64 {
+    let precision = match kind {
         Kind::BFloat16 => 2f64.powi(-9),
         Kind::Half => 2f64.powi(-12),
         // What exponentials and roots of the devices' are good for, and some.
         _ => 2f64.powi(-19),
     };
-    precision * (ROUNDINGS * decoder.num_layers() as f64 / 3.0).sqrt()
+    precision * (ROUNDINGS * layers as f64 / 3.0).sqrt()
 }
 
 /// The root of the mean square of `got - wanted`, as a part of that of `wanted`.
@@ -248,18 +248,12 @@ fn rows<'a>(
 ) -> StepRows<'a> {
     let mut rows = StepRows::default();
     for (sequence, positions) in parts {
-        let (first, blocks) = (rows.tokens.len(), &blocks[*sequence][..]);
-        for position in positions.clone() {
+        let token = |position: usize| {
             let alike = position < PREFIX && *sequence < 2;
             let of_its_own = if alike { 0 } else { 1009 * (sequence + 1) };
-            let token = (31 * position + of_its_own + 3) % vocab;
-            let slot = blocks[position / BLOCK_SIZE] as usize * BLOCK_SIZE + position % BLOCK_SIZE;
-            rows.tokens.push(token as i64);
-            rows.positions.push(position as i64);
-            rows.slots.push(slot as u32);
-        }
-        let (rows_of_it, first_position) = (first..rows.tokens.len(), positions.start);
-        rows.spans.push(Span { rows: rows_of_it, first_position, blocks });
+            ((31 * position + of_its_own + 3) % vocab) as i64
+        };
+        rows.push(positions.clone().map(token), positions.start, &blocks[*sequence]);
     }
     rows
 }

@@ -8,7 +8,8 @@
 //! - [`varlen`]: causal attention of rows that belong to sequences of different lengths.
 //! - [`attention`]: attention over pages. [`plan`]: which rows of a step read which pages.
 //! - [`pages`]: the pages of all layers. [`graphs`]: decode steps that are recorded.
-//! - [`agreement`]: whether kernels of our own can be relied upon. [`tuning`]: the fastest kernels for a model's products.
+//! - [`agreement`]: whether kernels of our own can be relied upon. [`tuning`]: the fastest kernels for a
+//!   model's products.
 //! - [`stats`]: log-prob, entropy and baseline of rows of logits. [`sampling`]: draws from them.
 //!   [`drawing`]: draws that the host does not wait for.
 

@@ -6,6 +6,7 @@ use super::{
     varlen::{Varlen, varlen_attention},
 };
 use crate::{
+    block_manager::BLOCK_SIZE,
     cuda::{CudaError, attention as kernel, plan::Machine},
     kernels::attention::Span,
     model::rope::Turn,
@@ -60,7 +61,25 @@ impl Unknown {
     }
 }
 
-impl StepRows<'_> {
+impl<'a> StepRows<'a> {
+    /// Appends a sequence's rows: these tokens, from `first_position` on.
+    pub fn push(
+        &mut self,
+        tokens: impl Iterator<Item = i64>,
+        first_position: usize,
+        blocks: &'a [u32],
+    ) {
+        let first = self.tokens.len();
+        self.tokens.extend(tokens);
+        let rows = first..self.tokens.len();
+        let positions = first_position..first_position + rows.len();
+        self.positions.extend(positions.clone().map(|position| position as i64));
+        self.slots.extend(positions.map(|position| {
+            blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
+        }));
+        self.spans.push(Span { rows, first_position, blocks });
+    }
+
     /// Whether every sequence has one row, all before it in the pages, and draws a token.
     pub fn is_decode(&self) -> bool {
         let decodes = |span: &Span<'_>| span.rows.len() == 1 && span.first_position > 0;

@@ -13,7 +13,9 @@ use crate::{
         },
         takes,
     },
-    device::{Placement, graphs::tests::rows, pages::DevicePages, plan::StepPlan, stats},
+    device::{
+        Placement, agreement::noise, graphs::tests::rows, pages::DevicePages, plan::StepPlan, stats,
+    },
     model::{
         attention::{Attention, DeviceBatch, Pack},
         config::ModelConfig,
@@ -142,11 +144,7 @@ impl Served {
             let next: Vec<i64> = tokens[1..].iter().map(|&id| i64::from(id)).collect();
             let stats = stats::batch_stats(&logits, &Tensor::from_slice(&next), 1.0);
             let numbers = Vec::<f64>::try_from(stats.to_kind(Kind::Double).flatten(0, 1)).unwrap();
-            // As in tests/device/golden.rs: noise of some seventeen roundings in a layer.
-            let epsilon = if kind == Kind::BFloat16 { 2f64.powi(-9) } else { 2f64.powi(-12) };
-            let roundings = 2.0 + 17.0 * LAYERS as f64;
-            let spread = logits.std(false).double_value(&[]);
-            let bound = 4.0 * spread * epsilon * (roundings / 3.0).sqrt();
+            let bound = 4.0 * logits.std(false).double_value(&[]) * noise(kind, LAYERS);
             (numbers.as_chunks::<3>().0.to_vec(), bound)
         })
     }

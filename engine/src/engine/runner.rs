@@ -13,7 +13,6 @@ use crate::{
         tuning::tune,
     },
     head::Head,
-    kernels::attention::Span,
     kv_cache::KvCache,
     logits::batch_stats,
     model::{
@@ -349,24 +348,18 @@ fn gather<'a>(step: &Step, scheduler: &'a Scheduler) -> StepRows<'a> {
     let mut rows = StepRows::default();
     for chunk in &step.chunks {
         let sequence = scheduler.sequence(chunk.seq).expect("a scheduled sequence exists");
-        let (row, range) = (rows.tokens.len(), chunk.start..chunk.start + chunk.len);
+        let row = rows.tokens.len();
         if let Some(draw) = sequence.expected.filter(|_| chunk.sample) {
             rows.unknown.rows.push((row + chunk.len - 1) as i64);
             rows.unknown.draws.push(draw as i64);
         }
         let tokens = sequence.tokens[chunk.start..].iter().chain(&sequence.drafts);
-        rows.tokens.extend(tokens.take(chunk.len).map(|&token| i64::from(token)));
-        rows.positions.extend(range.clone().map(|position| position as i64));
-        rows.slots.extend(range.map(|position| {
-            sequence.blocks[position / BLOCK_SIZE] * BLOCK_SIZE as u32
-                + (position % BLOCK_SIZE) as u32
-        }));
+        let tokens = tokens.take(chunk.len).map(|&token| i64::from(token));
+        rows.push(tokens, chunk.start, &sequence.blocks);
         if chunk.sample {
             let last = row + chunk.len;
             rows.sampled.extend((last - chunk.drafts - 1..last).map(|row| row as i64));
         }
-        let (rows_of_it, blocks) = (row..row + chunk.len, &sequence.blocks[..]);
-        rows.spans.push(Span { rows: rows_of_it, first_position: chunk.start, blocks });
     }
     rows
 }

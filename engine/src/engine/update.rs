@@ -1,10 +1,7 @@
 //! New weights, applied between two steps.
 
-use super::{
-    OnUpdate,
-    hold::Reply,
-    worker::{Worker, panic_text},
-};
+use super::{OnUpdate, hold::Reply, worker::Worker};
+use crate::panic::text;
 use onpolicy_plugin_api::{EngineError, Memory};
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -86,9 +83,7 @@ impl Worker {
             self.runner.synchronize()
         };
         let written = catch_unwind(AssertUnwindSafe(write));
-        written
-            .unwrap_or_else(|panic| Err(panic_text(panic.as_ref())))
-            .map_err(EngineError::Internal)?;
+        written.unwrap_or_else(|panic| Err(text(panic.as_ref()))).map_err(EngineError::Internal)?;
         let version = version.unwrap_or_else(|| self.shared.version.get() + 1);
         self.shared.version.set(version);
         self.shared.status.empty.set(empty);

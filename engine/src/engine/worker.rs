@@ -6,8 +6,10 @@ use super::{
 };
 use crate::{
     grammar::Place,
+    panic::text,
     profile::{self, Phase, Profile, timed},
     scheduler::{NewRequest, Scheduler},
+    torch::no_grad,
 };
 use onpolicy_plugin_api::{EngineError, FinishReason, Request, RequestId, Sink};
 use std::{
@@ -124,9 +126,9 @@ impl Worker {
 
     /// Does a part of a step; if it panics, all requests fail.
     pub(super) fn guarded(&mut self, part: impl FnOnce(&mut Self)) {
-        let done = catch_unwind(AssertUnwindSafe(|| crate::torch::no_grad(|| part(self))));
+        let done = catch_unwind(AssertUnwindSafe(|| no_grad(|| part(self))));
         if let Err(panic) = done {
-            self.fail_all(&EngineError::Internal(panic_text(panic.as_ref())));
+            self.fail_all(&EngineError::Internal(text(panic.as_ref())));
         }
     }
 
@@ -324,9 +326,4 @@ impl Worker {
         metrics::counter!("onpolicy_draft_tokens_total").absolute(stats.drafted);
         metrics::counter!("onpolicy_draft_accepted_tokens_total").absolute(stats.accepted);
     }
-}
-
-/// What a panic said.
-pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    crate::panic::message(panic).unwrap_or("a panic without a message").to_string()
 }

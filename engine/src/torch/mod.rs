@@ -16,6 +16,8 @@ pub mod storage;
 pub mod stream;
 pub mod transfer;
 
+pub use autograd::no_grad;
+
 use std::ffi::{CStr, c_char, c_void};
 
 /// A failure inside libtorch.
@@ -37,8 +39,6 @@ pub fn without_trace(text: &str) -> &str {
     let ends = traces.iter().filter_map(|trace| text.find(trace));
     &text[..ends.min().unwrap_or(text.len())]
 }
-
-pub use autograd::no_grad;
 
 /// Whether this is how an allocation fails: in libtorch's allocators (CPU, CUDA), in libraries that
 /// it calls, or in the driver.

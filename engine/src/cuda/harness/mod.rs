@@ -3,6 +3,7 @@
 use super::{
     launch::{Argument, Launch},
     library::Library,
+    scoped,
 };
 use rapidhash::v3::rapidhash_v3;
 use std::{
@@ -74,14 +75,7 @@ pub(crate) fn race<R>(
 
 /// Runs `body`, whose kernels on this thread have changed sources.
 pub(crate) fn changed<R>(change: Change, body: impl FnOnce() -> R) -> R {
-    struct Restore(Change);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            CHANGE.set(self.0);
-        }
-    }
-    let _restore = Restore(CHANGE.replace(change));
-    body()
+    scoped::with(&CHANGE, change, body)
 }
 
 /// Sources as they are.

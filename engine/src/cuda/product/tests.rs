@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    cuda::harness::{race, unchanged},
+    cuda::harness::{Change, race, unchanged},
     torch::random,
 };
 
@@ -155,7 +155,6 @@ fn races_are_found() {
     let case = Case::new([3, 264, 1160], false, Kind::BFloat16);
     let way = |tiling: usize, deal| Way { tiling: &TILINGS[tiling], deal };
     let (even, parts) = (way(1, Deal::Even(4)), way(0, Deal::Parts(2)));
-    type Change = fn(String) -> String;
     let changes: [(Way, &str, Change); 5] = [
         (even, "has written, in shared", |source| {
             source.replacen("sync_threads<MULTIPLIERS>();", "", 1)

@@ -2,10 +2,7 @@
 //! steps that are not recorded.
 
 use super::*;
-use crate::{
-    block_manager::BLOCK_SIZE, device::Placement, kernels::attention::Span,
-    model::config::ModelConfig, torch::random, weights::Weights,
-};
+use crate::{device::Placement, model::config::ModelConfig, torch::random, weights::Weights};
 use serde_json::json;
 use tch::Kind;
 
@@ -39,12 +36,8 @@ fn model() -> (ModelConfig, Decoder) {
 pub(crate) fn rows<'a>(lengths: &[usize], blocks: &'a [Vec<u32>]) -> StepRows<'a> {
     let mut rows = StepRows::default();
     for (row, (&len, blocks)) in lengths.iter().zip(blocks).enumerate() {
-        rows.tokens.push((7 * row + len) as i64 % 50);
-        rows.positions.push(len as i64);
-        let slot = blocks[len / BLOCK_SIZE] as usize * BLOCK_SIZE + len % BLOCK_SIZE;
-        rows.slots.push(slot as u32);
+        rows.push([(7 * row + len) as i64 % 50].into_iter(), len, blocks);
         rows.sampled.push(row as i64);
-        rows.spans.push(Span { rows: row..row + 1, first_position: len, blocks });
     }
     rows
 }

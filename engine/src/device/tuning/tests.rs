@@ -8,7 +8,6 @@ use crate::{
         pages::DevicePages,
         plan::{StepPlan, StepRows},
     },
-    kernels::attention::Span,
     model::{
         attention::{Attention, DeviceBatch},
         config::ModelConfig,
@@ -51,16 +50,10 @@ fn logits_of(config: &ModelConfig, decoder: &Decoder) -> Tensor {
     let placement = Placement { device: Device::Cpu, kind: Kind::BFloat16 };
     let pages = DevicePages::new(config, 3, placement).unwrap();
     let blocks: Vec<u32> = vec![0, 1, 2];
-    let rows = StepRows {
-        tokens: vec![5, 50, 17],
-        positions: vec![0; 3],
-        slots: vec![0, 16, 32],
-        spans: (0..3)
-            .map(|row| Span { rows: row..row + 1, first_position: 0, blocks: &blocks[row..=row] })
-            .collect(),
-        sampled: vec![0, 1, 2],
-        ..StepRows::default()
-    };
+    let mut rows = StepRows { sampled: vec![0, 1, 2], ..StepRows::default() };
+    for (token, blocks) in [5, 50, 17].into_iter().zip(blocks.chunks(1)) {
+        rows.push([token].into_iter(), 0, blocks);
+    }
     let plan = StepPlan::new(&rows, Device::Cpu, None);
     let attention = &mut Attention::OnDevice(DeviceBatch { pages: &pages, plan: &plan });
     decoder.logits(&decoder.hidden(&plan.tokens, &plan.positions, attention))

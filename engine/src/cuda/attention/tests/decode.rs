@@ -3,7 +3,7 @@
 use super::*;
 use crate::cuda::{
     elementwise::rms_norm,
-    harness::{race, unchanged},
+    harness::{Change, race, unchanged},
 };
 
 /// What a step finds: the pages without its own tokens, these as parts of one wide product, and angles.
@@ -135,7 +135,7 @@ fn a_decoded_row_may_be_stored_nowhere() {
 }
 
 /// Steps of decode and of prompts, whose rows are cut into pieces and not.
-fn first_race(change: fn(String) -> String, blocks: usize) -> [Option<String>; 2] {
+fn first_race(change: Change, blocks: usize) -> [Option<String>; 2] {
     let case = Case::new(19, BF16, ((4, 2), 64), &[(1, 1), (150, 1), (330, 1)], 0);
     let Unwritten { pages: [k_pages, v_pages], qkv, rotation, slots } = case.unwritten();
     let weights = [0, 1].map(|_| random::normal(&[64]).to_kind(BF16));
@@ -166,7 +166,7 @@ fn nothing_races() {
 
 #[test]
 fn races_are_found() {
-    let changes: [fn(String) -> String; 3] = [
+    let changes: [Change; 3] = [
         |source| source.replace("count_up(*arrived)", "(*arrived)++"),
         |source| {
             source.replace("part);\n    __syncthreads();\n    load_step", "part);\n    load_step")
